@@ -1,0 +1,147 @@
+"""The shape of a Qwen2.5 model, under Hugging Face's field names, read from `config.json` or known by name."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+# hidden, layers, query heads, key/value heads, feed-forward, tied head, vocabulary (the releases' own config.json)
+_SIZES = {
+    "0.5B": (896, 24, 14, 2, 4864, True, 151936),
+    "1.5B": (1536, 28, 12, 2, 8960, True, 151936),
+    "3B": (2048, 36, 16, 2, 11008, True, 151936),
+    "7B": (3584, 28, 28, 4, 18944, False, 152064),
+    "14B": (5120, 48, 40, 8, 13824, False, 152064),
+    "32B": (5120, 64, 40, 8, 27648, False, 152064),
+    "72B": (8192, 80, 64, 8, 29568, False, 152064),
+}
+
+
+@dataclass(frozen=True)
+class QwenConfig:
+    """The hyperparameters of a dense Qwen2.5 decoder; every field is spelled as in Hugging Face's `config.json`.
+
+    Raises:
+        ValueError: a field is missing, of the wrong kind, inconsistent, or asks for what is not implemented; the
+            message names the field, what it holds and what was expected.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    rope_theta: float
+    rms_norm_eps: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                     "num_key_value_heads", "max_position_embeddings"):
+            value = getattr(self, name)
+            # Bounds far above any model: a damaged file must not ask for a billion layers, or overflow a shape.
+            most = 1024 if name == "num_hidden_layers" else 2**24
+            if type(value) is not int or not 0 < value <= most:
+                raise ValueError(f"{name} is {value!r}: expected a positive whole number, at most {most}")
+        for name in ("rope_theta", "rms_norm_eps"):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 < value < float("inf"):
+                raise ValueError(f"{name} is {value!r}: expected a positive number")
+        if type(self.tie_word_embeddings) is not bool:
+            raise ValueError(f"tie_word_embeddings is {self.tie_word_embeddings!r}: expected true or false")
+        if self.hidden_size % (2 * self.num_attention_heads):
+            raise ValueError(f"hidden_size is {self.hidden_size}: expected an even head size for each of the "
+                             f"{self.num_attention_heads} heads of num_attention_heads")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(f"num_key_value_heads is {self.num_key_value_heads}: expected a divisor of "
+                             f"num_attention_heads, which is {self.num_attention_heads}")
+
+    @property
+    def head_dim(self) -> int:
+        """D = hidden_size / num_attention_heads."""
+        return self.hidden_size // self.num_attention_heads
+
+    @classmethod
+    def named(cls, name: str) -> "QwenConfig":
+        """One of the seven released sizes, without weights: "Qwen2.5-0.5B", ..., "Qwen2.5-72B" ("-Instruct" too)."""
+        size = name.removeprefix("Qwen/").removeprefix("Qwen2.5-").removesuffix("-Instruct")
+        if size not in _SIZES or "Qwen2.5-" not in name:
+            raise ValueError(f"{name!r} is not a known size: expected one of "
+                             + ", ".join(f"Qwen2.5-{s}" for s in _SIZES))
+        hidden, layers, heads, kv_heads, feed_forward, tied, vocabulary = _SIZES[size]
+        return cls(vocabulary, hidden, feed_forward, layers, heads, kv_heads, rope_theta=1e6, rms_norm_eps=1e-6,
+                   max_position_embeddings=32768, tie_word_embeddings=tied)
+
+    @classmethod
+    def from_file(cls, path: Path) -> "QwenConfig":
+        """Read a `config.json`, as transformers 4 or 5 writes it. Errors start with the file's name."""
+        try:
+            fields = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as e:
+            raise ValueError(f"{path}: {e.strerror or e}: expected a model's config.json") from None
+        except (ValueError, RecursionError):
+            raise ValueError(f"{path}: not valid JSON: expected a model's config.json") from None
+        if not isinstance(fields, dict):
+            raise ValueError(f"{path}: holds {type(fields).__name__}: expected a JSON object")
+        try:
+            return cls.from_dict(fields)
+        except ValueError as e:
+            raise ValueError(f"{path}: {e}") from None
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "QwenConfig":
+        """The fields of a `config.json`; what would change the maths and is not implemented is refused by name."""
+        if fields.get("model_type") != "qwen2":
+            raise ValueError(f"model_type is {fields.get('model_type')!r}: expected 'qwen2'")
+        _refuse_unsupported(fields)
+        missing = [name for name in cls.__dataclass_fields__
+                   if name not in fields and name not in ("rope_theta", "tie_word_embeddings")]
+        if missing:
+            raise ValueError(f"{', '.join(missing)} missing: expected every size of the model")
+        known = {name: fields[name] for name in cls.__dataclass_fields__ if name in fields}
+        # Hugging Face leaves out what equals its default, and its default for this flag is false.
+        known.setdefault("tie_word_embeddings", False)
+        config = cls(**(known | {"rope_theta": _rope_theta(fields)}))
+        if fields.get("head_dim") not in (None, config.head_dim):
+            raise ValueError(f"head_dim is {fields['head_dim']!r}: expected hidden_size / num_attention_heads, "
+                             f"which is {config.head_dim}")
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """A `config.json` that this class and transformers (4 and 5) read."""
+        return asdict(self) | {
+            "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu",
+            "attention_dropout": 0.0, "use_sliding_window": False,
+            "rope_parameters": {"rope_theta": self.rope_theta, "rope_type": "default"},
+        }
+
+
+def _rope_theta(fields: dict[str, Any]) -> float:
+    """The rotary base: `rope_parameters.rope_theta` (transformers 5) or `rope_theta` (4). No default is assumed."""
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = fields.get(name)
+        if rope is None:
+            continue
+        if not isinstance(rope, dict):
+            raise ValueError(f"{name} is {rope!r}: expected an object")
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise ValueError(f"{name}.rope_type is {kind!r}: expected 'default', the only one implemented")
+    theta = (fields.get("rope_parameters") or {}).get("rope_theta", fields.get("rope_theta"))
+    if theta is None:
+        raise ValueError("rope_theta is missing: expected it, or rope_parameters.rope_theta")
+    return theta
+
+
+def _refuse_unsupported(fields: dict[str, Any]) -> None:
+    expected = {"hidden_act": ("silu", None), "use_sliding_window": (False, None), "quantization_config": (None,),
+                "attention_dropout": (0, None)}
+    for name, allowed in expected.items():
+        if fields.get(name) not in allowed:
+            raise ValueError(f"{name} is {fields[name]!r}: expected {json.dumps(allowed[0])}, "
+                             "the only one implemented")
+    kinds = fields.get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+        raise ValueError(f"layer_types is {kinds!r}: expected 'full_attention' in every layer")

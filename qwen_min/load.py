@@ -1,0 +1,137 @@
+"""Official safetensors weights into the model, strictly: a folder or hub id, one file or sharded. No pickle is read."""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from qwen_min.config import QwenConfig
+
+_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "*.safetensors", "model.safetensors.index.json"]
+_FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+
+
+def resolve(name_or_folder: str | Path, revision: str | None = None, offline: bool = False) -> Path:
+    """The local folder of a model: the folder itself, or where the hub's cache keeps the id (fetched if it must be).
+
+    Only config, tokenizer and safetensors files are fetched; the hub's library checks their digests and keeps each
+    commit in a folder of its own, whose name is the pinned revision.
+
+    Raises:
+        ValueError: there is no such folder, or the id is not cached and cannot be fetched.
+    """
+    folder = Path(name_or_folder)
+    if folder.is_dir():
+        return folder
+    name = str(name_or_folder)
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        raise ValueError(f"{name}: no such folder: expected a model's folder or a hub id such as "
+                         "Qwen/Qwen2.5-0.5B-Instruct")
+    # Imported here: it takes a third of a second, and a local model needs nothing of it.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+    try:
+        return Path(snapshot_download(name, revision=revision, local_files_only=offline, allow_patterns=_FILES))
+    except RepositoryNotFoundError:
+        why = "the hub has no such model, or it is private"
+    except RevisionNotFoundError:
+        why = f"the hub has no revision {revision!r} of it"
+    except (OSError, ValueError, RuntimeError, HfHubHTTPError) as e:
+        # The cause is named by its kind alone: the library's own text spans lines and may quote request headers.
+        why = "not cached, and offline was asked for" if offline else f"could not be fetched ({type(e).__name__})"
+    raise ValueError(f"{name}: {why}: expected the network or a cached copy; "
+                     f"'hf download {name}' fetches it, or name a folder")
+
+
+def from_pretrained(cls, name_or_folder, dtype, device, revision, offline, compute_dtype, attention):
+    """See `Qwen.from_pretrained`, whose arguments these are."""
+    folder = resolve(name_or_folder, revision, offline)
+    config = QwenConfig.from_file(folder / "config.json")
+    with torch.device("meta"):  # shapes without memory; the mapped tensors then become the parameters
+        model = cls(config, attention)
+    expected = {name: t for name, t in model.state_dict().items()
+                if not (name == "lm_head.weight" and config.tie_word_embeddings)}
+    tensors = read_tensors(folder, expected, dtype, device)
+    model.load_state_dict(tensors, strict=False, assign=True)  # read_tensors was strict already
+    model.tie_weights()
+    if compute_dtype is not None:
+        model.model.embed_tokens.compute_dtype = compute_dtype
+    return model.eval()
+
+
+def read_tensors(folder: Path, expected: dict[str, Tensor], dtype: torch.dtype, device: torch.device | str
+                 ) -> dict[str, Tensor]:
+    """Every tensor of `expected`, and nothing else, from `folder`, as `dtype` on `device`.
+
+    The files are mapped: a tensor that is wanted as it is stored is never copied, another is converted one by one,
+    so that one copy of the weights is held.
+    """
+    files = weight_files(folder)
+    where: dict[str, Path] = {}
+    for path in files:
+        with _open(path) as file:
+            for name in file.keys():
+                if name in where:
+                    raise ValueError(f"{path}: tensor {_listed([name])} stands in {where[name].name} too: expected it once")
+                where[name] = path
+    complaints = [f"missing {_listed(expected.keys() - where.keys())}"] if expected.keys() - where.keys() else []
+    if where.keys() - expected.keys():
+        complaints.append(f"unexpected {_listed(where.keys() - expected.keys())}")
+    if complaints:
+        raise ValueError(f"{files[0] if len(files) == 1 else folder}: tensors {'; '.join(complaints)}: "
+                         f"expected those of the {len(expected)} that config.json asks for")
+    tensors: dict[str, Tensor] = {}
+    misshapen = []
+    for path in files:
+        with _open(path) as file:
+            for name in file.keys():
+                stored = file.get_slice(name)
+                shape, kind = list(stored.get_shape()), stored.get_dtype()
+                if kind not in _FLOATS:
+                    raise ValueError(f"{path}: tensor {name} is of type {kind}: expected one of {', '.join(_FLOATS)}")
+                if shape != list(expected[name].shape):
+                    misshapen.append(f"{name} {shape}, not {list(expected[name].shape)}")
+                elif not misshapen:
+                    tensors[name] = file.get_tensor(name).to(device=device, dtype=dtype)
+    if misshapen:
+        raise ValueError(f"{folder}: misshapen tensors {_listed(misshapen)}: expected the shapes of config.json")
+    return tensors
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model's folder: those its index names, or `model.safetensors`."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise ValueError(f"{single}: no such file: expected it, or {index.name} and the files it names")
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"{index}: not an index: expected a JSON object with a weight_map") from None
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name):
+            raise ValueError(f"{index}: names the file {name!r}: expected the plain name of a .safetensors file")
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / name}: no such file: expected it, as {index.name} names it")
+    if not names:
+        raise ValueError(f"{index}: names no file: expected at least one")
+    return [folder / name for name in names]
+
+
+def _open(path: Path):
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{path}: cannot be read ({' '.join(str(e).split())[:200]}): "
+                         "expected a complete safetensors file") from None
+
+
+def _listed(names) -> str:
+    """The first four; a name comes from a file, so what would break the line or fill the screen is escaped and cut."""
+    names = sorted(names)
+    shown = [name if name.isprintable() and len(name) < 200 else ascii(name[:200]) for name in names[:4]]
+    return ", ".join(shown) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

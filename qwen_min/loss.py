@@ -1,0 +1,98 @@
+"""Cross-entropy over the full vocabulary that never holds all logits."""
+
+import torch
+from torch import Tensor
+
+from qwen_min.flops import Price, charge
+from qwen_min.layers import Linear
+from qwen_min.ops import LINEAR, LOGIT_BIAS, _wanted
+
+IGNORED = -100
+"""The target of a token that does not count, as in torch and Hugging Face."""
+
+LOGITS_AT_ONCE = 2**24
+"""How many logits exist at a time; two such buffers are alive, 128 MB in float32. Larger was not faster."""
+
+# Per token: V exponentials and V-1 adds, a logarithm, a subtraction. Backward: the division to probabilities, the one
+# at the target, and the factor that the mean's gradient brings.
+CROSS_ENTROPY = Price("loss", "N V g", exponential="N*(V+1)", add="N*V",
+                      d_divide="g*N*V", d_add="g*N", d_multiply="g*N*V", only=("exact",))
+
+
+def linear_cross_entropy(hidden: Tensor, head: Linear, targets: Tensor, bias: Tensor | None = None
+                         ) -> tuple[Tensor, int]:
+    """The sum over tokens of -log softmax(h Wᵀ + bias)[target], exact, and how many tokens counted.
+
+    Logits are made for a few tokens at a time; where a gradient will be wanted it is made from them on the spot, so
+    the backward only scales it. Sums run in float64.
+
+    Args:
+        hidden: (B, T, E) final hidden states.
+        head: the (V, E) head.
+        targets: (B, T) token ids, `IGNORED` where a token does not count.
+        bias: (V) added to the logits.
+
+    Returns:
+        The sum in nats, a float64 scalar, and the count.
+
+    Source: the chunked fused loss of Liger-Kernel (Hsu et al. 2024) and of Cut Your Losses (Wijmans et al. 2024).
+    """
+    rows, n = hidden.flatten(0, -2), targets.numel()
+    gh, gw, gb = _wanted(hidden, head.weight, bias)
+    with head.charged():
+        charge(LINEAR, n, rows.shape[1], head.weight.shape[0], gh, gw)
+        if bias is not None:
+            charge(LOGIT_BIAS, n, head.weight.shape[0], gb)
+        charge(CROSS_ENTROPY, n, head.weight.shape[0], max(gh, gw, gb))
+    total = _LinearCrossEntropy.apply(rows, head.weight, targets.flatten(), bias, (gh, gw, gb))
+    count = n if targets.is_meta else int((targets != IGNORED).sum())
+    return total, count
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, weight, targets, bias, wanted):
+        total = torch.zeros((), dtype=torch.float64, device=rows.device)
+        wide = weight.to(rows.dtype)
+        gradients = [torch.zeros_like(t, dtype=torch.float32) if want else None
+                     for t, want in zip((rows, weight, bias), wanted, strict=True)]
+        chunk = max(1, LOGITS_AT_ONCE // weight.shape[0])
+        for start in range(0, len(rows), chunk):
+            part = slice(start, start + chunk)
+            counted = targets[part] != IGNORED
+            index = targets[part].clamp(min=0)[:, None]  # (n, 1)
+            logits = (rows[part] @ wide.T).float()  # (n, V)
+            if bias is not None:
+                logits += bias
+            chosen = logits.gather(1, index)
+            top = logits.amax(1, keepdim=True)
+            logits.sub_(top).exp_()
+            sums = logits.sum(1, keepdim=True)
+            losses = sums.double().log() + (top.double() - chosen.double())  # (n, 1)
+            total += (losses[:, 0] * counted).sum()
+            if any(wanted):
+                # d loss / d logits = softmax - one-hot, nothing for a token that does not count
+                logits.mul_(counted[:, None] / sums)
+                logits.scatter_add_(1, index, -counted[:, None].to(logits.dtype))
+                _accumulate(gradients, part, logits, rows[part], wide)
+        ctx.save_for_backward(*(g for g in gradients if g is not None))
+        ctx.wanted, ctx.dtypes = wanted, [None if t is None else t.dtype for t in (rows, weight, bias)]
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        saved = iter(ctx.saved_tensors)
+        rows, weight, bias = ((next(saved) * grad.float()).to(dtype) if want else None
+                              for want, dtype in zip(ctx.wanted, ctx.dtypes, strict=True))
+        return rows, weight, None, bias, None
+
+
+def _accumulate(gradients, part, d_logits, rows, weight):
+    """Add a chunk's gradients: of its rows, of the head (V, E), of the bias (V)."""
+    d_rows, d_weight, d_bias = gradients
+    if d_rows is not None:
+        d_rows[part] = d_logits.to(weight.dtype) @ weight
+    if d_weight is not None:
+        d_weight += d_logits.to(rows.dtype).T @ rows
+    if d_bias is not None:
+        d_bias += d_logits.sum(0)

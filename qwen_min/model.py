@@ -1,0 +1,181 @@
+"""The Qwen2.5 decoder.
+
+Dimension letters, here and in every module:
+    B batch, T new tokens, S tokens attended (cached + T), E hidden_size, H query heads, K key/value heads,
+    D head size, F feed-forward width, V vocabulary, L layers.
+Parameter names are Hugging Face's, so official weights load without a map.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from qwen_min import generate, load, loss, ops
+from qwen_min.attention import Attention, View
+from qwen_min.cache import KVCache
+from qwen_min.config import QwenConfig
+from qwen_min.flops import Metered
+from qwen_min.layers import Embedding, Linear, RMSNorm, SwiGLU
+
+
+class Block(Metered):
+    """One layer: x + attention(norm(x)), then x + swiglu(norm(x))."""
+
+    def __init__(self, config: QwenConfig, layer: int, attention: str):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer, attention)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = SwiGLU(config)
+
+    def forward(self, x: Tensor, view: View, cache: KVCache | None) -> Tensor:
+        x = ops.add_residual(x, self.self_attn(self.input_layernorm(x), view, cache))
+        return ops.add_residual(x, self.mlp(self.post_attention_layernorm(x)))
+
+
+class Decoder(Metered):
+    """Embedding, L blocks, final norm: token ids (B, T) to hidden states (B, T, E)."""
+
+    def __init__(self, config: QwenConfig, attention: str):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i, attention) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, ids: Tensor, cache: KVCache | None = None, padding: Tensor | None = None) -> Tensor:
+        view = self._view(ids, cache, padding)
+        x = self.embed_tokens(ids)  # (B, T, E)
+        for block in self.layers:
+            x = block(x, view, cache)
+        if cache is not None:
+            cache.advance(ids.shape[1])
+        return self.norm(x)
+
+    def _view(self, ids: Tensor, cache: KVCache | None, padding: Tensor | None) -> View:
+        """Rotation and mask of T tokens that follow the cache, both from absolute positions.
+
+        So a full pass, a chunk and a single token are one code path. A padded sequence starts at position 0 behind
+        its padding, which nobody looks at; a padding token looks at itself, lest its softmax be empty.
+        """
+        b, t = ids.shape
+        if cache is not None:
+            cache.check(b, t)
+        start = cache.length if cache is not None else 0
+        s = start + t
+        if s > self.config.max_position_embeddings:
+            raise ValueError(f"{s} tokens are too long: expected at most max_position_embeddings, "
+                             f"which is {self.config.max_position_embeddings}")
+        places = ops.count_up(s, ids.device)
+        positions, mask = places[None, start:], None  # (1, T)
+        if padding is not None:
+            positions = (positions - padding[:, None]).clamp(min=0)  # (B, T)
+        cos, sin = ops.rotation_angles(positions, self.config.head_dim, self.config.rope_theta)
+        if padding is not None or t not in (1, s):
+            query, key = places[start:, None], places[None, :]
+            mask = key <= query  # (T, S)
+            if padding is not None:
+                mask = (mask & (key >= padding[:, None, None]) | (key == query))[:, None]  # (B, 1, T, S)
+        return View(cos, sin, mask)
+
+
+class Qwen(Metered):
+    """A Qwen2.5 causal language model: `model(ids)` gives logits.
+
+    Args:
+        config: its shape.
+        attention: "fused" (a kernel) or "explicit" (the maths); equal to rounding.
+
+    The parameters are initialised as Hugging Face does (normal, .02); `from_pretrained` loads released ones.
+    """
+
+    def __init__(self, config: QwenConfig, attention: str = "fused"):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config, attention)
+        self.logit_bias: nn.Parameter | None
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.register_parameter("logit_bias", None)  # (V), the course's option: see `lora.add_logit_bias`
+        self.tie_weights()
+        for name, module in self.named_modules():
+            if isinstance(module, Metered):
+                module.path = name
+        if self.device.type != "meta":
+            self.reset_parameters()
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str | Path, dtype: torch.dtype = torch.float32,
+                        device: torch.device | str = "cpu", revision: str | None = None, offline: bool = False, *,
+                        compute_dtype: torch.dtype | None = None, attention: str = "fused") -> "Qwen":
+        """A model with the weights of a folder in Hugging Face layout, or of a hub id (fetched once, then cached).
+
+        Args:
+            name_or_folder: a folder with config.json and model*.safetensors, or "Qwen/Qwen2.5-0.5B-Instruct".
+            dtype: the type the weights are kept in.
+            device: where to.
+            revision: the hub's branch, tag or commit.
+            offline: never open a connection; what is not cached is an error.
+            compute_dtype: the type of activations and products, `dtype` unless told. With `dtype=torch.bfloat16,
+                compute_dtype=torch.float32` the weights take half the memory and are widened in each product.
+
+        Raises:
+            ValueError: a file is missing, damaged, or does not fit the configuration; the message names it.
+        """
+        return load.from_pretrained(cls, name_or_folder, dtype, device, revision, offline, compute_dtype, attention)
+
+    def forward(self, ids: Tensor, cache: KVCache | None = None, padding: Tensor | None = None) -> Tensor:
+        """Logits for the token after each of `ids`.
+
+        Args:
+            ids: (B, T) token ids, which follow those in the cache.
+            cache: keys and values of earlier tokens; extended by T.
+            padding: (B) how many of a sequence's first tokens are padding.
+
+        Returns:
+            (B, T, V) in the compute type.
+        """
+        return self.head(self.model(ids, cache, padding))
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V) of hidden states (..., E)."""
+        logits = self.lm_head(hidden)
+        return logits if self.logit_bias is None else ops.add_logit_bias(logits, self.logit_bias)
+
+    def loss(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, int]:
+        """Summed cross-entropy in nats of `targets` (B, T) after `ids` (B, T), and how many targets counted.
+
+        Targets of -100 (padding) do not count. The sum is float64; divide by the count for the mean per real token.
+        Not all logits exist at once: see `loss.linear_cross_entropy`.
+        """
+        hidden = self.model(ids)
+        return loss.linear_cross_entropy(hidden, self.lm_head, targets, self.logit_bias)
+
+    def generate(self, ids: "Tensor | Sequence[Sequence[int]]", max_new_tokens: int, **options) -> "Tensor | list":
+        """Prompt and up to `max_new_tokens` new tokens; greedy unless told. See `generate.generate`."""
+        return generate.generate(self, ids, max_new_tokens, **options)
+
+    def tie_weights(self) -> None:
+        """Make the head the embedding table, where the configuration ties them."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def reset_parameters(self) -> None:
+        """Weights from N(0, .02), norms 1, biases 0, from torch's global generator."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif "norm" in name:
+                nn.init.ones_(parameter)
+            else:
+                nn.init.normal_(parameter, std=0.02)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed_tokens.weight.device
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The type of activations: that of the weights, unless they are kept narrower."""
+        return self.model.embed_tokens.compute_dtype or self.model.embed_tokens.weight.dtype

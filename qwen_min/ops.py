@@ -1,0 +1,226 @@
+"""The one place where arithmetic runs; each op charges its price on the line beside it.
+
+Dimension letters are those of `model.py`; N counts tokens (B·T), I and O are a matrix's inputs and outputs, R is the
+LoRA rank. The flags gx, gw, gb in a price are 1 where autograd will want the gradient of the input, weight or bias.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qwen_min.flops import Dim, Price, charge
+
+
+def _wanted(*tensors: Tensor | None) -> tuple[int, ...]:
+    """1 for each tensor whose gradient a backward would compute, else 0."""
+    recording = torch.is_grad_enabled()
+    return tuple(int(recording and t is not None and t.requires_grad) for t in tensors)
+
+
+# Coursework adds position vectors to the embeddings, and leaves rotations free; the machine does the reverse.
+POSITIONS = Price("positions", "N E", add="N*E", only=("coursework",))
+EMBEDDING = Price("embedding", "N E gw", d_add="gw*N*E", only=("exact",))
+
+
+def embedding(ids: Tensor, weight: Tensor) -> Tensor:
+    """Look up (B, T) token ids in a (V, E) table: (B, T, E)."""
+    charge(POSITIONS, ids.numel(), weight.shape[1])
+    charge(EMBEDDING, ids.numel(), weight.shape[1], *_wanted(weight))
+    return F.embedding(ids, weight)
+
+
+LINEAR = Price("", "N I O gx gw", product="N,I,O", d_products=("gx*N,O,I", "gw*O,N,I"))
+BIAS = Price("", "N O gb", add="N*O", d_add="gb*O*(N-1)")
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, coursework_out: int | None = None) -> Tensor:
+    """x Wᵀ + b for x (..., I), W (O, I), b (O). `coursework_out`: the outputs that convention charges, if not O."""
+    n, (o, i) = x.numel() // x.shape[-1], weight.shape
+    out = o if coursework_out in (None, o) else Dim(o, coursework_out)
+    charge(LINEAR, n, i, out, *_wanted(x, weight))
+    if bias is not None:
+        charge(BIAS, n, out, *_wanted(bias))
+    if weight.dtype != x.dtype:
+        return _WidenedLinear.apply(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+class _WidenedLinear(torch.autograd.Function):
+    """A product with a weight that is kept in a narrower type than it is computed in.
+
+    Autograd would keep the widened copy of every weight until the backward; this keeps the narrow one and widens it
+    again. The weight and bias are frozen: only the input has a gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(weight)
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad):
+        (weight,) = ctx.saved_tensors
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            raise ValueError(f"a weight kept in {weight.dtype} has no gradient: expected the type it is computed in")
+        return grad @ weight.to(grad.dtype), None, None
+
+
+SHARED = Price("shared", "n readers gx", d_add="gx*n*(readers-1)", only=("exact",))
+
+
+def shared(x: Tensor, readers: int) -> Tensor:
+    """x itself, which `readers` layers read: in the backward their gradients are summed here."""
+    charge(SHARED, x.numel(), readers, *_wanted(x))
+    return x
+
+
+LOW_RANK = Price("lora", "N I R gx ga", product="N,I,R", d_products=("gx*N,R,I", "ga*R,N,I"), d_add="gx*N*I")
+LOW_RANK_OUT = Price("lora", "N R O gh gb", product="N,R,O", multiply="N*O", add="N*O",
+                     d_products=("gh*N,O,R", "gb*O,N,R"), d_multiply="N*O*max(gh,gb)")
+
+
+def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, coursework_out: int | None = None
+                 ) -> Tensor:
+    """y + scale · x Aᵀ Bᵀ for x (..., I), A (R, I), B (O, R), y (..., O), in the type of A and B (Hu et al. 2021)."""
+    n, (r, i), o = x.numel() // x.shape[-1], a.shape, b.shape[0]
+    low = F.linear(x.to(a.dtype), a)  # (..., R)
+    charge(LOW_RANK, n, i, r, *_wanted(x, a))
+    out = o if coursework_out in (None, o) else Dim(o, coursework_out)
+    charge(LOW_RANK_OUT, n, r, out, *_wanted(low, b))
+    return torch.add(y, F.linear(low, b), alpha=scale).to(y.dtype)
+
+
+RMS_NORM = Price("norm", "N E gx gw", multiply="2*N*E", add="N*E", divide="N*(E+1)", square_root="N",
+                 d_multiply="gx*N*(4*E+3)+gw*2*N*E", d_add="gx*N*(2*E-1)+gw*E*(N-1)", d_divide="gx*N")
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """w · x / sqrt(mean(x²) + eps) over the last dimension (Zhang and Sennrich 2019), computed in float32."""
+    charge(RMS_NORM, x.numel() // x.shape[-1], x.shape[-1], *_wanted(x, weight))
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return normed.to(x.dtype) * weight.to(x.dtype)  # the cast before the weight is Hugging Face's numerics
+
+
+def count_up(n: int, device: torch.device) -> Tensor:
+    """0, 1, ..., n-1. Made on the host: the meta device's own arange is written in Python, and slow to import."""
+    return torch.arange(n).to(device)
+
+
+ANGLES = Price("rotation", "N D", multiply="N*D//2", sine_cosine="N*D", only=("exact",))
+
+
+def rotation_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine, each (B, 1, T, D), of position · theta^(-2i/D) for (B, T) absolute positions, in float32.
+
+    Both halves of D hold the same D/2 angles, as Hugging Face pairs dimension i with i + D/2 (Su et al. 2021).
+    """
+    charge(ANGLES, positions.numel(), head_dim)
+    exponents = 2 * count_up(head_dim // 2, positions.device).float() / head_dim
+    angles = positions[:, None, :, None].float() * theta**-exponents  # (B, 1, T, D/2)
+    return torch.cat((angles.cos(),) * 2, -1), torch.cat((angles.sin(),) * 2, -1)
+
+
+ROTATION = Price("rotation", "n gx", multiply="2*n", add="n+n//2", d_multiply="gx*2*n", d_add="gx*(n+n//2)",
+                 only=("exact",))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate each pair (x[i], x[i + D/2]) of (B, heads, T, D) by its angle, in the type of x."""
+    charge(ROTATION, x.numel(), *_wanted(x))
+    first, second = x.chunk(2, -1)
+    return x * cos.to(x.dtype) + torch.cat((-second, first), -1) * sin.to(x.dtype)
+
+
+SCORES = Price("scores", "B H T S D gq gk", product="B*H*T,D,S", d_products=("gq*B*H*T,S,D", "gk*B*H*S,T,D"))
+SCALE = Price("scores", "B H T S gx", multiply="B*H*T*S", d_multiply="gx*B*H*T*S")
+SOFTMAX = Price("softmax", "B H T S gx", exponential="B*H*T*S", add="B*H*T*(S-1)", divide="B*H*T*S",
+                d_multiply="gx*2*B*H*T*S", d_add="gx*B*H*T*(2*S-1)")
+VALUES = Price("values", "B H T S D gw gv", product="B*H*T,S,D", d_products=("gw*B*H*T,D,S", "gv*B*H*S,T,D"))
+
+
+def _charge_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
+    (b, h, t, d), s = q.shape, k.shape[2]
+    gq, gk, gv = _wanted(q, k, v)
+    charge(SCORES, b, h, t, s, d, gq, gk)
+    charge(SCALE, b, h, t, s, gq | gk)
+    charge(SOFTMAX, b, h, t, s, gq | gk)
+    charge(VALUES, b, h, t, s, d, gq | gk, gv)
+
+
+def attend_explicit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q kᵀ / sqrt(D)) v, written out: the attention to read. Arguments as `attend_fused`."""
+    _charge_attention(q, k, v)
+    (b, h, t, d), (_, kv_heads, s, _) = q.shape, k.shape
+    if mask is None:
+        mask = torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t)
+    grouped = q.reshape(b, kv_heads, h // kv_heads * t, d)  # query heads that share a key head, one below the other
+    scores = (grouped @ k.transpose(2, 3) * d**-0.5).view(b, h, t, s)
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1, dtype=torch.float32).to(q.dtype)
+    return (weights.view(b, kv_heads, h // kv_heads * t, s) @ v).view(b, h, t, d)
+
+
+def attend_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q kᵀ / sqrt(D)) v by torch's fused kernel, charged as the sum of its explicit parts.
+
+    Args:
+        q: (B, H, T, D). k, v: (B, K, S, D), each head shared by H/K query heads.
+        mask: bool, broadcasting to (B, H, T, S), true where a query may look. None: each query looks at all but the
+            tokens after it, the last query at everything; then T is 1 or S (the kernel's `is_causal` aligns the
+            triangle to the top left, which for any other T would be wrong).
+
+    Returns:
+        (B, H, T, D).
+    """
+    _charge_attention(q, k, v)
+    assert mask is not None or q.shape[2] in (1, k.shape[2])
+    causal = mask is None and q.shape[2] > 1
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
+
+
+SWIGLU = Price("silu", "N F gx", add="2*N*F", exponential="N*F", divide="N*F", multiply="N*F",
+               d_add="gx*4*N*F", d_exponential="gx*N*F", d_divide="gx*N*F", d_multiply="gx*6*N*F")
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) · up, with silu(x) = x / (1 + e^-x) (Shazeer 2020), for two tensors (..., F)."""
+    charge(SWIGLU, gate.numel() // gate.shape[-1], gate.shape[-1], max(_wanted(gate, up)))
+    if torch.is_grad_enabled() and gate.requires_grad:
+        return _SwiGLU.apply(gate, up)
+    return F.silu(gate).mul_(up)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """Keeps gate and up alone for the backward; autograd would keep silu(gate), the widest tensor, a third time."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        sigmoid = torch.sigmoid(gate)
+        d_up = (gate * sigmoid).mul_(grad)
+        # d silu = s + g s (1 - s) = s (1 + g (1 - s))
+        d_gate = (1 - sigmoid).mul_(gate).add_(1).mul_(sigmoid).mul_(up).mul_(grad)
+        return d_gate, d_up
+
+
+RESIDUAL = Price("residual", "N E gx", add="N*E", d_add="gx*N*E")  # backward: the two branches' gradients meet
+
+
+def add_residual(x: Tensor, branch: Tensor) -> Tensor:
+    """x + branch, both (B, T, E)."""
+    charge(RESIDUAL, x.numel() // x.shape[-1], x.shape[-1], *_wanted(x))
+    return x + branch
+
+
+LOGIT_BIAS = Price("logit_bias", "N V gb", add="N*V", d_add="gb*V*(N-1)")
+
+
+def add_logit_bias(logits: Tensor, bias: Tensor) -> Tensor:
+    """logits + bias for (..., V) and (V): the optional trainable bias of the course's starter code."""
+    charge(LOGIT_BIAS, logits.numel() // logits.shape[-1], logits.shape[-1], *_wanted(bias))
+    return logits + bias
