@@ -1,0 +1,166 @@
+"""Series as text for a language model: scale rules, and digits of fixed width.
+
+Scaled values are x / alpha. "," stands between the variables of a step and ";" after every step. Qwen makes
+one token of each digit, point and separator, so characters are tokens. Source: Gruver et al. 2023, "Large
+Language Models Are Zero-Shot Time Series Forecasters" (LLMTIME), section 3; there the digits are spaced out
+and the point is left out. Dimension letters: S series, P points, V variables.
+"""
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+# float64 keeps every decimal number of this many digits apart (C's DBL_DIG).
+FLOAT64_DIGITS = 15
+
+
+def fixed(alpha: float) -> float:
+    """One alpha for all series, as given; ValueError unless it is finite and positive."""
+    return _checked("fixed scale", alpha)
+
+
+def training_maximum(train: ArrayLike) -> float:
+    """alpha = max(train) / 9.99: the largest value of the training series (S, P, V) is written 9.99."""
+    rule = "training maximum"
+    return _checked(rule, np.max(_filled(rule, train)) / 9.99)
+
+
+def training_percentile(train: ArrayLike, q: float = 95.0) -> float:
+    """alpha = percentile q of all values of the training series (S, P, V), / 10: it is written 10."""
+    rule = "training percentile"
+    return _checked(rule, np.percentile(_filled(rule, train), _percent(rule, q)) / 10)
+
+
+def context_percentile(series: ArrayLike, context_points: int, q: float = 95.0) -> float:
+    """alpha = max over variables of percentile q, / 10, of the first points of one series (P, V)."""
+    rule, values = "context percentile", np.atleast_1d(series)
+    if not 1 <= context_points <= len(values):
+        raise ValueError(f"{rule}: {context_points} context points; expected 1 to {len(values)}")
+    return _largest_percentile(rule, values[:context_points], q)
+
+
+def whole_series_percentile(series: ArrayLike, q: float = 95.0) -> float:
+    """As `context_percentile`, but of all points: a forecast that is scaled so has seen its horizon.
+
+    Kept to reproduce results that were scaled like this.
+    """
+    return _largest_percentile("whole-series percentile", series, q)
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What a text says: values (n, V) float64, and which step of the text each row is, index (n,).
+
+    steps: the steps in the text, rejected: those that are not rows, so n + rejected = steps.
+    """
+
+    values: NDArray[np.float64]
+    index: NDArray[np.int64]
+    rejected: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Codec:
+    """Numbers with `decimals` decimals and at least `integer_digits` digits before the point.
+
+    Numbers that need more integer digits get them; with 0 decimals there is no point. What is written reads
+    back to half a unit in the last place (and half a spacing of float64). For that a number has at most 15
+    digits: rounded, it must be less than 10^(15 - decimals) in size.
+    """
+
+    decimals: int = 2
+    integer_digits: int = 1
+
+    def __post_init__(self) -> None:
+        whole, decimals = self.integer_digits, self.decimals
+        if whole < 1 or decimals < 0 or whole + decimals > FLOAT64_DIGITS:
+            rule = f"at least 1 and 0, together at most {FLOAT64_DIGITS}"
+            raise ValueError(f"codec: {whole} integer digits and {decimals} decimals; expected {rule}")
+
+    def step_width(self, variables: int) -> int:
+        """Characters, which are tokens, of one step of numbers that fit and are not negative."""
+        return variables * (self._fraction_width + self.integer_digits + 1)
+
+    def encode(self, values: ArrayLike) -> str:
+        """Scaled values (P, V) as text such as "1.23,0.45;1.30,0.50;".
+
+        Raises ValueError for other shapes, and for a number that is not finite or has too many digits.
+        """
+        rows = np.asarray(values, dtype=np.float64)
+        if rows.ndim != 2 or rows.shape[1] == 0:
+            raise ValueError(f"encode: values have shape {rows.shape}; expected (points, variables)")
+        if not np.isfinite(rows).all():
+            step, variable = first = tuple(np.argwhere(~np.isfinite(rows))[0])
+            raise ValueError(f"encode: step {step}, variable {variable} is {rows[first]}; expected finite")
+        return "".join(",".join(map(self._number, row)) + ";" for row in rows.tolist())
+
+    def decode(self, text: str, variables: int) -> Decoded:
+        """Read the steps that `encode` could have written, and count the others; no text raises.
+
+        A step is what stands between two ";": exactly `variables` numbers, or it is rejected as a whole, so
+        no number can move to another column. What follows the last ";" is a step too, unless it is empty.
+        """
+        if variables < 1:
+            raise ValueError(f"decode: {variables} variables; expected at least 1")
+        grammar = re.compile(",".join([self._grammar] * variables))
+        steps = text.split(";")
+        if not steps[-1]:
+            steps.pop()
+        index = [i for i, step in enumerate(steps) if grammar.fullmatch(step)]
+        rows = [[float(field) for field in steps[i].split(",")] for i in index]
+        values = np.array(rows, dtype=np.float64).reshape(-1, variables)
+        return Decoded(values, np.array(index, dtype=np.int64), len(steps) - len(index), len(steps))
+
+    @property
+    def _fraction_width(self) -> int:
+        return self.decimals + 1 if self.decimals else 0
+
+    @property
+    def _most_integer_digits(self) -> int:
+        return FLOAT64_DIGITS - self.decimals
+
+    @property
+    def _grammar(self) -> str:
+        fewest, most = self.integer_digits, self._most_integer_digits
+        no_minus_zero = r"(?!-[0.]+(?![0-9.]))"
+        no_leading_zero = rf"(?!0[0-9]{{{fewest}}})"  # before more digits than `integer_digits`
+        point = rf"\.[0-9]{{{self.decimals}}}" if self.decimals else ""
+        return rf"{no_minus_zero}-?{no_leading_zero}[0-9]{{{fewest},{most}}}{point}"
+
+    def _number(self, value: float) -> str:
+        width = self.integer_digits + self._fraction_width
+        digits = f"{abs(value):0{width}.{self.decimals}f}"
+        if len(digits) - self._fraction_width > self._most_integer_digits:
+            limit = f"less than 1e{self._most_integer_digits} in size with {self.decimals} decimals"
+            raise ValueError(f"encode: {value} is too large; expected {limit}")
+        return f"-{digits}" if value < 0 and digits.strip("0.") else digits
+
+
+def _largest_percentile(rule: str, series: ArrayLike, q: float) -> float:
+    values = _filled(rule, series)
+    if values.ndim != 2:
+        raise ValueError(f"{rule}: values have shape {values.shape}; expected (points, variables)")
+    return _checked(rule, np.percentile(values, _percent(rule, q), axis=0).max() / 10)
+
+
+def _filled(rule: str, values: ArrayLike) -> NDArray[np.float64]:
+    array = np.asarray(values, dtype=np.float64)
+    if array.size == 0 or not np.isfinite(array).all():
+        problem = "not all finite" if array.size else "empty"
+        raise ValueError(f"{rule}: values are {problem}; expected finite numbers")
+    return array
+
+
+def _percent(rule: str, q: float) -> float:
+    if not 0 <= q <= 100:
+        raise ValueError(f"{rule}: percentile {q}; expected 0 to 100")
+    return q
+
+
+def _checked(rule: str, alpha: float) -> float:
+    if not (np.isfinite(alpha) and alpha > 0):
+        raise ValueError(f"{rule}: alpha is {alpha}; expected finite and positive (are all values zero?)")
+    return float(alpha)

@@ -1,0 +1,97 @@
+"""Windows over token sequences, and a batch order that can be resumed from a step number alone.
+
+Dimension letters: W windows, C context.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+IGNORED = -100  # the target that no loss counts, as in torch's cross_entropy
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Inputs and the tokens one later: inputs, targets (W, C) int64; series, start (W,) int64.
+
+    A window is tokens[start : start + C] of sequence `series` and predicts tokens[start + 1 : start + C + 1].
+    Where the sequence ends earlier, inputs are padded and targets are IGNORED: a place is padding if and only
+    if its target is IGNORED.
+    """
+
+    inputs: NDArray[np.int64]
+    targets: NDArray[np.int64]
+    series: NDArray[np.int64]
+    start: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    @property
+    def real_tokens(self) -> int:
+        """Targets that the loss counts."""
+        return int((self.targets != IGNORED).sum())
+
+
+def make_windows(
+    token_lists: Sequence[Sequence[int]],
+    context: int,
+    stride: int,
+    pad_id: int,
+    pad_side: Literal["right", "left"] = "right",
+) -> Windows:
+    """Cut each sequence at 0, stride, 2 stride, ... while a window has a target that no earlier one has.
+
+    With stride equal to context each token but the first of a sequence is a target exactly once; with a
+    smaller one, the later targets of a window come again in the next, with less context. A window padded on
+    the left holds its tokens at the end, and its padding must be masked in attention too.
+    Raises ValueError for a sequence of fewer than 2 tokens, and for a stride that would skip tokens.
+    """
+    if context < 1 or not 1 <= stride <= context:
+        raise ValueError(f"windows: context {context}, stride {stride}; expected 1 <= stride <= context")
+    if pad_side not in ("right", "left"):
+        raise ValueError(f'windows: pad_side {pad_side!r}; expected "right" or "left"')
+    sequences = [np.asarray(tokens, dtype=np.int64) for tokens in token_lists]
+    for number, tokens in enumerate(sequences):
+        if tokens.ndim != 1 or len(tokens) < 2 or tokens.min() < 0:
+            raise ValueError(f"windows: sequence {number} is {tokens.shape}; expected at least 2 token ids")
+    # The last target is the last token; a start is worth a window if the one before it ends short of that.
+    places = [
+        (number, start)
+        for number, tokens in enumerate(sequences)
+        for start in range(0, max(1, len(tokens) - 1 - context + stride), stride)
+    ]
+    inputs = np.full((len(places), context), pad_id, dtype=np.int64)
+    targets = np.full((len(places), context), IGNORED, dtype=np.int64)
+    for window, (number, start) in enumerate(places):
+        tokens = sequences[number][start : start + context + 1]
+        real = len(tokens) - 1
+        filled = slice(0, real) if pad_side == "right" else slice(context - real, context)
+        inputs[window, filled] = tokens[:-1]
+        targets[window, filled] = tokens[1:]
+    series_of, start_of = np.array(places, dtype=np.int64).reshape(-1, 2).T
+    return Windows(inputs, targets, series_of, start_of)
+
+
+def batch_indices(count: int, batch_size: int, step: int, seed: int) -> NDArray[np.int64]:
+    """The windows of batch `step`, (batch_size,) int64, in an endless order: permutation after permutation.
+
+    A function of its arguments alone, so a run resumes with its step number. A batch that reaches the end of
+    a permutation goes on in the next. seed: 0 .. 2^32 - 1. Raises ValueError for numbers out of range.
+    """
+    if count < 1 or batch_size < 1 or step < 0 or not 0 <= seed < 2**32:
+        raise ValueError(
+            f"batches: count {count}, batch size {batch_size}, step {step}, seed {seed}; "
+            "expected at least 1, 1, 0 and 0, and a seed below 2^32"
+        )
+    epochs, places = np.divmod(step * batch_size + np.arange(batch_size, dtype=np.int64), count)
+    # RandomState's stream is frozen (NEP 19), so a run resumes in the same order under every numpy.
+    orders = {
+        int(epoch): np.random.RandomState([seed, epoch]).permutation(count) for epoch in np.unique(epochs)
+    }
+    return np.array(
+        [orders[epoch][place] for epoch, place in zip(epochs, places, strict=True)], dtype=np.int64
+    )

@@ -1,0 +1,203 @@
+"""Series as text: what is written reads back, no text breaks the reader, scales see what they say."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from data.llmtime import (
+    Codec,
+    context_percentile,
+    fixed,
+    training_maximum,
+    training_percentile,
+    whole_series_percentile,
+)
+
+codecs = st.integers(0, 6).flatmap(lambda d: st.builds(Codec, st.just(d), st.integers(1, 9)))
+
+
+@st.composite
+def codec_and_values(draw: st.DrawFn) -> tuple[Codec, Any]:
+    codec = draw(codecs)
+    limit = 10.0 ** (15 - codec.decimals) - 1
+    shape = draw(st.tuples(st.integers(0, 5), st.integers(1, 3)))
+    return codec, draw(arrays(np.float64, shape, elements=st.floats(-limit, limit)))
+
+
+def test_a_series_is_written_with_fixed_width_and_reads_back() -> None:
+    values = np.array([[1.234, 0.45], [1.3, 0.5], [12.0, -0.004], [9.996, -0.3]])
+    text = Codec().encode(values)
+    assert text == "1.23,0.45;1.30,0.50;12.00,0.00;10.00,-0.30;"
+    decoded = Codec().decode(text, 2)
+    np.testing.assert_array_equal(decoded.values, [[1.23, 0.45], [1.3, 0.5], [12.0, 0.0], [10.0, -0.3]])
+    np.testing.assert_array_equal(decoded.index, [0, 1, 2, 3])
+    assert (decoded.rejected, decoded.steps) == (0, 4)
+
+
+def test_integer_digits_are_filled_with_zeros_and_no_decimals_have_no_point() -> None:
+    assert Codec(decimals=1, integer_digits=3).encode([[1.25, 1234.5]]) == "001.2,1234.5;"
+    assert Codec(decimals=0, integer_digits=2).encode([[7.0, 110.0]]) == "07,110;"
+
+
+@given(codec_and_values())
+def test_what_is_written_reads_back_to_half_a_unit_in_the_last_place(case: tuple[Codec, Any]) -> None:
+    codec, values = case
+    text = codec.encode(values)
+    decoded = codec.decode(text, values.shape[1])
+    # Half a unit, and the rounding of the decimal number that was written to the nearest float64.
+    error = np.abs(decoded.values - values)
+    assert decoded.values.shape == values.shape
+    assert (error <= 0.5 * 10.0**-codec.decimals + np.spacing(np.abs(values))).all()
+    assert (decoded.rejected, decoded.steps) == (0, len(values))
+    assert codec.encode(decoded.values) == text
+    assert all(float(number) < 0 for number in text.replace(";", ",").split(",") if number.startswith("-"))
+
+
+@given(st.integers(0, 6), st.integers(1, 6), st.integers(1, 4), st.data())
+def test_each_step_has_the_promised_width(
+    decimals: int, whole: int, variables: int, data: st.DataObject
+) -> None:
+    largest = 10.0**whole - 10.0**-decimals
+    values = data.draw(arrays(np.float64, (3, variables), elements=st.floats(0, largest)))
+    codec = Codec(decimals, whole)
+    steps = codec.encode(values).split(";")
+    assert [len(step) + 1 for step in steps[:-1]] == [codec.step_width(variables)] * 3
+
+
+def test_ten_tokens_write_a_step_of_two_variables_with_two_decimals() -> None:
+    assert Codec(decimals=2).step_width(2) == 10
+    assert Codec(decimals=0).step_width(2) == 4
+
+
+def could_have_been_written(step: str, codec: Codec, variables: int) -> bool:
+    try:
+        numbers = [float(number) for number in step.split(",")]
+        return len(numbers) == variables and codec.encode([numbers]) == step + ";"
+    except ValueError:
+        return False
+
+
+pieces = "0 1 7 00 . 1.2 0.45 12.00 - + e _ \u0663".split() + [" ", "\n", *(",;" * 4)]
+near_steps = st.lists(st.sampled_from(pieces), max_size=40).map("".join)
+
+
+@given(
+    st.one_of(st.text(), near_steps),
+    st.builds(Codec, st.integers(0, 2), st.integers(1, 2)),
+    st.integers(1, 2),
+)
+def test_of_any_text_exactly_the_steps_that_could_have_been_written_are_kept(
+    text: str, codec: Codec, variables: int
+) -> None:
+    decoded = codec.decode(text, variables)
+    steps = text.removesuffix(";").split(";") if text else []
+    kept = [i for i, step in enumerate(steps) if could_have_been_written(step, codec, variables)]
+    np.testing.assert_array_equal(decoded.index, kept)
+    assert (decoded.steps, decoded.rejected) == (len(steps), len(steps) - len(kept))
+    assert decoded.values.shape == (len(kept), variables)
+    assert codec.encode(decoded.values) == "".join(steps[i] + ";" for i in kept)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        *(
+            "1.23",
+            "1.23,",
+            "1.23,0.45,0.67",
+            "1.2,0.45",
+            "1.234,0.45",
+            ".23,0.45",
+            "01.23,0.45",
+            "-0.00,0.45",
+        ),
+        *("", "1.23, 0.45", "1.23,0.45\n", "+1.23,0.45", "1.23,nan", "1e9,0.45", "\u0661.23,0.45"),
+        "9" * 5000 + ".00,0.45",
+    ],
+)
+def test_a_malformed_step_is_counted_and_shifts_nothing(step: str) -> None:
+    decoded = Codec().decode(f"1.00,2.00;{step};3.00,4.00;5.00,6.00", 2)
+    np.testing.assert_array_equal(decoded.values, [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    np.testing.assert_array_equal(decoded.index, [0, 2, 3])
+    assert (decoded.rejected, decoded.steps) == (1, 4)
+
+
+def test_a_last_step_counts_if_it_is_complete_and_is_rejected_if_it_is_cut() -> None:
+    assert Codec().decode("1.00,2.00;3.00,4.00", 2).rejected == 0
+    assert Codec().decode("1.00,2.00;3.00,4.0", 2).rejected == 1
+    assert Codec().decode("", 2).steps == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ([[1.0, 2.0], [3.0, np.nan]], "step 1, variable 1 is nan"),
+        ([[np.inf]], "step 0, variable 0 is inf"),
+        ([1.0, 2.0], r"shape \(2,\)"),
+        ([[]], r"shape \(1, 0\)"),
+        ([[1e13]], "less than 1e13 in size with 2 decimals"),
+        ([[-9999999999999.996]], "less than 1e13"),
+        ([[1e300]], "less than 1e13"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_in_one_line(values: Any, problem: str) -> None:
+    with pytest.raises(ValueError, match=problem) as caught:
+        Codec().encode(values)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("decimals", "whole"), [(-1, 1), (2, 0), (10, 6)])
+def test_a_codec_that_float64_cannot_keep_is_refused(decimals: int, whole: int) -> None:
+    with pytest.raises(ValueError, match="together at most 15"):
+        Codec(decimals, whole)
+
+
+def test_the_scale_rules_are_their_formulas() -> None:
+    train = np.random.default_rng(0).gamma(2.0, size=(4, 30, 2))
+    assert fixed(0.5) == 0.5
+    assert training_maximum(train) == train.max() / 9.99
+    assert training_percentile(train, 90.0) == np.percentile(train, 90.0) / 10
+    prey, predator = train[1].T
+    expected = max(np.percentile(prey[:20], 95), np.percentile(predator[:20], 95)) / 10
+    assert context_percentile(train[1], 20) == expected
+    expected = max(np.percentile(prey, 80), np.percentile(predator, 80)) / 10
+    assert whole_series_percentile(train[1], 80) == expected
+
+
+def test_the_context_scale_does_not_see_the_future_and_the_whole_series_scale_does() -> None:
+    series = np.random.default_rng(1).gamma(2.0, size=(30, 2))
+    other_future = series.copy()
+    other_future[20:] = np.nan
+    assert context_percentile(other_future, 20) == context_percentile(series, 20)
+    other_future[20:] = 100.0
+    assert whole_series_percentile(other_future) != whole_series_percentile(series)
+
+
+ZEROS, UNKNOWN = np.zeros((5, 2)), np.full((5, 2), np.nan)
+EMPTY: list[float] = []
+
+
+@pytest.mark.parametrize(
+    ("rule", "arguments"),
+    [
+        *((fixed, (alpha,)) for alpha in (0.0, -1.0, np.nan, np.inf)),
+        *((training_maximum, (train,)) for train in (ZEROS, ZEROS - 1, UNKNOWN, EMPTY)),
+        *((training_percentile, (train,)) for train in (ZEROS, UNKNOWN, EMPTY)),
+        *((context_percentile, (series, 2)) for series in (ZEROS, UNKNOWN, EMPTY, 1.0, [1.0, 2.0])),
+        *((context_percentile, (ZEROS + 1, points)) for points in (0, 6)),
+        *((whole_series_percentile, (series,)) for series in (ZEROS, UNKNOWN, EMPTY, 1.0)),
+        (training_percentile, (ZEROS + 1, 101.0)),
+        (context_percentile, (ZEROS + 1, 2, -1.0)),
+    ],
+)
+def test_a_scale_that_is_not_finite_and_positive_is_refused_in_one_line(
+    rule: Callable[..., float], arguments: tuple[Any, ...]
+) -> None:
+    with pytest.raises(ValueError, match="expected") as caught:
+        rule(*arguments)
+    assert "\n" not in str(caught.value)
