@@ -82,7 +82,7 @@ def could_have_been_written(step: str, codec: Codec, variables: int) -> bool:
         return False
 
 
-pieces = "0 1 7 00 . 1.2 0.45 12.00 - + e _ \u0663".split() + [" ", "\n", *(",;" * 4)]
+pieces = [*"017.-+e_ \n\u0663", "00", "1.2", "0.45", "12.00", *(",;" * 4)]
 near_steps = st.lists(st.sampled_from(pieces), max_size=40).map("".join)
 
 

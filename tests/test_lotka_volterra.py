@@ -161,6 +161,15 @@ def test_an_integrator_that_gives_other_values_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_that_cannot_be_put_in_its_place_leaves_no_draft(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, integrated: list[str]
+) -> None:
+    (tmp_path / "taken.h5").mkdir()
+    with pytest.raises(OSError, match=r"taken\.h5: cannot be written .*expected a writable folder"):
+        rebuild(tmp_path / "taken.h5")
+    assert [path.name for path in tmp_path.iterdir()] == ["taken.h5"]
+
+
 def test_a_folder_that_does_not_exist_cannot_be_written_to(tmp_path: Path, integrated: list[str]) -> None:
     with pytest.raises(OSError, match=r"cannot be written .*expected a writable folder") as caught:
         rebuild(tmp_path / "absent" / "rebuilt.h5")

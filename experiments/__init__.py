@@ -1,0 +1,1 @@
+"""Experiments: training, evaluation, the grid, its budget of FLOPs and its reports."""

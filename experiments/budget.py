@@ -1,0 +1,416 @@
+"""The ledger of FLOPs: what all runs of a project folder reserved, spent and wasted, in one SQLite file.
+
+FLOPs are integers from end to end: 10^17 is above 2^53, where floats begin to skip integers, and below 2^63,
+where SQLite's integers end. Sums are taken in Python, whose integers do not end.
+
+An entry is the work on one cell of one run. Reserving sets its prediction aside before anything runs, so runs
+that race cannot pass the budget together; each step is debited as it is done; settling releases what was not
+needed. A cell that stopped goes on in its old entry: that keeps what the last checkpoint stands for, and the
+rest of what it had spent is wasted. So the settled numbers of a run do not depend on how often it was
+stopped.
+"""
+
+import os
+import sqlite3
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+BUDGET = 10**17
+STAGES = ("training", "validation", "inference")
+
+_INT64 = 2**63 - 1
+_APPLICATION = 0x464C4F50  # "FLOP", in the header field that SQLite keeps for this purpose
+_VERSION = 1
+_PATIENCE = 60  # seconds to wait for another writer
+_SCHEMA = f"""
+CREATE TABLE entries (
+    id INTEGER PRIMARY KEY, run TEXT NOT NULL, cell TEXT NOT NULL,
+    state TEXT NOT NULL CHECK (state IN ('running', 'interrupted', 'failed', 'settled')),
+    pid INTEGER NOT NULL, started TEXT NOT NULL
+);
+CREATE TABLE amounts (
+    entry INTEGER NOT NULL REFERENCES entries (id), stage TEXT NOT NULL CHECK (stage IN {STAGES}),
+    predicted INTEGER NOT NULL CHECK (typeof(predicted) = 'integer' AND predicted >= 0),
+    spent INTEGER NOT NULL CHECK (typeof(spent) = 'integer' AND spent >= 0),
+    wasted INTEGER NOT NULL CHECK (typeof(wasted) = 'integer' AND wasted >= 0),
+    PRIMARY KEY (entry, stage)
+) WITHOUT ROWID;
+"""
+_SELECT = (
+    "SELECT id, run, cell, state, pid, stage, predicted, spent, wasted "
+    "FROM entries JOIN amounts ON entry = id ORDER BY id"
+)
+_HELD = (
+    "EXISTS (SELECT 1 FROM entries "
+    "WHERE id = :entry AND state = 'running' AND pid = :pid AND started = :started)"
+)
+
+
+class BudgetExceeded(ValueError):
+    """The work needs `needed` FLOPs, and `left` are left of the `budget`."""
+
+    def __init__(self, ledger: Path, what: str, needed: int, left: int, budget: int):
+        rest = f"{max(0, left):,} are left of the budget of {budget:,}"
+        super().__init__(f"{ledger}: {what} needs {needed:,} FLOPs, {rest}")
+        self.needed, self.left, self.budget = needed, left, budget
+
+
+class AlreadyRunning(ValueError):
+    """The cell is being worked on by a process that lives."""
+
+
+class Ledger:
+    """A ledger file, made if it is missing; a context manager, for one process.
+
+    Closing it interrupts the entries that were reserved through it and did not end.
+
+    Raises ValueError for a file that is damaged, of a newer version or no ledger, and OSError for one that
+    cannot be read and written."""
+
+    def __init__(self, path: str | Path, budget: int = BUDGET):
+        self.path, self.budget = Path(path), _flops(budget)
+        if not budget:
+            raise ValueError("a budget is at least 1 FLOP, got 0")
+        self._owner = {"pid": os.getpid(), "started": _start_marker(os.getpid())}
+        self._held: set[int] = set()
+        with self._errors():
+            self._database = sqlite3.connect(self.path, timeout=_PATIENCE, isolation_level=None)
+            try:
+                self._prepare()
+            except BaseException:
+                self._database.close()
+                raise
+
+    def __enter__(self) -> "Ledger":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Interrupt what was reserved here and did not end, and close the file."""
+        try:
+            while self._held:
+                self._mark(self._held.pop(), "interrupted")
+        finally:
+            self._database.close()
+
+    def reserve(
+        self, run: str, cell: str, predicted: Mapping[str, int], done: Mapping[str, int] | None = None
+    ) -> int:
+        """Set FLOPs aside for a cell before it runs; return the number of its entry, now "running".
+
+        `predicted` is the whole cell by stage, `done` the part that its last checkpoint stands for. If the
+        newest entry of the cell is unfinished (interrupted, failed, its process dead) it is taken up: its
+        `spent` becomes `done`, and what it had spent beyond that is wasted. So is a settled one if anything
+        is `done`: a process may die after it settled and before it says so in its own files. Otherwise a new
+        entry begins.
+
+        Raises BudgetExceeded if what is still to do does not fit beside what others spent and reserved,
+        AlreadyRunning, and ValueError for a `done` beyond `predicted`; the ledger is then as it was."""
+        whole, kept = _by_stage(predicted), _by_stage(done or {})
+        for stage in STAGES:
+            if kept[stage] > whole[stage]:
+                part = f"{kept[stage]:,} of {whole[stage]:,} FLOPs"
+                raise ValueError(f"{run}/{cell}: done is more than predicted, {part} of {stage}")
+        with self._transaction():
+            entries = self._read()
+            old = self._unfinished(entries, run, cell, anything_done=any(kept.values()))
+            wasted = {stage: old.wasted[stage] + max(0, old.spent[stage] - kept[stage]) for stage in STAGES}
+            others = sum(entry.committed for entry in entries if entry.number != old.number)
+            left = self.budget - others - sum(wasted.values()) - sum(kept.values())
+            needed = sum(whole.values()) - sum(kept.values())
+            if needed > max(0, left):  # a cell with nothing more to do may always settle
+                raise BudgetExceeded(self.path, f"{run}/{cell}", needed, left, self.budget)
+            # A None takes the next free number, and a number that is there is replaced.
+            entry = self._database.execute(
+                "REPLACE INTO entries VALUES (:id, :run, :cell, 'running', :pid, :started)",
+                self._owner | {"id": old.number, "run": run, "cell": cell},
+            ).lastrowid
+            assert entry is not None
+            self._database.executemany(
+                "REPLACE INTO amounts VALUES (?, ?, ?, ?, ?)",
+                [(entry, stage, whole[stage], kept[stage], wasted[stage]) for stage in STAGES],
+            )
+        self._held.add(entry)
+        return entry
+
+    def spend(self, entry: int, stage: str, flops: int) -> None:
+        """Debit FLOPs that were done; beyond the prediction of the stage, from what is left of the budget.
+
+        A kill after this loses nothing; a power cut may lose the last seconds, which the next `done`
+        corrects. Raises BudgetExceeded, and ValueError if this process does not hold the entry; nothing is
+        debited then."""
+        values = self._owner | {"entry": entry, "stage": stage, "flops": _flops(flops)}
+        debit = "UPDATE amounts SET spent = spent + :flops WHERE entry = :entry AND stage = :stage"
+        with self._errors():
+            # Within the reservation, spent and reserved add up to what they did: no other entry matters.
+            within = f"{debit} AND predicted - spent >= :flops AND {_HELD}"
+            if self._database.execute(within, values).rowcount:
+                return
+        with self._transaction():
+            if stage not in STAGES:
+                raise ValueError(f"unknown stage {stage!r}, expected one of {', '.join(STAGES)}")
+            if not self._database.execute(f"SELECT {_HELD}", values).fetchone()[0]:
+                raise ValueError(f"{self.path}: entry {entry} is not held by this process")
+            entries = self._read()
+            mine = next(e for e in entries if e.number == entry)
+            left = self.budget - sum(e.committed for e in entries)
+            beyond = flops - max(0, mine.predicted[stage] - mine.spent[stage])
+            if beyond > left:
+                what = f"{mine.run}/{mine.cell}, beyond its prediction of {stage},"
+                raise BudgetExceeded(self.path, what, beyond, left, self.budget)
+            self._database.execute(debit, values)
+
+    def settle(self, entry: int) -> None:
+        """The cell is finished: keep what was spent, release the rest of the reservation."""
+        self._end(entry, "settled")
+
+    def settle_finished(self, run: str, cell: str, spent: Mapping[str, int]) -> None:
+        """Settle a cell whose result says that it is finished and what it `spent`, if it is not settled yet.
+
+        For a process that was killed after it wrote the result; a cell unknown to the ledger is left."""
+        row = self.latest(run, cell)
+        if row and row["state"] != "settled":
+            self.settle(self.reserve(run, cell, spent, done=spent))
+
+    def interrupt(self, entry: int) -> None:
+        """The cell was stopped: what was spent stays spent, the rest of the reservation is released."""
+        self._end(entry, "interrupted")
+
+    def fail(self, entry: int) -> None:
+        """The cell failed: what was spent stays spent, the rest of the reservation is released."""
+        self._end(entry, "failed")
+
+    def entries(self) -> list[dict[str, Any]]:
+        """Return a row for each entry, oldest first.
+
+        Keys: `id`, `run`, `cell`, `state`, the stages, `wasted`, `total` (stages and wasted) and `reserved`
+        (what a running entry may still spend); all but the first four in FLOPs."""
+        with self._transaction():
+            entries = self._read()
+        return [
+            {"id": entry.number, "run": entry.run, "cell": entry.cell, "state": entry.state}
+            | entry.spent
+            | {"wasted": sum(entry.wasted.values()), "total": entry.total, "reserved": entry.reserved}
+            for entry in entries
+        ]
+
+    def latest(self, run: str, cell: str) -> dict[str, Any] | None:
+        """Return the newest row of `entries` for a cell, or None."""
+        rows = [row for row in self.entries() if (row["run"], row["cell"]) == (run, cell)]
+        return rows[-1] if rows else None
+
+    def totals(self) -> dict[str, int]:
+        """Return FLOPs over all entries.
+
+        Keys: the stages, `wasted`, `spent` (stages and wasted), `settled` (the stages of settled entries
+        alone), `reserved`, `budget`, and `left` = budget - spent - reserved."""
+        return _totals(self.entries(), self.budget)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return `ledger` (its path), `totals` and `entries`, all of one moment."""
+        entries = self.entries()
+        return {"ledger": str(self.path), "totals": _totals(entries, self.budget), "entries": entries}
+
+    def _unfinished(self, entries: list["_Entry"], run: str, cell: str, anything_done: bool) -> "_Entry":
+        """Return the entry that work on this cell goes on with, or a new one without a number."""
+        new = _Entry(None, run, cell)
+        newest = next((e for e in reversed(entries) if (e.run, e.cell) == (run, cell)), new)
+        if newest.state == "running":
+            raise AlreadyRunning(f"{self.path}: {run}/{cell} is already running, in process {newest.pid}")
+        return new if newest.state == "settled" and not anything_done else newest
+
+    def _end(self, entry: int, state: str) -> None:
+        if not self._mark(entry, state):
+            raise ValueError(f"{self.path}: entry {entry} is not held by this process")
+        self._held.discard(entry)
+
+    def _mark(self, entry: int, state: str) -> bool:
+        """Change the state of an entry that this process holds; return whether it does."""
+        values = self._owner | {"state": state, "entry": entry}
+        with self._errors():
+            update = f"UPDATE entries SET state = :state WHERE id = :entry AND {_HELD}"
+            return self._database.execute(update, values).rowcount == 1
+
+    def _read(self) -> list["_Entry"]:
+        """Return all entries, once those of dead processes are marked interrupted; within a transaction."""
+        running = "SELECT id, pid, started FROM entries WHERE state = 'running'"
+        for number, pid, started in self._database.execute(running).fetchall():
+            if _start_marker(pid) != started:
+                self._database.execute("UPDATE entries SET state = 'interrupted' WHERE id = ?", (number,))
+        entries: dict[int, _Entry] = {}
+        for number, run, cell, state, pid, stage, *amounts in self._database.execute(_SELECT):
+            entry = entries.setdefault(number, _Entry(number, run, cell, state, pid))
+            entry.predicted[stage], entry.spent[stage], entry.wasted[stage] = amounts
+        return list(entries.values())
+
+    def _prepare(self) -> None:
+        """Make an empty file a ledger; refuse what is not one."""
+        database = self._database
+        self._write_ahead()
+        database.execute("PRAGMA synchronous = NORMAL")  # no fsync for each debit
+        with self._transaction():
+            (application,) = database.execute("PRAGMA application_id").fetchone()
+            (version,) = database.execute("PRAGMA user_version").fetchone()
+            (tables,) = database.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            if not (application or version or tables):
+                for statement in _SCHEMA.split(";"):
+                    database.execute(statement)
+                database.execute(f"PRAGMA application_id = {_APPLICATION}")
+                database.execute(f"PRAGMA user_version = {_VERSION}")
+            elif application != _APPLICATION:
+                raise ValueError(
+                    f"{self.path}: expected a ledger of FLOPs, got another program's SQLite file"
+                )
+            elif version > _VERSION:
+                raise ValueError(
+                    f"{self.path}: a ledger of version {version}, this program knows up to {_VERSION}"
+                )
+            (fault,) = database.execute("PRAGMA quick_check(1)").fetchone()
+            if fault != "ok":
+                raise sqlite3.DatabaseError(" ".join(fault.split()))
+            database.execute(_SELECT)
+
+    def _write_ahead(self) -> None:
+        """Set WAL mode; SQLite itself does not wait for a writer that began in another mode."""
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                self._database.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with self._errors():
+            # IMMEDIATE: who begins by reading and writes later is refused if another wrote in between.
+            self._database.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._database.execute("COMMIT")
+            except BaseException:
+                if self._database.in_transaction:
+                    self._database.execute("ROLLBACK")
+                raise
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.ProgrammingError:  # a ledger that is closed: no fault of the file
+            raise
+        except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.OperationalError) and "no such" not in str(error):
+                raise OSError(f"{self.path}: the ledger cannot be used ({error})") from error
+            raise ValueError(
+                f"{self.path}: expected a ledger of FLOPs, got a damaged file ({error})"
+            ) from error
+
+
+@dataclass
+class _Entry:
+    number: int | None
+    run: str
+    cell: str
+    state: str = "new"
+    pid: int = 0
+    predicted: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STAGES, 0))
+    spent: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STAGES, 0))
+    wasted: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STAGES, 0))
+
+    @property
+    def total(self) -> int:
+        return sum(self.spent.values()) + sum(self.wasted.values())
+
+    @property
+    def reserved(self) -> int:
+        if self.state != "running":
+            return 0
+        return sum(max(0, self.predicted[stage] - self.spent[stage]) for stage in STAGES)
+
+    @property
+    def committed(self) -> int:
+        """FLOPs that no other entry can have."""
+        return self.total + self.reserved
+
+
+def table(ledger: Ledger) -> str:
+    """Return the ledger as aligned text: a line for each entry, their sum, and the exact totals."""
+    json = ledger.as_json()
+    totals: dict[str, int] = json["totals"]
+    lines = [("run", "cell", "state", *STAGES, "wasted", "total", "share")]
+    last = {"run": "all", "cell": "", "state": ""} | totals | {"total": totals["spent"]}
+    for row in [*json["entries"], last]:
+        amounts = (_short(row[key]) for key in lines[0][3:-1])
+        share = f"{100 * row['total'] / ledger.budget:.4f} %"
+        lines.append((row["run"], row["cell"], row["state"], *amounts, share))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    pads = [str.ljust] * 3 + [str.rjust] * (len(widths) - 3)
+    text = ["  ".join(p(c, w) for p, c, w in zip(pads, line, widths, strict=True)) for line in lines]
+    width = len(f"{ledger.budget:,}")
+    exact = [f"{key:8}  {totals[key]:>{width},} FLOPs" for key in ("spent", "reserved", "left", "budget")]
+    return "\n".join([*text, "", *exact])
+
+
+def bar(ledger: Ledger, width: int = 40) -> str:
+    """Return one line with `#` for the part of the budget that is spent, `=` for reserved, `.` for left."""
+    totals = ledger.totals()
+    spent = min(
+        width, -(-width * totals["spent"] // ledger.budget)
+    )  # rounded up, so that a little can be seen
+    reserved = min(width - spent, -(-width * totals["reserved"] // ledger.budget))
+    shares = (f"{100 * totals[key] / ledger.budget:.2f} % {key}" for key in ("spent", "reserved", "left"))
+    return f"[{'#' * spent}{'=' * reserved}{'.' * (width - spent - reserved)}] {', '.join(shares)}"
+
+
+def _short(flops: int) -> str:
+    return f"{flops:.3e}".replace("e+0", "e").replace("e+", "e") if flops else "0"
+
+
+def _totals(entries: list[dict[str, Any]], budget: int) -> dict[str, int]:
+    totals = {key: sum(row[key] for row in entries) for key in (*STAGES, "wasted", "reserved")}
+    spent = sum(row["total"] for row in entries)
+    settled = sum(row[stage] for row in entries if row["state"] == "settled" for stage in STAGES)
+    left = budget - spent - totals["reserved"]
+    return totals | {"spent": spent, "settled": settled, "budget": budget, "left": left}
+
+
+def _by_stage(amounts: Mapping[str, int]) -> dict[str, int]:
+    for stage in amounts:
+        if stage not in STAGES:
+            raise ValueError(f"unknown stage {stage!r}, expected one of {', '.join(STAGES)}")
+    return {stage: _flops(amounts.get(stage, 0)) for stage in STAGES}
+
+
+def _flops(value: int) -> int:
+    if type(value) is not int or not 0 <= value <= _INT64:
+        raise ValueError(f"FLOPs are integers from 0 to 2^63 - 1, got {value!r}")
+    return value
+
+
+def _start_marker(pid: int) -> str:
+    """Return what tells a process from a later one of its number: "" if it is dead, "?" if none can tell."""
+    if Path("/proc/self/stat").exists():
+        try:
+            stat = (
+                Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            )  # the name can hold blanks
+            boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        except OSError:
+            return ""
+        return "" if stat[0] in "ZX" else f"{boot} {stat[19]}"  # state; start, in ticks since boot
+    try:
+        ps = subprocess.run(["ps", "-o", "stat=,lstart=", "-p", str(pid)], capture_output=True, text=True)
+    except OSError:
+        return "?"
+    state, _, start = ps.stdout.strip().partition(" ")
+    return "" if state.startswith("Z") else start.strip()

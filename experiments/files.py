@@ -1,0 +1,189 @@
+"""Files that are whole or absent: atomic writes, folders that are replaced as one, strict JSON.
+
+A write goes to a temporary sibling, is fsynced, and takes its name by `os.replace`; whoever reads sees the
+old content or the new, also after a kill or a power cut. One process at a time may write a given path.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write `data` to `path` atomically, making the folders above it; a failure leaves no temporary."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+    _fsync(path.parent)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` to `path` as UTF-8, line ends as given, atomically."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as JSON (keys sorted, two spaces) atomically. Raises ValueError for NaN or infinity."""
+    write_text(path, _dumps(path, value, indent=2) + "\n")
+
+
+def write_jsonl(path: str | Path, records: Iterable[dict[str, Any]]) -> None:
+    """Write one JSON object a line atomically: the bytes that `append_jsonl` writes one by one."""
+    write_text(path, "".join(_dumps(path, record) + "\n" for record in records))
+
+
+def append_jsonl(path: str | Path, record: dict[str, Any]) -> None:
+    """Append `record` as one line in one write, once what a killed writer left of its last is cut off."""
+    line = (_dumps(path, record) + "\n").encode()
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        if end:
+            file.seek(end - 1)
+            if file.read(1) != b"\n":
+                end = path.read_bytes().rfind(b"\n") + 1
+                file.truncate(end)
+        if file.write(line) != len(line):  # a full disk may take a part only
+            file.truncate(end)
+            raise OSError(f"{path}: a record could not be written whole")
+
+
+def read_json(path: str | Path) -> Any:
+    """Return the value in a JSON file. Raises a one-line ValueError naming file and fault (NaN is one)."""
+    return _read(path, lambda data: _loads(data, f"{path}: "))
+
+
+def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+    """Return the records of a JSON-lines file, less a last line that a kill left without its newline.
+
+    Raises a one-line ValueError naming file, line and fault."""
+
+    def parse(data: bytes) -> list[dict[str, Any]]:
+        records = []
+        for number, line in enumerate(data.split(b"\n")[:-1], 1):
+            record = _loads(line, f"{path}: line {number}: ")
+            if not isinstance(record, dict):
+                raise ValueError(f"{path}: line {number}: expected an object, got {type(record).__name__}")
+            records.append(record)
+        return records
+
+    return _read(path, parse)
+
+
+def file_digest(path: str | Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal, read in pieces. Raises ValueError if it cannot be read."""
+    try:
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Yield an empty sibling folder that replaces `path` as a whole when the block ends well.
+
+    If the block raises, `path` is what it was. A folder cannot be replaced in one rename, so the old one
+    steps aside to `.NAME.old` for the moment between two renames; after a kill in that moment
+    `recover_folder` puts it back. Call that before reading `path`."""
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path}: expected a folder, got a file")
+    recover_folder(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new, old = _beside(path)
+    try:
+        new.mkdir()
+        yield new
+        for folder, _, names in os.walk(new):
+            for name in names:
+                _fsync(Path(folder, name))
+            _fsync(Path(folder))
+        if path.exists():
+            os.rename(path, old)
+        os.rename(new, path)
+        _fsync(path.parent)
+    except BaseException:
+        with suppress(OSError):  # the first failure is the one to report; a later call can recover
+            recover_folder(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover_folder(path: str | Path) -> bool:
+    """Undo an `atomic_folder(path)` that was killed half-way; return whether there is a folder at `path`."""
+    path = Path(path)
+    new, old = _beside(path)
+    if old.exists() and not path.exists():  # killed between the two renames: the previous folder is whole
+        os.rename(old, path)
+        _fsync(path.parent)
+    for leftover in (new, old):
+        if leftover.exists():
+            shutil.rmtree(leftover)
+    return path.is_dir()
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Remove what killed writers left of files below `folder`, where nobody may be writing now."""
+    for leftover in Path(folder).rglob(".*.tmp"):
+        leftover.unlink()
+
+
+def _beside(path: Path) -> tuple[Path, Path]:
+    return path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _dumps(path: str | Path, value: Any, indent: int | None = None) -> str:
+    try:
+        return json.dumps(value, indent=indent, sort_keys=True, allow_nan=False, ensure_ascii=False)
+    except ValueError as error:
+        raise ValueError(f"{path}: not written, JSON has no NaN and no infinity ({error})") from error
+
+
+def _read(path: str | Path, parse: Callable[[bytes], Any]) -> Any:
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from error
+    return parse(data)
+
+
+def _loads(data: bytes, where: str) -> Any:
+    try:
+        return json.loads(data.decode(), parse_constant=_finite, parse_float=_finite)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}expected UTF-8 text, got byte {data[error.start]:#04x}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}not valid JSON ({error})") from error
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):  # "NaN", "Infinity", and 1e999, which `float` takes for infinity
+        raise ValueError(f"expected a finite number, got {text[:20]}")
+    return value

@@ -1,0 +1,59 @@
+"""FLOPs before anything runs: the model's own forward on the meta device, so the prediction is the model."""
+
+import torch
+
+from lora import add_lora
+from qwen_min import FlopMeter, Qwen, QwenConfig
+from qwen_min.cache import KVCache
+
+
+def predict(config: QwenConfig, batch: int, tokens: int, *, rank: int = 0, cached: int = 0, training: bool = False,
+            convention: str = "coursework", last_only: bool = False) -> FlopMeter:
+    """A meter that has seen one forward of (batch, tokens) after `cached` tokens, without weights or memory.
+
+    Args:
+        config: the model's shape.
+        rank: of LoRA on q and v; 0 for none.
+        training: record the gradients that a LoRA step would need (all parameters' where rank is 0), and the loss.
+        last_only: run the head for the last token alone, as generation does.
+    """
+    with torch.device("meta"):
+        model = Qwen(config)
+        ids = torch.empty(batch, tokens, dtype=torch.int64)
+    if rank:
+        add_lora(model, rank)
+    cache = None
+    if cached:
+        cache = KVCache(config, batch, cached + tokens, device="meta")
+        cache.advance(cached)
+    with FlopMeter(convention) as meter, torch.set_grad_enabled(training):
+        if training and not cached:
+            model.loss(ids, ids)
+        elif last_only:
+            model.head(model.model(ids, cache)[:, -1:])
+        else:
+            model(ids, cache)
+    return meter
+
+
+def generation(config: QwenConfig, batch: int, prompt: int, new: int, *, rank: int = 0) -> int:
+    """Coursework FLOPs of `new` tokens after a prompt of `prompt`, for `batch` sequences.
+
+    The prefill yields the first token and each later one is a forward of one token, whose cost is affine in the
+    tokens attended; so the sum over steps is that of an arithmetic progression.
+    """
+    if new < 1:
+        return 0
+    prefill = predict(config, batch, prompt, rank=rank, last_only=True).total
+    if new == 1:
+        return prefill
+    first, last = (predict(config, batch, 1, rank=rank, cached=c).total for c in (prompt, prompt + new - 2))
+    return prefill + (first + last) * (new - 1) // 2
+
+
+def training_run(config: QwenConfig, *, steps: int, batch: int, context: int, rank: int, validations: int,
+                 validation_windows: int) -> dict[str, int]:
+    """Coursework FLOPs of a cell by ledger stage: `steps` updates, and `validations` passes over the windows."""
+    update = predict(config, batch, context, rank=rank).training if steps else 0
+    window = predict(config, 1, context, rank=rank).total
+    return {"training": steps * update, "validation": validations * validation_windows * window}

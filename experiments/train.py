@@ -1,0 +1,280 @@
+"""One training run: a cell of the grid, from its seed or its last checkpoint to its result."""
+
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from data.windows import Windows, batch_indices
+from experiments import files, predict
+from experiments.budget import Ledger
+from experiments.settings import Settings
+from experiments.task import Task
+from lora import add_lora, save_adapter
+from qwen_min import FlopMeter, Qwen
+
+FEED_FORWARD_AT_ONCE = 2**22
+"""Elements of the widest activation, tokens times feed-forward width, that run at once. A batch is cut into groups of
+whole sequences below it: for the 0.5B model one sequence at a time, which takes a third of the memory and is no slower;
+the pocket model runs its batch whole."""
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+class RunFailed(RuntimeError):
+    """The run cannot go on: its loss or gradient is not finite."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the grid: a learning rate and a rank. Rank 0 is the untrained model, validated once."""
+
+    lr: float
+    rank: int
+
+    @property
+    def name(self) -> str:
+        return f"lr{self.lr:g}-r{self.rank}" if self.rank else "untrained"
+
+
+def load_model(settings: Settings) -> Qwen:
+    """The base model of a run, frozen."""
+    model = Qwen.from_pretrained(settings.model, settings.weight_dtype, settings.device, settings.revision or None,
+                                 settings.offline, compute_dtype=settings.compute_dtype)
+    return model.requires_grad_(False)
+
+
+def predicted(settings: Settings, cell: Cell, config, validation_windows: int) -> dict[str, int]:
+    """FLOPs of a cell by ledger stage, before it runs."""
+    steps = settings.steps if cell.rank else 0
+    return predict.training_run(config, steps=steps, batch=settings.batch_size, context=settings.context,
+                                rank=cell.rank, validations=max(1, math.ceil(steps / settings.val_every)),
+                                validation_windows=validation_windows)
+
+
+def groups(model: Qwen, windows: Windows, chosen) -> Iterator[tuple[Tensor, Tensor]]:
+    """The chosen windows as (inputs, targets), each (B, T) on the model's device, a few sequences at a time."""
+    tokens = windows.inputs.shape[1]
+    rows = max(1, FEED_FORWARD_AT_ONCE // (tokens * model.config.intermediate_size))
+    for start in range(0, len(chosen), rows):
+        part = chosen[start : start + rows]
+        inputs, targets = (torch.from_numpy(a[part]).to(model.device) for a in (windows.inputs, windows.targets))
+        yield inputs, targets
+
+
+@torch.no_grad()
+def validation_loss(model: Qwen, windows: Windows) -> float:
+    """Mean cross-entropy in nats per real token over all windows."""
+    model.eval()
+    total, count = 0.0, 0
+    for inputs, targets in groups(model, windows, range(len(windows))):
+        loss, real = model.loss(inputs, targets)
+        total, count = total + loss.item(), count + real
+    return total / count
+
+
+def training_step(model: Qwen, windows: Windows, chosen, optimizer: torch.optim.Optimizer) -> tuple[float, float]:
+    """One update; returns the mean loss per real token of the batch and the norm of its gradient.
+
+    Gradients accumulate over groups of sequences, each weighted by its share of the batch's real tokens.
+
+    Raises:
+        RunFailed: the loss or the gradient is not finite; the parameters are then as they were.
+    """
+    model.train()
+    optimizer.zero_grad(set_to_none=True)
+    real = int((windows.targets[chosen] != -100).sum())
+    total = 0.0
+    for inputs, targets in groups(model, windows, chosen):
+        loss, _ = model.loss(inputs, targets)
+        (loss / real).backward()
+        total += loss.item()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).item()
+    if not (math.isfinite(total) and math.isfinite(norm)):
+        raise RunFailed(f"the loss is {total / real:g} and the norm of its gradient {norm:g}: expected finite "
+                        "numbers; a lower learning rate may help")
+    optimizer.step()
+    return total / real, norm
+
+
+def run_cell(task: Task, cell: Cell, folder: Path, ledger: Ledger, run: str, progress: Progress) -> dict[str, Any]:
+    """Train and validate one cell in `folder`, from where it stopped; returns its `result.json`.
+
+    A finished cell is left as it is. FLOPs are reserved before the model is loaded, debited as they are spent and
+    settled at the end.
+
+    Raises:
+        BudgetExceeded: before anything ran. RunFailed: the loss is not finite. KeyboardInterrupt: stopped by a
+        signal, with a checkpoint behind the step that was running.
+    """
+    result = folder / "result.json"
+    if result.is_file():
+        return files.read_json(result)
+    settings, windows = task.settings, task.validation_windows
+    folder.mkdir(parents=True, exist_ok=True)
+    files.recover_folder(folder / "checkpoint")
+    model = load_model(settings)
+    expected = predicted(settings, cell, model.config, len(windows))
+    state = _State(model, cell, settings)
+    metrics = state.resume(folder)
+    entry = ledger.reserve(run, cell.name, expected, done=state.flops)
+    try:
+        with stoppable() as stopped:
+            while state.validated_at < state.steps:
+                if state.step < state.steps:
+                    record = state.train(task, ledger, entry)
+                    metrics.append(record)
+                    files.append_jsonl(folder / "metrics.jsonl", record)
+                if state.step % settings.val_every == 0 or state.step == state.steps:
+                    record = state.validate(windows, ledger, entry)
+                    metrics.append(record)
+                    files.append_jsonl(folder / "metrics.jsonl", record)
+                    state.save(folder)
+                progress({"cell": cell.name, "steps": state.steps} | record)
+                if stopped() and state.step < state.steps:
+                    state.save(folder)
+                    raise KeyboardInterrupt
+    except RunFailed as e:
+        ledger.fail(entry)
+        raise RunFailed(f"{folder}: step {state.step + 1}: {e}") from None
+    summary = _summary(task, cell, model, metrics, state.flops, expected)
+    if cell.rank:
+        with files.atomic_folder(folder / "adapter") as adapter:
+            save_adapter(model, adapter, base=settings.model)
+    files.write_json(result, summary)
+    ledger.settle(entry)
+    return summary
+
+
+class _State:
+    """What a checkpoint holds: LoRA matrices, Adam's moments, the random state, the step, the FLOPs so far."""
+
+    def __init__(self, model: Qwen, cell: Cell, settings: Settings):
+        self.model, self.step, self.steps = model, 0, settings.steps if cell.rank else 0
+        self.validated_at = -1
+        self.flops = {"training": 0, "validation": 0}
+        self.batch, self.seed = settings.batch_size, settings.seed
+        torch.manual_seed(settings.seed)
+        if cell.rank:
+            add_lora(model, cell.rank, dropout=settings.dropout, seed=settings.seed)
+            trainable = [p for p in model.parameters() if p.requires_grad]
+            self.optimizer = torch.optim.Adam(trainable, lr=cell.lr)
+
+    def train(self, task: Task, ledger: Ledger, entry: int) -> dict[str, Any]:
+        """One step; returns its line of `metrics.jsonl`."""
+        chosen = batch_indices(len(task.train_windows), self.batch, self.step, self.seed)
+        with FlopMeter() as meter:
+            loss, norm = training_step(self.model, task.train_windows, chosen, self.optimizer)
+        self._spend(ledger, entry, "training", meter.training)
+        self.step += 1
+        return {"step": self.step, "loss": loss, "gradient_norm": norm} | self.flops
+
+    def validate(self, windows: Windows, ledger: Ledger, entry: int) -> dict[str, Any]:
+        """One pass over the validation windows; returns its line of `metrics.jsonl`."""
+        with FlopMeter() as meter:
+            loss = validation_loss(self.model, windows)
+        self._spend(ledger, entry, "validation", meter.total)
+        self.validated_at = self.step
+        return {"step": self.step, "validation_loss": loss} | self.flops
+
+    def _spend(self, ledger: Ledger, entry: int, stage: str, flops: int) -> None:
+        self.flops[stage] += flops
+        ledger.spend(entry, stage, flops)
+
+    def save(self, folder: Path) -> None:
+        """Write the checkpoint of this step; the previous one stays until it is whole."""
+        if not self.steps:
+            return
+        with files.atomic_folder(folder / "checkpoint") as new:
+            save_file(self._tensors(), new / "state.safetensors")
+            files.write_json(new / "state.json", {"step": self.step, "flops": self.flops})
+
+    def resume(self, folder: Path) -> list[dict[str, Any]]:
+        """Go back to the last checkpoint, if there is one; returns the metrics up to it, and drops later ones."""
+        checkpoint, path = folder / "checkpoint", folder / "metrics.jsonl"
+        metrics: list[dict[str, Any]] = []
+        if self.steps and checkpoint.is_dir():
+            saved = files.read_json(checkpoint / "state.json")
+            self._load(checkpoint / "state.safetensors")
+            self.step, self.flops = saved["step"], saved["flops"]
+            self.validated_at = self.step  # the last step's checkpoint is written behind its validation
+            metrics = [m for m in files.read_jsonl(path) if m["training"] + m["validation"] <= sum(self.flops.values())]
+        files.write_jsonl(path, metrics)
+        return metrics
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {"random_state": torch.get_rng_state()}
+        for name, parameter in self._trainable():
+            tensors[name] = parameter.detach()
+            for kind, value in self.optimizer.state[parameter].items():
+                tensors[f"{name}/{kind}"] = value
+        return tensors
+
+    def _load(self, path: Path) -> None:
+        try:
+            held = load_file(path)
+            with torch.no_grad():
+                for name, parameter in self._trainable():
+                    parameter.copy_(held[name])
+                    self.optimizer.state[parameter] = {
+                        kind: held[f"{name}/{kind}"].to(parameter.device if kind != "step" else "cpu")
+                        for kind in ("step", "exp_avg", "exp_avg_sq")}
+            torch.set_rng_state(held["random_state"])
+        except (SafetensorError, OSError, KeyError, RuntimeError) as e:
+            raise ValueError(f"{path}: cannot be read ({' '.join(str(e).split())[:120]}): expected a checkpoint of "
+                             "this run; delete its cell's folder to begin again") from None
+
+    def _trainable(self) -> Iterator[tuple[str, Tensor]]:
+        return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+
+
+def _summary(task: Task, cell: Cell, model: Qwen, metrics, flops, expected) -> dict[str, Any]:
+    """`result.json`: nothing in it depends on the clock, so a resumed run writes the same bytes."""
+    losses = [m["loss"] for m in metrics if "loss" in m]
+    validation = [m for m in metrics if "validation_loss" in m]
+    best = min(validation, key=lambda m: m["validation_loss"])
+    return {
+        "cell": cell.name, "lr": cell.lr, "rank": cell.rank, "steps": len(losses), "label": task.settings.label,
+        "validation_loss": validation[-1]["validation_loss"], "best_validation_loss": best["validation_loss"],
+        "best_step": best["step"], "first_loss": losses[0] if losses else None,
+        "last_losses_mean": sum(losses[-10:]) / len(losses[-10:]) if losses else None,
+        "flops": flops, "predicted_flops": expected, "convention": "coursework",
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "train_windows": len(task.train_windows), "validation_windows": len(task.validation_windows),
+        "validation_tokens": task.validation_windows.real_tokens, "data_sha256": task.dataset.digest,
+    }
+
+
+@contextmanager
+def stoppable() -> Iterator[Callable[[], bool]]:
+    """Let Ctrl-C and SIGTERM ask for a stop: inside, the yielded function says whether one has.
+
+    A second Ctrl-C interrupts at once. Outside of the main thread, where no signal arrives, nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    asked = False
+
+    def ask(number, frame) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,132 @@
+"""Fixtures that several test files share: small shapes, models with random weights, and references to compare with.
+
+Random means random everywhere: biases, and norm weights around 1. With the initial values (bias 0, norm 1) a model
+whose two norms are swapped and whose biases are all dropped still agrees with the reference to 9e-8.
+"""
+
+import json
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qwen_min import Qwen, QwenConfig
+
+TINY: dict[str, Any] = {
+    "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 6,
+    "num_key_value_heads": 2, "rope_theta": 1e4, "rms_norm_eps": 1e-6, "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Products this small only wait for a second thread: with one, these tests take a quarter of the time."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def same_draws_in_every_test() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def make_config() -> Callable[..., QwenConfig]:
+    """A tiny configuration (3 query heads to a key/value head), with any field changed."""
+    return lambda **fields: QwenConfig(**(TINY | fields))
+
+
+@pytest.fixture(scope="session")
+def shape_of_seed() -> Callable[[int], dict[str, Any]]:
+    """A random small shape: seed 0 has H = K, seed 1 has K = 1, the others draw; head tied in every other one."""
+
+    def shape(seed: int) -> dict[str, Any]:
+        draw = random.Random(seed)
+        kv_heads, group = draw.choice([(1, 4), (2, 2), (2, 3), (3, 2), (1, 7), (4, 2)])
+        if seed < 2:
+            kv_heads, group = [(4, 1), (1, 5)][seed]
+        heads = kv_heads * group
+        return {
+            "vocab_size": draw.randint(40, 300), "hidden_size": heads * draw.choice([4, 6, 8, 16]),
+            "intermediate_size": draw.randint(20, 150), "num_hidden_layers": draw.randint(1, 4),
+            "num_attention_heads": heads, "num_key_value_heads": kv_heads,
+            "rope_theta": draw.choice([1e3, 1e4, 1e6]), "rms_norm_eps": draw.choice([1e-6, 1e-5, 1e-2]),
+            "max_position_embeddings": 128, "tie_word_embeddings": seed % 2 == 1,
+        }
+
+    return shape
+
+
+def _randomise(model: torch.nn.Module, seed: int) -> None:
+    """Matrices that keep activations near 1, biases of half that size, norm weights around 1."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in name:
+                parameter.copy_(1 + 0.3 * noise)
+            elif parameter.ndim == 1:
+                parameter.copy_(0.5 * noise)
+            else:
+                parameter.copy_(noise * parameter.shape[1] ** -0.5)
+
+
+@pytest.fixture(scope="session")
+def randomise() -> Callable[[torch.nn.Module, int], None]:
+    return _randomise
+
+
+@pytest.fixture
+def random_model(make_config) -> Callable[..., Qwen]:
+    """A tiny model of ours with random weights; fields of its configuration can be changed."""
+
+    def build(seed: int = 0, attention: str = "fused", **fields: Any) -> Qwen:
+        model = Qwen(make_config(**fields), attention).eval()
+        _randomise(model, seed)
+        return model
+
+    return build
+
+
+@pytest.fixture
+def reference(tmp_path) -> Callable[..., tuple[Path, Any]]:
+    """Transformers' own Qwen2 with random weights, and the folder it was saved in.
+
+    `generation` 5 leaves config.json as transformers 5 writes it (rope_parameters, dtype); 4 rewrites it as
+    transformers 4 did (rope_theta, torch_dtype). `sharded` splits the weights into many files with an index.
+    """
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    def build(shape: dict[str, Any] | None = None, seed: int = 0, generation: int = 5, sharded: bool = False):
+        fields = TINY | (shape or {})
+        theta = fields["rope_theta"]
+        config = Qwen2Config(**({name: value for name, value in fields.items() if name != "rope_theta"}
+                                | {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}))
+        model = Qwen2ForCausalLM._from_config(config, attn_implementation="eager").eval()
+        _randomise(model, seed)
+        model.generation_config.eos_token_id = None
+        folder = tmp_path / f"reference-{seed}-{generation}-{sharded}"
+        model.save_pretrained(folder, max_shard_size="30KB" if sharded else "5GB")
+        assert (folder / "model.safetensors").is_file() != sharded, "the fixture did not write what was asked"
+        if generation == 4:
+            path = folder / "config.json"
+            written = json.loads(path.read_text())
+            del written["rope_parameters"]
+            written["torch_dtype"] = written.pop("dtype")
+            path.write_text(json.dumps(written | {"rope_theta": theta}))
+        return folder, model
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def real_checkpoint() -> Path:
+    """The folder of official weights that QWEN_MIN_CHECKPOINT names; without it the test is skipped."""
+    folder = os.environ.get("QWEN_MIN_CHECKPOINT")
+    if not folder:
+        pytest.skip("QWEN_MIN_CHECKPOINT is not set: expected a folder with Qwen2.5-0.5B's weights")
+    return Path(folder)

@@ -1,0 +1,265 @@
+"""One code path for full, chunked, one-token and padded passes; and generation on top of it."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from qwen_min.cache import KVCache
+from qwen_min.generate import sample
+
+TOLERANCE = 1e-5
+"""Logits are near 1; other products' shapes sum in another order: 3e-6 was the most seen."""
+
+LENGTHS = [1, 2, 3, 5, 8, 11, 13, 17]
+
+
+def close(got: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(got, expected, atol=TOLERANCE, rtol=0)
+
+
+def prompts(lengths: list[int], vocabulary: int = 97) -> list[list[int]]:
+    return [torch.randint(vocabulary, (n,)).tolist() for n in lengths]
+
+
+def left_padded(rows: list[list[int]], pad: int = 5) -> tuple[Tensor, Tensor]:
+    longest = max(map(len, rows))
+    return (torch.tensor([[pad] * (longest - len(r)) + r for r in rows]),
+            torch.tensor([longest - len(r) for r in rows]))
+
+
+@torch.inference_mode()
+def in_chunks(model, ids: Tensor, sizes: list[int], padding: Tensor | None = None) -> Tensor:
+    """The logits of all tokens, from passes of the given sizes over one cache."""
+    cache = KVCache(model.config, ids.shape[0], ids.shape[1])
+    assert sum(sizes) == ids.shape[1]
+    return torch.cat([model(part, cache, padding) for part in ids.split(sizes, dim=1)], dim=1)
+
+
+@pytest.mark.parametrize("attention", ["fused", "explicit"])
+@pytest.mark.parametrize("sizes", [[17], [1] * 17, [7, 1, 9], [1, 15, 1], [2, 3, 12], [16, 1]], ids=str)
+@torch.inference_mode()
+def test_a_chunked_pass_equals_the_full_one(sizes, attention, random_model):
+    model = random_model(attention=attention)
+    ids = torch.tensor(prompts([17, 17]))
+    close(in_chunks(model, ids, sizes), model(ids))
+
+
+@pytest.mark.parametrize("attention", ["fused", "explicit"])
+@torch.inference_mode()
+def test_the_mask_of_a_chunk_is_aligned_to_the_bottom_right(attention, random_model):
+    """The kernel's own `is_causal` aligns the triangle to the top left: a token of a chunk would see too little."""
+    model = random_model(attention=attention)
+    ids = torch.tensor(prompts([12]))
+    changed = ids.clone()
+    changed[0, 8] = (changed[0, 8] + 1) % 97
+    before, after = in_chunks(model, ids, [5, 7]), in_chunks(model, changed, [5, 7])
+    assert torch.equal(before[0, :8], after[0, :8])  # no token sees a later one
+    assert ((before - after)[0, 8:].abs().amax(-1) > 1e-3).all()  # each later token sees it
+
+
+@pytest.mark.parametrize("attention", ["fused", "explicit"])
+@pytest.mark.parametrize("sizes", [[17], [1] * 17, [7, 1, 9], [15, 2]], ids=str)
+@torch.inference_mode()
+def test_a_left_padded_batch_equals_each_row_alone(sizes, attention, random_model):
+    model = random_model(attention=attention)
+    rows = prompts(LENGTHS)
+    ids, padding = left_padded(rows)
+    logits = in_chunks(model, ids, sizes, padding)
+    for row, tokens in enumerate(rows):
+        close(logits[row, -len(tokens):], model(torch.tensor([tokens]))[0])
+
+
+@torch.inference_mode()
+def test_padding_is_never_looked_at_and_gives_no_nan(random_model):
+    model = random_model()
+    rows = prompts([3, 9])
+    (one, padding), (other, _) = left_padded(rows, pad=5), left_padded(rows, pad=60)
+    assert torch.equal(model(one, padding=padding)[0, -3:], model(other, padding=padding)[0, -3:])
+    assert model(one, padding=padding).isfinite().all()
+
+
+@torch.inference_mode()
+def test_fused_and_explicit_attention_are_equal_with_every_mask(random_model):
+    fused, explicit = random_model(attention="fused"), random_model(attention="explicit")
+    ids, padding = left_padded(prompts(LENGTHS))
+    close(fused(ids), explicit(ids))
+    close(fused(ids, padding=padding), explicit(ids, padding=padding))
+    close(in_chunks(fused, ids, [4, 13], padding), in_chunks(explicit, ids, [4, 13], padding))
+
+
+def test_a_full_cache_names_what_is_needed_and_what_it_has(make_config, random_model):
+    model, cache = random_model(), KVCache(make_config(), batch=1, capacity=6)
+    with torch.inference_mode():
+        model(torch.tensor([[1, 2, 3, 4]]), cache)
+        with pytest.raises(ValueError, match="4 tokens and 3 more need 7 places: it has 6"):
+            model(torch.tensor([[1, 2, 3]]), cache)
+        assert cache.length == 4
+        model(torch.tensor([[1, 2]]), cache)  # what was refused has changed nothing: two more still fit
+        with pytest.raises(ValueError, match="made for 1 sequences: got 2"):
+            model(torch.tensor([[1], [2]]), cache)
+
+
+def test_the_cache_counts_a_forward_once_and_returns_views(make_config, random_model):
+    model, cache = random_model(), KVCache(make_config(), batch=1, capacity=6)
+    with torch.inference_mode():
+        model(torch.tensor([[1, 2, 3]]), cache)
+    assert cache.length == 3
+    keys, values = cache.append(1, *(torch.zeros(1, 2, 2, 8) for _ in "kv"))
+    assert keys.shape == values.shape == (1, 2, 5, 8) and keys.data_ptr() == cache.keys[1].data_ptr()
+
+
+def test_a_context_beyond_the_positions_of_the_model_is_refused(random_model):
+    model = random_model(max_position_embeddings=8)
+    with pytest.raises(ValueError, match="9 tokens are too long: .*max_position_embeddings, which is 8"):
+        model(torch.zeros(1, 9, dtype=torch.int64))
+    with pytest.raises(ValueError, match="9 tokens are too long"):
+        model.generate([[1, 2, 3]], max_new_tokens=7)
+    assert len(model.generate([[1, 2, 3]], max_new_tokens=6)[0]) == 9  # the last token is not read, so it fits
+
+
+@pytest.mark.parametrize("attention", ["fused", "explicit"])
+def test_a_padded_batch_generates_what_each_prompt_does_alone(attention, random_model):
+    model = random_model(attention=attention)
+    rows = prompts(LENGTHS)
+    together = model.generate(rows, max_new_tokens=15)
+    assert together == [model.generate([row], max_new_tokens=15)[0] for row in rows]
+
+
+def test_generation_equals_argmax_over_full_passes(random_model):
+    model = random_model()
+    ids = torch.tensor(prompts([6, 6]))
+    expected = ids
+    with torch.inference_mode():
+        for _ in range(10):
+            expected = torch.cat([expected, model(expected)[:, -1].argmax(-1, keepdim=True)], dim=1)
+    assert torch.equal(model.generate(ids, max_new_tokens=10), expected)
+
+
+def test_new_tokens_cost_one_forward_each(random_model):
+    model, seen = random_model(), []
+    model.model.register_forward_pre_hook(lambda module, arguments: seen.append(tuple(arguments[0].shape)))
+    model.generate([[1, 2, 3, 4], [5]], max_new_tokens=5)
+    assert seen == [(2, 4), (2, 1), (2, 1), (2, 1), (2, 1)]
+
+
+def test_a_tensor_of_prompts_gives_a_tensor_and_a_list_gives_lists(random_model):
+    model = random_model()
+    ids = torch.tensor(prompts([4, 4, 4]), dtype=torch.int32)
+    got = model.generate(ids, max_new_tokens=7)
+    assert got.shape == (3, 11) and got.dtype == torch.int32 and torch.equal(got[:, :4], ids)
+    assert model.generate(ids.tolist(), max_new_tokens=7) == got.tolist()
+    assert model.generate(ids, max_new_tokens=0).tolist() == ids.tolist()
+    got += 1  # an ordinary tensor, which the caller may change
+
+
+def test_a_stop_token_ends_its_own_prompt_and_is_kept(random_model):
+    model = random_model()
+    rows = prompts([5, 3, 6])
+    free = model.generate(rows, max_new_tokens=12)
+    stop = free[0][5 + 4]  # the fifth new token of the first prompt
+    stopped = model.generate(rows, max_new_tokens=12, stop=[stop])
+    for row, whole, cut in zip(rows, free, stopped, strict=True):
+        new = whole[len(row):]
+        assert cut == row + (new[: new.index(stop) + 1] if stop in new else new)
+    assert len(stopped[0]) <= 10
+
+
+def test_a_stopped_row_of_a_tensor_is_filled_up_and_all_stopped_ends_early(random_model):
+    model = random_model()
+    ids = torch.tensor(prompts([5, 5]))
+    free = model.generate(ids, max_new_tokens=12)
+    first, second = free[0, 5].item(), free[1, 7].item()
+    got = model.generate(ids, max_new_tokens=12, stop=[first, second], pad_id=33)
+    ends = [next(i for i, t in enumerate(row[5:].tolist()) if t in (first, second)) for row in free]
+    assert got.shape == (2, 5 + max(ends) + 1)
+    for row, end in enumerate(ends):
+        assert torch.equal(got[row, : 6 + end], free[row, : 6 + end]) and (got[row, 6 + end:] == 33).all()
+
+
+def test_nothing_stops_unless_it_is_passed(random_model):
+    model = random_model()
+    assert all(len(row) == len(p) + 40 for p in prompts([2, 6]) for row in model.generate([p], max_new_tokens=40))
+
+
+def test_a_seed_repeats_a_sample_and_another_seed_does_not(random_model):
+    model = random_model()
+    draws = [model.generate([[1, 2, 3]], max_new_tokens=30, temperature=1.0, seed=seed) for seed in (7, 7, 8)]
+    assert draws[0] == draws[1] != draws[2]
+    state = torch.get_rng_state()
+    model.generate([[1, 2, 3]], max_new_tokens=3, temperature=1.0, seed=7)
+    assert torch.equal(torch.get_rng_state(), state)  # torch's global generator is left alone
+
+
+@pytest.mark.parametrize("temperature", [1e-4, 1e-30, 1e-300, 5e-324])
+def test_a_temperature_towards_zero_is_greedy(temperature, random_model):
+    """A division by a tiny temperature once overflowed to infinity, and the softmax to NaN."""
+    model = random_model()
+    rows = prompts(LENGTHS)
+    assert (model.generate(rows, max_new_tokens=10, temperature=temperature, seed=0)
+            == model.generate(rows, max_new_tokens=10))
+
+
+def draws(logits: list[float], temperature: float, top_p: float, number: int = 20000) -> Tensor:
+    """Relative frequency of each token over many samples of the same logits."""
+    rows = torch.tensor(logits).expand(number, -1)
+    tokens = sample(rows, temperature, top_p, torch.Generator().manual_seed(1))
+    return torch.bincount(tokens, minlength=len(logits)) / number
+
+
+def test_sampling_draws_from_the_softmax_at_a_temperature():
+    logits = [2.0, 0.0, 1.0, -1.0]
+    for temperature in (0.5, 1.0, 2.0):
+        expected = (torch.tensor(logits) / temperature).softmax(-1)
+        # 20,000 draws: the standard error is at most .0035, and this is four of them
+        torch.testing.assert_close(draws(logits, temperature, 1.0), expected, atol=0.015, rtol=0)
+
+
+@pytest.mark.parametrize(("top_p", "kept"), [(0.05, 1), (0.39, 1), (0.41, 2), (0.69, 2), (0.71, 3), (0.91, 4)])
+def test_top_p_keeps_the_smallest_set_of_likeliest_tokens_with_that_mass(top_p, kept):
+    order = [3, 0, 4, 1, 2]  # of likelihood: .4, .3, .2, .08, .02
+    probabilities = torch.empty(5)
+    probabilities[order] = torch.tensor([0.4, 0.3, 0.2, 0.08, 0.02])
+    inside = torch.zeros(5)
+    inside[order[:kept]] = 1
+    expected = probabilities * inside / (probabilities * inside).sum()
+    torch.testing.assert_close(draws(probabilities.log().tolist(), 1.0, top_p), expected, atol=0.015, rtol=0)
+
+
+def test_top_p_acts_after_the_temperature():
+    logits = [2.0, 1.0, 0.0]  # at temperature 1 the first has .665 of the mass, at 10 only .367
+    assert draws(logits, 1.0, 0.6)[0] == 1 and draws(logits, 10.0, 0.6)[1] > 0.4
+
+
+@pytest.mark.parametrize(("ids", "options", "message"), [
+    ([], {}, "prompts are empty"),
+    ([[1], []], {}, "prompts are empty"),
+    (torch.tensor([1, 2]), {}, "prompts are empty or not"),
+    (torch.empty(1, 0, dtype=torch.int64), {}, "prompts are empty"),
+    ([[1, 97]], {}, "token 97 is outside of the vocabulary: expected 0 to 96"),
+    ([[-1]], {}, "token -1 is outside"),
+    ([[1]], {"stop": [97]}, "token 97 is outside"),
+    ([[1]], {"pad_id": -5}, "token -5 is outside"),
+    ([[1]], {"temperature": -0.1}, "temperature is -0.1: expected 0"),
+    ([[1]], {"temperature": float("nan")}, "temperature is nan: expected 0"),
+    ([[1]], {"temperature": float("inf")}, "temperature is inf: expected 0"),
+    ([[1]], {"top_p": 0.0}, "top_p is 0.0: expected more than 0"),
+    ([[1]], {"top_p": 1.01}, "top_p is 1.01: expected more than 0, at most 1"),
+], ids=str)
+def test_a_bad_prompt_or_option_is_refused_with_what_was_expected(ids, options, message, random_model):
+    with pytest.raises(ValueError, match=message):
+        random_model().generate(ids, max_new_tokens=2, **options)
+
+
+def test_a_negative_number_of_tokens_is_refused(random_model):
+    with pytest.raises(ValueError, match="max_new_tokens is -1: expected 0 or more"):
+        random_model().generate([[1]], max_new_tokens=-1)
+
+
+def test_every_length_around_a_chunk_boundary_gives_the_same_tokens(random_model):
+    """Prefill and decode meet at every prompt length: none is off by one."""
+    model = random_model()
+    whole = model.generate([[4]], max_new_tokens=24)[0]
+    for cut in itertools.chain(range(1, 10), (16, 24)):
+        assert model.generate([whole[:cut]], max_new_tokens=25 - cut)[0] == whole

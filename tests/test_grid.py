@@ -1,0 +1,212 @@
+"""The main job, end to end, on the pocket model and a small data set; stopped, resumed, refused."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from experiments import run
+from experiments.budget import Ledger
+from qwen_min import FlopMeter, Qwen
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["--steps", "6", "--val-every", "2", "--context", "64", "--batch-size", "2", "--val-series", "2"]
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """Twenty damped waves of 30 points."""
+    time_, draw = np.linspace(0, 60, 30), np.random.RandomState(0)
+    phases = draw.uniform(0, 6, (20, 1, 2))
+    series = 2 + np.exp(-time_ / 60)[:, None] * np.sin(time_[:, None] / 3 + phases)
+    path = tmp_path / "waves.h5"
+    with h5py.File(path, "w") as file:
+        file["trajectories"], file["time"] = series.astype(np.float32), time_
+    return path
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Ledger and runs land in a folder of the test's own."""
+    monkeypatch.chdir(tmp_path)
+
+
+def grid(data: Path, out: str, *more: str) -> int:
+    return run.main(["grid", "--data", str(data), "--lr", "1e-3", "1e-2", "--ranks", "2", "4", "--out", out,
+                     *SMALL, *more])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a run that must not depend on when or how often it was started."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*"))
+            if p.is_file() and p.name not in ("manifest.json", ".owner", ".lock", "config.toml", "results.md")}
+
+
+def test_the_grid_trains_every_cell_and_its_flops_equal_the_prediction(data, capsys):
+    assert grid(data, "grid") == 0
+    results = [json.loads(p.read_text()) for p in sorted(Path("grid/cells").glob("*/result.json"))]
+    assert [(r["lr"], r["rank"]) for r in results] == [(0.001, 2), (0.001, 4), (0.01, 2), (0.01, 4)]
+    untrained = json.loads(Path("grid/untrained/result.json").read_text())
+    for result in results:
+        assert result["flops"] == result["predicted_flops"]
+        assert result["validation_loss"] < untrained["validation_loss"]
+        assert result["label"] == "toy: the pocket model"
+    rows = list(csv.DictReader(Path("grid/results.csv").open()))
+    assert [row["cell"] for row in rows] == ["untrained", "lr0.001-r2", "lr0.01-r2", "lr0.001-r4", "lr0.01-r4"]
+    assert {p.name for p in Path("grid/figures").iterdir()} == {
+        "loss_by_step.png", "loss_by_flops.png", "validation_loss.png"}
+    printed = capsys.readouterr().out
+    for result in results:
+        assert f"{result['validation_loss']:.4f}" in printed
+    with Ledger(Path("ledger.sqlite")) as ledger:
+        totals = ledger.totals()
+    assert totals["training"] == sum(r["flops"]["training"] for r in results)
+    assert totals["validation"] == sum(r["flops"]["validation"] for r in [untrained, *results])
+    assert totals["wasted"] == totals["reserved"] == 0
+
+
+def test_a_finished_grid_started_again_changes_nothing(data):
+    assert grid(data, "grid") == 0
+    before, stamps = contents(Path("grid")), {p: p.stat().st_mtime_ns for p in Path("grid/cells").rglob("*")}
+    assert grid(data, "grid") == 0
+    assert contents(Path("grid")) == before
+    assert {p: p.stat().st_mtime_ns for p in Path("grid/cells").rglob("*")} == stamps
+    with Ledger(Path("ledger.sqlite")) as ledger:
+        assert len(ledger.entries()) == 5
+
+
+def command(data: Path, out: str) -> list[str]:
+    return [sys.executable, "-m", "experiments.run", "train", "--data", str(data), "--lr", "5e-3", "--rank", "2",
+            "--out", out, *SMALL, "--steps", "400", "--val-every", "20", "--dropout", "0.1"]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def stop_after(data: Path, out: str, steps: int, how: signal.Signals) -> int:
+    """Start a run in a process of its own and send it a signal once it has done `steps` steps."""
+    metrics = Path(out) / "cells" / "lr0.005-r2" / "metrics.jsonl"
+    process = subprocess.Popen(command(data, out), env=environment(), stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 120
+    while not (metrics.is_file() and metrics.read_text().count("\n") >= steps):
+        assert process.poll() is None and time.monotonic() < until, "the run ended before it could be stopped"
+        time.sleep(0.005)
+    process.send_signal(how)
+    return process.wait(timeout=60)
+
+
+def test_a_run_killed_and_one_interrupted_resume_to_the_bytes_of_one_never_stopped(data):
+    whole = subprocess.run(command(data, "whole"), env=environment(), capture_output=True)
+    assert whole.returncode == 0, whole.stderr
+    assert stop_after(data, "stopped", 50, signal.SIGKILL) == -signal.SIGKILL
+    assert not Path("stopped/cells/lr0.005-r2/result.json").exists()
+    assert stop_after(data, "stopped", 100, signal.SIGINT) == 130
+    resumed = subprocess.run(command(data, "stopped"), env=environment(), capture_output=True)
+    assert resumed.returncode == 0, resumed.stderr
+    assert contents(Path("stopped")) == contents(Path("whole"))
+    with Ledger(Path("ledger.sqlite")) as ledger:
+        entries = {(e["run"], e["cell"]): e for e in ledger.entries()}
+    a, b = entries["whole", "lr0.005-r2"], entries["stopped", "lr0.005-r2"]
+    assert (a["training"], a["validation"], a["state"]) == (b["training"], b["validation"], b["state"])
+    assert a["wasted"] == 0 < b["wasted"]  # the steps between the last checkpoint and the kill ran twice
+
+
+def test_a_grid_beyond_the_budget_is_refused_with_exit_3_before_anything_runs(data, capsys):
+    assert grid(data, "grid", "--budget", "1000000") == 3
+    assert "1,000,000" in capsys.readouterr().err
+    assert not Path("grid/cells").exists() and not Path("grid/untrained").exists()
+
+
+def test_a_run_of_other_settings_or_other_data_in_the_same_folder_is_refused(data, capsys):
+    assert grid(data, "grid") == 0
+    before = contents(Path("grid"))
+    assert grid(data, "grid", "--seed", "1") == 2
+    assert "seed is 0, now 1" in capsys.readouterr().err
+    with h5py.File(data, "r+") as file:
+        file["trajectories"][3, 4, 0] += 1
+    assert grid(data, "grid") == 2
+    assert "data_sha256" in capsys.readouterr().err
+    assert contents(Path("grid")) == before
+
+
+def test_a_loss_that_is_not_finite_stops_at_that_step_with_exit_4(data, capsys, monkeypatch):
+    from experiments import train
+    true, calls = Qwen.loss, []
+
+    def poisoned(self, ids, targets):
+        loss, count = true(self, ids, targets)
+        calls.append(self.training)
+        return (loss * float("nan") if self.training and calls.count(True) == 4 else loss), count
+
+    monkeypatch.setattr(Qwen, "loss", poisoned)
+    assert run.main(["train", "--data", str(data), "--out", "t", "--rank", "2", *SMALL]) == 4
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "step 4" in error and "nan" in error
+    monkeypatch.undo()
+    monkeypatch.chdir(data.parent)
+    assert not Path("t/cells/lr0.01-r2/result.json").exists()
+    with Ledger(Path("ledger.sqlite")) as ledger:
+        assert ledger.entries()[-1]["state"] == "failed"
+    assert run.main(["train", "--data", str(data), "--out", "t", "--rank", "2", *SMALL]) == 0  # from its checkpoint
+    assert train.RunFailed.__name__ == "RunFailed"
+
+
+def test_a_dry_run_prices_the_grid_and_runs_nothing(data, capsys, tmp_path):
+    assert grid(data, "grid", "--dry-run") == 0
+    printed = capsys.readouterr().out
+    assert not Path("grid").exists() and not Path("ledger.sqlite").exists()
+    assert grid(data, "grid") == 0
+    with Ledger(Path("ledger.sqlite")) as ledger:
+        assert f"{ledger.totals()['spent']:,}" in printed
+
+
+def test_train_with_json_prints_one_object_whose_adapter_loads(data, capsys):
+    from lora import load_adapter
+    assert run.main(["train", "--data", str(data), "--out", "t", "--rank", "3", "--json", *SMALL]) == 0
+    result = json.loads(capsys.readouterr().out)
+    model = Qwen.from_pretrained(ROOT / "weights" / "pocket")
+    load_adapter(model, Path("t/cells") / result["cell"] / "adapter")
+    assert result["validation_loss"] < result["untrained_validation_loss"]
+
+
+def test_evaluate_scores_the_horizon_beside_naive_forecasts_and_charges_what_it_predicted(data, capsys):
+    flags = ["--data", str(data), "--val-series", "3", "--points", "20", "--horizon", "5", "--context", "64"]
+    assert run.main(["evaluate", "--json", "--out", "e", *flags]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert set(report["scores"]) == {"model", "persistence", "context mean", "seasonal repeat"}
+    assert report["predicted_flops"] == report["flops"] | {"training": 0}
+    assert report["forecast_steps"] == 15 and len(report["systems"]) == 3
+    assert json.loads(Path("e/evaluation.json").read_text()) == report
+    assert len(list(Path("e/figures").glob("forecast-*.png"))) == 3
+    with h5py.File(data) as file:
+        series = file["trajectories"][14:17].astype(float)
+    mse = ((series[:, 19:20] - series[:, 20:25]) ** 2).mean()
+    assert report["scores"]["persistence"]["mse"] == pytest.approx(mse, rel=1e-12)
+
+
+def test_a_malformed_forecast_is_counted_and_never_shifts_a_column_or_a_step(data):
+    from experiments.settings import Settings
+    from experiments.task import Task
+    from qwen_min import Tokenizer
+    tokenizer = Tokenizer(ROOT / "weights" / "pocket" / "tokenizer.json")
+    task = Task.prepare(Settings(data=str(data), points=20, horizon=4, alpha=2.0), tokenizer)
+    values, unparsed = task.read_forecast(tokenizer.encode("1.00,2.00;1.0x,3.00;4.00;0.50,0.25;9.99,9.99;"))
+    np.testing.assert_array_equal(values, [[2, 4], [np.nan] * 2, [np.nan] * 2, [1, 0.5]])
+    assert unparsed == 2
+
+
+def test_a_meter_around_a_whole_run_sees_what_the_ledger_was_charged(data):
+    with FlopMeter() as meter:
+        assert run.main(["evaluate", "--data", str(data), "--points", "20", "--horizon", "5", "--context", "64",
+                         "--val-series", "2"]) == 0
+    with Ledger(Path("ledger.sqlite")) as ledger:
+        assert meter.total == ledger.totals()["spent"]

@@ -1,0 +1,363 @@
+"""Weights from safetensors files: strictly, mapped, and with one line that names whatever is wrong."""
+
+import json
+import os
+import pickle
+import socket
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lora import add_lora, merge
+from qwen_min import Qwen, load
+from qwen_min.loss import IGNORED
+
+IDS = torch.arange(24).view(2, 12)
+
+
+@pytest.fixture
+def folder(tmp_path, random_model) -> Path:
+    """A tiny model in one file."""
+    model = random_model()
+    tensors = {name: t.detach() for name, t in model.state_dict().items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(model.config.to_dict()))
+    return tmp_path
+
+
+def rewrite(folder: Path, change: dict[str, Tensor | None]) -> None:
+    """Replace tensors of the single file; None takes one out."""
+    path = folder / "model.safetensors"
+    tensors = {name: t.clone() for name, t in load_file(path).items()} | change
+    save_file({name: t for name, t in tensors.items() if t is not None}, path)
+
+
+def shard(folder: Path, parts: int = 3) -> dict[str, str]:
+    """Split the single file into several with an index; returns the index's weight map."""
+    path = folder / "model.safetensors"
+    tensors = {name: t.clone() for name, t in load_file(path).items()}
+    path.unlink()
+    weight_map = {}
+    for part in range(parts):
+        file = f"model-{part + 1:05}-of-{parts:05}.safetensors"
+        held = {name: t for i, (name, t) in enumerate(tensors.items()) if i % parts == part}
+        save_file(held, folder / file)
+        weight_map |= dict.fromkeys(held, file)
+    write_index(folder, weight_map)
+    return weight_map
+
+
+def write_index(folder: Path, weight_map: object) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def refusal(name_or_folder: str | Path, **options) -> str:
+    """The one line that loading ends with."""
+    with pytest.raises(ValueError) as error:
+        Qwen.from_pretrained(name_or_folder, **options)
+    message = str(error.value)
+    assert "\n" not in message and message.isprintable() and "expected" in message and len(message) < 1000, message
+    return message
+
+
+def test_one_file_and_several_give_the_same_model(folder):
+    one = Qwen.from_pretrained(folder)
+    weight_map = shard(folder)
+    several = Qwen.from_pretrained(folder)
+    assert len(set(weight_map.values())) == 3
+    assert not one.training and not several.training
+    for (name, a), (_, b) in zip(one.state_dict().items(), several.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_tied_head_is_the_embedding_table_itself(tmp_path, random_model):
+    model = random_model(tie_word_embeddings=True)
+    save_file({name: t for name, t in model.state_dict().items() if name != "lm_head.weight"},
+              tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(model.config.to_dict()))
+    loaded = Qwen.from_pretrained(tmp_path)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+
+
+def test_missing_tensors_are_named(folder):
+    rewrite(folder, {"model.layers.1.self_attn.q_proj.bias": None, "model.norm.weight": None})
+    message = refusal(folder)
+    assert "missing model.layers.1.self_attn.q_proj.bias, model.norm.weight" in message
+    assert message.startswith(f"{folder / 'model.safetensors'}: ") and "27 that config.json asks for" in message
+
+
+def test_a_bias_of_another_architecture_is_unexpected_and_named(folder):
+    rewrite(folder, {"model.layers.0.self_attn.o_proj.bias": torch.zeros(48)})
+    assert "unexpected model.layers.0.self_attn.o_proj.bias" in refusal(folder)
+
+
+def test_of_many_missing_tensors_four_are_named_and_the_rest_counted(folder):
+    rewrite(folder, {name: None for name in load_file(folder / "model.safetensors") if "layers.1" in name})
+    assert "and 8 more" in refusal(folder)
+
+
+def test_a_misshapen_tensor_is_named_with_both_shapes(folder):
+    rewrite(folder, {"model.layers.0.mlp.up_proj.weight": torch.zeros(80, 47)})
+    assert "misshapen tensors model.layers.0.mlp.up_proj.weight [80, 47], not [80, 48]" in refusal(folder)
+
+
+def test_a_model_with_as_many_key_heads_as_query_heads_is_not_assumed(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_key_value_heads": 6}))
+    message = refusal(folder)
+    assert "model.layers.0.self_attn.k_proj.weight [16, 48], not [48, 48]" in message and "and 4 more" in message
+
+
+def test_a_tensor_of_another_layer_count_is_unexpected(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    assert "unexpected model.layers.1." in refusal(folder)
+
+
+def test_an_int8_tensor_is_refused_by_its_type(folder):
+    rewrite(folder, {"model.layers.0.mlp.up_proj.weight": torch.zeros(80, 48, dtype=torch.int8)})
+    assert ("tensor model.layers.0.mlp.up_proj.weight is of type I8: expected one of F32, BF16, F16, F64"
+            in refusal(folder))
+
+
+def test_a_name_that_would_break_the_line_is_shown_escaped(folder):
+    """A damaged or hostile file chooses the names of its tensors: newlines, terminal codes, a megabyte."""
+    rewrite(folder, {"a\nb\x1b[2J": torch.zeros(1), "c" * 10**6: torch.zeros(1)})
+    message = refusal(folder)
+    assert r"a\nb\x1b[2J" in message and "ccc" in message
+
+
+@pytest.mark.parametrize("keep", [0, 5, 8, 100, 0.5, 0.999])
+def test_a_truncated_file_is_refused_by_its_name(keep, folder):
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: keep if isinstance(keep, int) else int(len(whole) * keep)])
+    message = refusal(folder)
+    assert message.startswith(f"{path}: cannot be read") and "expected a complete safetensors file" in message
+
+
+def header(text: bytes, length: int | None = None) -> bytes:
+    return struct.pack("<Q", len(text) if length is None else length) + text
+
+
+@pytest.mark.parametrize("content", [
+    header(b"{}", length=2**63), header(b"{}", length=2**32), header(b"not json"), header(b"[]"), b"PK\x03\x04" * 20,
+    header(b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,99]}}') + b"\0" * 8,
+    header(b'{"a":{"dtype":"F32","shape":[-2],"data_offsets":[0,8]}}') + b"\0" * 8,
+    header(b'{"a":{"dtype":"F32","shape":[3],"data_offsets":[0,8]}}') + b"\0" * 8,
+    header(b'{"a":{"dtype":"X9","shape":[2],"data_offsets":[0,8]}}') + b"\0" * 8,
+    header(b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
+           b'"b":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}') + b"\0" * 12,
+    header(b'{"a":{"dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,8]}}') + b"\0" * 8,
+], ids=["header of 2^63", "header of 4 GiB", "no JSON", "no object", "a zip", "offset beyond the end", "negative shape",
+        "shape and size differ", "unknown type", "overlap", "shape overflows"])
+def test_a_damaged_header_is_refused_by_the_name_of_its_file(content, folder):
+    (folder / "model.safetensors").write_bytes(content)
+    assert refusal(folder).startswith(f"{folder / 'model.safetensors'}: cannot be read")
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", "..", ".safetensors",
+                                  "model.bin", "", "a\nb.safetensors", "-rf.bin", 7, None])
+def test_an_index_can_only_name_plain_files_of_its_folder(name, folder):
+    save_file({"model.norm.weight": torch.zeros(48)}, folder.parent / "secret.safetensors")
+    weight_map = shard(folder)
+    write_index(folder, weight_map | {"model.norm.weight": name})
+    message = refusal(folder)
+    assert "model.safetensors.index.json: " in message
+
+
+def test_a_missing_shard_is_named_with_the_index(folder):
+    shard(folder)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    message = refusal(folder)
+    assert "model-00002-of-00003.safetensors: no such file: expected it, as model.safetensors.index.json" in message
+
+
+def test_a_tensor_that_an_index_forgets_is_missed(folder):
+    weight_map = shard(folder)
+    write_index(folder, {n: file for n, file in weight_map.items() if file != "model-00001-of-00003.safetensors"})
+    message = refusal(folder)
+    assert message.startswith(f"{folder}: tensors missing ")
+
+
+def test_a_tensor_in_two_shards_is_refused(folder):
+    shard(folder)
+    again = load_file(folder / "model-00001-of-00003.safetensors")
+    other = load_file(folder / "model-00003-of-00003.safetensors")
+    save_file({n: t.clone() for n, t in (again | other).items()}, folder / "model-00003-of-00003.safetensors")
+    assert "stands in model-00001-of-00003.safetensors too: expected it once" in refusal(folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": []}}', "[" * 5000,
+                                  '{"weight_map": {"a": 1, "b": "c"}}', "\xff"])
+def test_an_index_that_is_none_is_named(text, folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_bytes(text.encode("latin-1"))
+    assert refusal(folder).startswith(f"{folder / 'model.safetensors.index.json'}: not an index")
+
+
+def test_an_index_of_nothing_is_named(folder):
+    (folder / "model.safetensors").unlink()
+    write_index(folder, {})
+    assert "names no file: expected at least one" in refusal(folder)
+
+
+class Trap:
+    """Unpickling this would leave a file behind."""
+
+    def __init__(self, path: Path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return (os.mkdir, (self.path,))
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth", "model.safetensors"])
+def test_a_pickle_is_refused_and_never_read(name, folder):
+    """Also when it calls itself safetensors."""
+    (folder / "model.safetensors").unlink()
+    (folder / name).write_bytes(pickle.dumps(Trap(folder / "trapped")))
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    assert refusal(folder).startswith(f"{folder / 'model.safetensors'}: ")
+    assert not (folder / "trapped").exists()
+
+
+def test_a_missing_config_is_named(folder):
+    (folder / "config.json").unlink()
+    assert refusal(folder).startswith(f"{folder / 'config.json'}: No such file")
+
+
+@pytest.mark.parametrize("name", ["no-such-folder", "a/b/c", "/no/such/folder", "./none", "", "..", "../x", "a\0b",
+                                  "Qwen/../../etc", "-x/y", "https://example.com/a"])
+def test_an_unknown_folder_is_said_to_be_one(name, tmp_path, monkeypatch, sockets):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="no such folder: expected|No such file or directory: expected") as error:
+        Qwen.from_pretrained(name)
+    assert "\n" not in str(error.value) and not sockets
+
+
+@pytest.fixture
+def sockets(monkeypatch) -> list[str]:
+    """Every attempt to open a connection; each fails as it does without a network."""
+    attempts: list[str] = []
+
+    def refuse(*arguments, **_):
+        attempts.append(repr(arguments))
+        raise OSError("the network is unreachable")
+
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    for name in ("create_connection", "getaddrinfo"):
+        monkeypatch.setattr(socket, name, refuse)
+    return attempts
+
+
+@pytest.fixture
+def empty_hub(tmp_path, monkeypatch) -> Path:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    return tmp_path / "hub"
+
+
+def test_offline_touches_no_network_and_says_how_to_fetch(sockets, empty_hub):
+    message = refusal("Qwen/Qwen2.5-0.5B-Instruct", offline=True)
+    assert message.startswith("Qwen/Qwen2.5-0.5B-Instruct: not cached, and offline was asked for")
+    assert "'hf download Qwen/Qwen2.5-0.5B-Instruct' fetches it" in message
+    assert not sockets
+
+
+def test_without_a_network_the_error_says_how_to_fetch(sockets, empty_hub):
+    message = refusal("Qwen/Qwen2.5-0.5B-Instruct", revision="abc")
+    assert "could not be fetched" in message and "'hf download Qwen/Qwen2.5-0.5B-Instruct'" in message
+    assert sockets  # the recorder does see what the hub's library opens
+
+
+def test_a_cached_hub_id_is_read_offline_at_its_commit(sockets, empty_hub, folder):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cached = empty_hub / "models--owner--name"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text(commit)
+    (cached / "snapshots" / commit).mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).rename(cached / "snapshots" / commit / name)
+    assert load.resolve("owner/name", offline=True).name == commit
+    Qwen.from_pretrained("owner/name", offline=True)
+    assert not sockets
+
+
+def test_bfloat16_stays_bfloat16_and_is_mapped(folder):
+    rewrite(folder, {n: t.bfloat16() for n, t in load_file(folder / "model.safetensors").items()})
+    model = Qwen.from_pretrained(folder, dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    # They lie in memory as they do in the file, end to end: nothing was copied.
+    starts = [p.data_ptr() for p in model.parameters()]
+    ends = [p.data_ptr() + p.nbytes for p in model.parameters()]
+    assert max(ends) - min(starts) == sum(p.nbytes for p in model.parameters())
+    assert model(IDS).dtype == torch.bfloat16
+
+
+def test_weights_kept_in_bfloat16_compute_in_float32_as_if_they_had_been_widened(folder):
+    stored = {n: t.bfloat16() for n, t in load_file(folder / "model.safetensors").items()}
+    rewrite(folder, stored)
+    kept = Qwen.from_pretrained(folder, dtype=torch.bfloat16, compute_dtype=torch.float32)
+    wide = Qwen.from_pretrained(folder)
+    assert kept.compute_dtype == torch.float32 and kept.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+    with torch.inference_mode():
+        torch.testing.assert_close(kept(IDS), wide(IDS), atol=1e-6, rtol=0)  # the same products of the same numbers
+        narrow = Qwen.from_pretrained(folder, dtype=torch.bfloat16)(IDS)
+        assert (narrow.float() - wide(IDS)).abs().max() > 1e-3  # which narrow products do not give
+    assert kept.generate(IDS, max_new_tokens=8).equal(wide.generate(IDS, max_new_tokens=8))
+
+
+def test_gradients_through_kept_bfloat16_weights_are_those_of_widened_ones(folder):
+    rewrite(folder, {n: t.bfloat16() for n, t in load_file(folder / "model.safetensors").items()})
+    gradients = []
+    for options in ({"dtype": torch.bfloat16, "compute_dtype": torch.float32}, {}):
+        model = add_lora(Qwen.from_pretrained(folder, **options), rank=3, seed=0)
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_b"):
+                torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
+        total, count = model.loss(IDS, IDS.roll(-1, 1))
+        (total / count).backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    for got, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_a_weight_that_is_kept_narrow_cannot_be_trained(folder):
+    model = Qwen.from_pretrained(folder, dtype=torch.bfloat16, compute_dtype=torch.float32)
+    with pytest.raises(ValueError, match="kept in torch.bfloat16 has no gradient: expected the type it is computed in"):
+        model(IDS).sum().backward()
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.float64, torch.bfloat16])
+def test_other_float_types_are_converted(stored, folder):
+    before = load_file(folder / "model.safetensors")
+    rewrite(folder, {n: t.to(stored) for n, t in before.items()})
+    for name, parameter in Qwen.from_pretrained(folder).named_parameters():
+        assert torch.equal(parameter, before[name].to(stored).float()), name
+
+
+def test_changing_the_weights_of_a_mapped_model_leaves_the_file_as_it_was(folder):
+    before = (folder / "model.safetensors").read_bytes()
+    model = add_lora(Qwen.from_pretrained(folder), rank=2, seed=0)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_b"):
+            torch.nn.init.ones_(parameter)
+    old = model.model.layers[0].self_attn.q_proj.weight.clone()
+    assert not torch.equal(merge(model).model.layers[0].self_attn.q_proj.weight, old)
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_a_loaded_model_trains_and_its_loss_is_finite(folder):
+    model = Qwen.from_pretrained(folder)
+    total, count = model.loss(IDS, torch.where(IDS % 5 == 0, IGNORED, IDS))
+    total.backward()
+    assert count == 19 and total.isfinite() and all(p.grad is not None for p in model.parameters())

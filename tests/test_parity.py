@@ -1,0 +1,160 @@
+"""The decoder against transformers' Qwen2ForCausalLM, and proof that the comparison can fail."""
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from qwen_min import Qwen, ops
+
+TOLERANCE = 1e-5
+"""Logits are near 1 in size, and float32 rounds each of some hundred sums at 6e-8: 2e-6 was the most seen."""
+
+SEEDS = range(12)
+
+
+def batch_of(vocabulary: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(vocabulary, (1 + seed % 3, 9 + 5 * (seed % 4)), generator=generator)
+
+
+@torch.inference_mode()
+def difference(ours: Qwen, theirs, ids: Tensor) -> float:
+    """The largest difference over all logits."""
+    return (ours(ids) - theirs(ids).logits).abs().max().item()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_logits_equal_those_of_transformers_on_a_random_configuration(seed, reference, shape_of_seed):
+    shape = shape_of_seed(seed)
+    folder, theirs = reference(shape, seed, generation=4 + seed // 2 % 2, sharded=seed // 4 % 2 == 1)
+    ids = batch_of(shape["vocab_size"], seed)
+    for attention in ("fused", "explicit"):
+        ours = Qwen.from_pretrained(folder, attention=attention)
+        with torch.inference_mode():
+            torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=TOLERANCE, rtol=0)
+
+
+def test_the_random_configurations_cover_every_case(shape_of_seed):
+    shapes = [shape_of_seed(seed) for seed in SEEDS]
+    heads = [(s["num_attention_heads"], s["num_key_value_heads"]) for s in shapes]
+    assert any(h == k for h, k in heads) and any(k == 1 < h for h, k in heads) and any(1 < k < h for h, k in heads)
+    # tied or not, of either generation, in one file or several: each of the eight occurs
+    cases = {(s["tie_word_embeddings"], seed // 2 % 2, seed // 4 % 2) for seed, s in zip(SEEDS, shapes, strict=True)}
+    assert cases == set(itertools.product((False, True), (0, 1), (0, 1)))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_greedy_tokens_equal_those_of_transformers(seed, reference, shape_of_seed):
+    shape = shape_of_seed(seed)
+    folder, theirs = reference(shape, seed)
+    ids = batch_of(shape["vocab_size"], seed)
+    expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20)
+    assert torch.equal(Qwen.from_pretrained(folder).generate(ids, max_new_tokens=20), expected)
+
+
+def swap_norms(model: Qwen, patch) -> None:
+    for block in model.model.layers:
+        first, second = block.input_layernorm, block.post_attention_layernorm
+        block.input_layernorm, block.post_attention_layernorm = second, first
+
+
+def drop_bias(name: str):
+    def plant(model: Qwen, patch) -> None:
+        for block in model.model.layers:
+            getattr(block.self_attn, name).bias = None
+
+    return plant
+
+
+def interleave_rotation(model: Qwen, patch) -> None:
+    def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Pairs dimension 2i with 2i + 1, as Su et al. write it, where Hugging Face's weights expect i and i + D/2."""
+        half = cos.shape[-1] // 2
+        cos, sin = (t[..., :half].repeat_interleave(2, -1) for t in (cos, sin))
+        turned = torch.stack((-x[..., 1::2], x[..., 0::2]), -1).flatten(-2)
+        return x * cos + turned * sin
+
+    patch.setattr(ops, "rotate", rotate)
+
+
+def rotate_backwards(model: Qwen, patch) -> None:
+    rotate = ops.rotate
+    patch.setattr(ops, "rotate", lambda x, cos, sin: rotate(x, cos, -sin) if x.shape[1] == 6 else rotate(x, cos, sin))
+
+
+def group_heads_wrongly(model: Qwen, patch) -> None:
+    """Gives query head h the key head h mod K, where it should be h // (H/K)."""
+    for block in model.model.layers:
+        block.self_attn.attend = lambda q, k, v, mask: ops.attend_explicit(
+            q, *(t.repeat(1, q.shape[1] // t.shape[1], 1, 1) for t in (k, v)), mask)
+
+
+def forget_the_causal_mask(model: Qwen, patch) -> None:
+    for block in model.model.layers:
+        block.self_attn.attend = lambda q, k, v, mask: ops.attend_explicit(
+            q, k, v, torch.ones(q.shape[2], k.shape[2], dtype=torch.bool))
+
+
+def assume_the_rope_theta(model: Qwen, patch) -> None:
+    angles = ops.rotation_angles
+    patch.setattr(ops, "rotation_angles", lambda positions, head_dim, theta: angles(positions, head_dim, 1e6))
+
+
+def swap_gate_and_up(model: Qwen, patch) -> None:
+    for block in model.model.layers:
+        block.mlp.gate_proj, block.mlp.up_proj = block.mlp.up_proj, block.mlp.gate_proj
+
+
+def forget_the_final_norm(model: Qwen, patch) -> None:
+    model.model.norm.weight = torch.nn.Parameter(torch.ones_like(model.model.norm.weight))
+
+
+def untie_the_head(model: Qwen, patch) -> None:
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.roll(1, 0))
+
+
+PLANTED = {
+    "norms swapped": swap_norms, "q bias dropped": drop_bias("q_proj"), "k bias dropped": drop_bias("k_proj"),
+    "v bias dropped": drop_bias("v_proj"), "rotation interleaved": interleave_rotation,
+    "queries rotated backwards": rotate_backwards, "heads grouped wrongly": group_heads_wrongly,
+    "no causal mask": forget_the_causal_mask, "rope theta assumed": assume_the_rope_theta,
+    "gate and up swapped": swap_gate_and_up, "no final norm": forget_the_final_norm,
+    "another head": untie_the_head,
+}
+
+
+@pytest.mark.parametrize("defect", PLANTED)
+def test_a_broken_model_is_a_thousand_tolerances_away(defect, reference, monkeypatch):
+    folder, theirs = reference()
+    ours = Qwen.from_pretrained(folder)
+    ids = batch_of(97, seed=3)
+    assert difference(ours, theirs, ids) < TOLERANCE
+    PLANTED[defect](ours, monkeypatch)
+    assert difference(ours, theirs, ids) > 1000 * TOLERANCE
+
+
+def test_bfloat16_logits_are_as_near_to_float32_as_those_of_transformers(reference):
+    """No 1e-5 here: both round at 2^-8, at different places. Ours may err by half more than theirs does."""
+    folder, theirs = reference()
+    ids = batch_of(97, seed=3)
+    with torch.inference_mode():
+        exact = theirs(ids).logits
+        expected = (theirs.bfloat16()(ids).logits.float() - exact).abs().mean().item()
+        got = (Qwen.from_pretrained(folder, dtype=torch.bfloat16)(ids).float() - exact).abs().mean().item()
+    assert 0 < got < 1.5 * expected
+
+
+def test_an_unknown_attention_is_refused_with_the_known_ones(make_config):
+    with pytest.raises(ValueError, match="attention is 'flash': expected one of fused, explicit"):
+        Qwen(make_config(), attention="flash")
+
+
+def test_a_fresh_model_is_initialised_as_hugging_face_does(make_config):
+    state = Qwen(make_config(hidden_size=192, vocab_size=1000)).state_dict()
+    matrices = SimpleNamespace(**{k.replace(".", "_"): v for k, v in state.items() if v.ndim == 2})
+    assert abs(matrices.lm_head_weight.std().item() - 0.02) < 1e-3  # 192,000 draws: the error is 3e-5
+    assert all(torch.equal(v, torch.ones_like(v)) for k, v in state.items() if "norm" in k)
+    assert all(torch.equal(v, torch.zeros_like(v)) for k, v in state.items() if k.endswith("bias"))

@@ -1,0 +1,172 @@
+"""The pocket checkpoint: the committed folder, its tokenizer, its data, and the command that makes it."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data.llmtime import Codec
+from experiments import pocket
+from experiments.settings import POCKET
+from qwen_min import Qwen, QwenConfig, Tokenizer
+from qwen_min.load import read_tensors
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.from_pretrained(POCKET)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Qwen.from_pretrained(POCKET)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Shrink the model, the windows and the held-out set, so that a training takes a second."""
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    monkeypatch.setattr(pocket, "CONFIG", QwenConfig(**{n: small.get(n, getattr(pocket.CONFIG, n))
+                                                        for n in QwenConfig.__dataclass_fields__}))
+    for name, value in {"CONTEXT": 64, "LONG_CONTEXT": 200, "HELD_OUT": 16, "WARM_UP": 5}.items():
+        monkeypatch.setattr(pocket, name, value)
+
+
+def test_the_committed_model_is_small_grouped_query_and_tied(model):
+    config = model.config
+    assert 0.9e6 < sum(p.numel() for p in model.parameters()) < 1.1e6
+    assert config.num_key_value_heads < config.num_attention_heads
+    assert config.tie_word_embeddings and config.max_position_embeddings >= 1000
+    assert sum(file.stat().st_size for file in POCKET.rglob("*")) < 5e6
+
+
+def test_the_committed_folder_is_what_the_command_writes():
+    assert QwenConfig.from_file(POCKET / "config.json") == pocket.CONFIG
+    assert (POCKET / "tokenizer.json").read_text() == pocket.byte_tokenizer().to_str(pretty=True)
+    names = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"}
+    assert {file.name for file in POCKET.iterdir()} == names
+    readme = (POCKET / "README.md").read_text()
+    assert f"pretrain-pocket --steps {pocket.STEPS} --seed 0" in readme and "A toy" in readme
+
+
+def test_logits_equal_those_of_transformers(model):
+    """1e-4: logits are near 10 in size, and trained weights spread more than random ones."""
+    from transformers import AutoModelForCausalLM
+
+    theirs, report = AutoModelForCausalLM.from_pretrained(POCKET, dtype=torch.float32, output_loading_info=True)
+    assert not any(report.values())
+    ids = torch.randint(model.config.vocab_size, (2, 300))
+    with torch.inference_mode():
+        torch.testing.assert_close(model(ids), theirs(ids).logits, atol=1e-4, rtol=0)
+
+
+def test_the_committed_model_forecasts_a_sine(model, tokenizer):
+    """Greedy, 80 steps of three and a bit periods seen, 20 to come: a forecast by the last value errs 1.5."""
+    t = np.arange(100)[:, None]
+    values = 2.5 + 1.8 * np.sin(2 * np.pi * t / 23 + [[0.3, 1.7]])
+    prompt = tokenizer.encode(Codec().encode(values[:80]))
+    text = tokenizer.decode(model.generate([prompt], 200)[0])
+    decoded = Codec().decode(text, variables=2)
+    assert decoded.rejected == 0 and len(decoded.values) == 100
+    assert np.abs(decoded.values - values)[80:].mean() < 0.5
+
+
+def test_committed_ids_of_single_bytes_are_gpt2s_order(tokenizer):
+    """The order of Radford et al.'s `encoder.py`, which Qwen keeps, told a second time by transformers."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    for number, letter in enumerate(bytes_to_unicode().values()):
+        assert tokenizer.token_id(letter) == number
+    assert tokenizer.encode("0123456789") == list(range(15, 25))
+    assert tokenizer.encode(",.;- ") == [11, 13, 26, 12, 220]
+    assert tokenizer.encode("<|endoftext|><|im_start|><|im_end|>") == [256, 257, 258]
+    assert len(tokenizer) == 259 == pocket.CONFIG.vocab_size
+
+
+def test_ids_of_single_bytes_are_those_of_the_official_tokenizer(real_checkpoint, tokenizer):
+    official = Tokenizer.from_pretrained(real_checkpoint)
+    for letter in map(chr, range(128)):
+        assert tokenizer.encode(letter) == official.encode(letter)
+    series = Codec().encode(pocket.draw_series(np.random.RandomState(0)))
+    assert tokenizer.encode(series) == official.encode(series)
+
+
+@given(st.text())
+def test_any_text_comes_back_from_its_bytes(text):
+    ids = Tokenizer.from_pretrained(POCKET)
+    assert ids.decode(ids.encode(text)) == text
+    assert len(ids.encode(text)) == len(text.encode())
+
+
+def test_transformers_reads_the_tokenizer_with_its_special_tokens_and_chat_format(tokenizer):
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(POCKET)
+    assert (theirs.pad_token_id, theirs.eos_token_id) == (256, 258)
+    assert theirs("1.23,0.45;é 猫<|im_end|>")["input_ids"] == tokenizer.encode("1.23,0.45;é 猫<|im_end|>")
+    messages = [("system", "Be brief."), ("user", "1.23;")]
+    chat = theirs.apply_chat_template([{"role": role, "content": text} for role, text in messages],
+                                      tokenize=False, add_generation_prompt=True)
+    assert chat == Tokenizer.chat(messages)
+
+
+def test_synthetic_series_are_finite_in_range_varied_and_of_the_seed():
+    series = np.stack([pocket.draw_series(np.random.RandomState(seed)) for seed in range(400)])
+    assert series.shape == (400, 100, 2) and np.isfinite(series).all()
+    assert series.min() >= 0 and series.max() <= 9.99
+    tops = series.max((1, 2))
+    assert (tops < 1).sum() > 20 and (tops > 5).sum() > 20
+    assert (np.ptp(series, 1) == 0).any() and len(np.unique(series[:, 0, 0])) > 300
+    np.testing.assert_array_equal(series[7], pocket.draw_series(np.random.RandomState(7)))
+
+
+def test_windows_are_text_of_series_from_anywhere():
+    ids = pocket.draw_tokens(np.random.RandomState(0), pocket.byte_tokenizer(), 40, 512)
+    assert ids.shape == (40, 513)
+    separators = (ids == 26).int()
+    assert separators.sum(1).min() >= 51  # a step is 10 tokens
+    assert len(set(separators.argmax(1).tolist())) == 10  # and a window begins at any of them
+
+
+def test_training_is_of_the_seed_lowers_the_loss_and_writes_a_folder_that_loads(tiny, tmp_path):
+    lines = []
+    weights = {}
+    before = torch.get_rng_state()
+    for name, steps, seed in (("start", 1, 0), ("a", 40, 0), ("b", 40, 0), ("c", 40, 1)):
+        pocket.pretrain(tmp_path / name, steps=steps, seed=seed, progress=lines.append)
+        weights[name] = (tmp_path / name / "model.safetensors").read_bytes()
+        assert torch.equal(torch.get_rng_state(), before)
+        torch.manual_seed(steps)  # what the caller drew before must not matter
+        before = torch.get_rng_state()
+    assert weights["a"] == weights["b"] != weights["c"]
+    bytes_of = pocket.byte_tokenizer()
+    start, end = (pocket.held_out_loss(Qwen.from_pretrained(tmp_path / n), bytes_of, 0) for n in ("start", "a"))
+    assert end < start - 1
+    readme = (tmp_path / "a" / "README.md").read_text()
+    assert f"Held-out loss: {end:.4f}" in readme and "--steps 40 --seed 0" in readme
+    assert "40 steps, 11,680 tokens" in readme  # 30 batches of 4 x 64 and 10 of 2 x 200
+    assert all("toy" in line for line in lines) and sorted(p.name for p in tmp_path.iterdir()) == sorted(weights)
+
+
+def test_written_weights_are_bfloat16_and_hold_the_tied_head_once(tiny, tmp_path):
+    pocket.pretrain(tmp_path / "out", steps=1, progress=lambda _: None)
+    expected = Qwen(pocket.CONFIG).state_dict()
+    del expected["lm_head.weight"]
+    tensors = read_tensors(tmp_path / "out", expected, torch.float32, "cpu")
+    assert all(torch.equal(t, t.bfloat16().float()) for t in tensors.values())
+
+
+def test_a_loss_that_is_not_finite_stops_in_one_line_and_leaves_the_old_folder(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(pocket, "LEARNING_RATE", 1e30)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").touch()
+    with pytest.raises(ValueError, match=r"^pretrain-pocket: the loss of step \d+ is (nan|inf); expected it finite$"):
+        pocket.pretrain(tmp_path / "out", steps=20, progress=lambda _: None)
+    assert [p.name for p in tmp_path.rglob("*")] == ["out", "old"]
+
+
+@pytest.mark.parametrize(("steps", "seed"), [(0, 0), (1, -1), (1, 2**32)])
+def test_steps_and_seed_out_of_range_are_refused(steps, seed, tmp_path):
+    with pytest.raises(ValueError, match=f"steps {steps}, seed {seed}; expected"):
+        pocket.pretrain(tmp_path / "out", steps=steps, seed=seed)

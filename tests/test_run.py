@@ -1,0 +1,159 @@
+"""The command line: one line and exit code 2 for bad input, JSON alone on stdout, an example in every --help."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from experiments import run
+
+ROOT = Path(__file__).parents[1]
+POCKET = ROOT / "weights" / "pocket"
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def refused(capsys, *argv: str) -> str:
+    """Run a command that must be refused; returns its one line of error."""
+    before = sorted(Path.cwd().rglob("*"))
+    try:
+        code = run.main(list(argv))
+    except SystemExit as e:  # argparse
+        code = e.code
+    captured = capsys.readouterr()
+    assert code == 2 and captured.out == ""
+    assert captured.err.count("\n") == 1 and "Traceback" not in captured.err
+    assert sorted(Path.cwd().rglob("*")) == before, "something was written"
+    return captured.err
+
+
+@pytest.mark.parametrize("verb", run._EXAMPLES)
+def test_every_help_shows_an_example_that_parses(verb, capsys):
+    with pytest.raises(SystemExit) as e:
+        run.main([verb, "--help"])
+    assert e.value.code == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    example = run._EXAMPLES[verb]
+    assert example in printed
+    import shlex
+    assert run._parser().parse_args(shlex.split(example)[3:]).verb == verb
+
+
+@pytest.mark.parametrize("argv", [
+    ["gird"], [], ["grid", "--lr", "fast"], ["grid", "--steps", "0"], ["grid", "--ranks", "0"], ["grid", "--lr", "-1"],
+    ["grid", "--device", "tpu"], ["grid", "--budget", "1.5"], ["grid", "--unknown"], ["train", "--rank", "0"],
+    ["grid", "--preset", "x"], ["grid", "--model", "./nowhere"], ["grid", "--config", "absent.toml"],
+    ["grid", "--data", "absent.h5"], ["evaluate", "--adapter", "absent"], ["flops", "--model", "Qwen2.5-8B"],
+    ["flops", "--batch", "0"], ["flops", "--convention", "paper"], ["budget"], ["forecast"],
+    ["forecast", "--system", "1000"], ["generate", "--prompt", ""], ["generate", "--prompt", "1", "--top-p", "2"],
+    ["generate", "--prompt", "1", "--temperature", "-1"], ["data", "--decimals", "9"],
+    ["doctor", "--device", "tpu"], ["pretrain-pocket", "--steps", "0", "--out", "p"],
+    ["grid", "--model", "Qwen/Qwen2.5-0.5B-Instruct", "--offline"]])
+def test_a_bad_argument_is_one_line_and_exit_code_2_and_nothing_is_written(argv, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    assert "expected" in refused(capsys, *argv) or argv[0:1] in ([], ["gird"], ["grid"], ["forecast"])
+
+
+def damaged_model(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(POCKET, tmp_path / "model"))
+
+
+@pytest.mark.parametrize(("file", "damage", "named"), [
+    ("config.json", lambda b: b[:40], "config.json"),
+    ("config.json", lambda b: b.replace(b'"qwen2"', b'"llama"'), "model_type"),
+    ("config.json", lambda b: b.replace(b'"hidden_size": 128', b'"hidden_size": 64'), "misshapen"),
+    ("model.safetensors", lambda b: b[:-7], "model.safetensors"),
+    ("model.safetensors", lambda b: b"", "model.safetensors"),
+    ("model.safetensors", lambda b: b.replace(b"model.norm.weight", b"model.norm.weighs"), "model.norm.weigh"),
+    ("tokenizer.json", lambda b: b[:200], "tokenizer.json"), ("tokenizer.json", lambda b: b"[]", "tokenizer.json")])
+def test_a_damaged_model_is_refused_by_the_name_of_what_is_wrong(tmp_path, capsys, file, damage, named):
+    model = damaged_model(tmp_path)
+    (model / file).write_bytes(damage((model / file).read_bytes()))
+    assert named in refused(capsys, "generate", "--model", str(model), "--prompt", "1.00")
+
+
+def hdf5(path: Path, values) -> Path:
+    with h5py.File(path, "w") as file:
+        file["trajectories"] = values
+    return path
+
+
+@pytest.mark.parametrize(("values", "named"), [
+    (np.full((20, 100, 2), np.nan, np.float32), "nan"), (np.full((20, 100, 2), -1.0), "negative"),
+    (np.ones((20, 100)), "shape"), (np.ones((20, 10, 2)), "points"), (np.ones((2, 100, 2)), "systems")])
+def test_bad_data_is_refused_by_what_is_wrong(tmp_path, capsys, values, named):
+    path = hdf5(tmp_path / "bad.h5", values)
+    error = refused(capsys, "data", "--data", str(path))
+    assert named in error.lower()
+
+
+def test_flops_prints_one_json_object_with_the_reference_total(capsys):
+    assert run.main(["flops", "--rank", "8", "--train", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["forward"], printed["training"]) == (2_258_760_259_584, 6_776_280_778_752)
+    assert printed["convention"] == "coursework"
+    for part in ("by_module", "by_component", "by_primitive"):
+        assert sum(printed[part].values()) == printed["forward"]
+
+
+def test_the_flops_table_shows_formulas_whose_lines_add_up(capsys, tmp_path):
+    assert run.main(["flops", "--rank", "8", "--train", "--per-layer", "--plot", "f.png"]) == 0
+    printed = capsys.readouterr().out
+    lines = printed[printed.index("component") :].split("\n\n")[0].splitlines()[1:]
+    assert sum(int(line.split()[2].replace(",", "")) for line in lines) == 2_258_760_259_584
+    assert "N·O·(2·I-1) [N=2048, I=896, O=4864]" in printed and "model.layers.23.mlp.down_proj" in printed
+    assert Path("f.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_generate_streams_a_greedy_continuation_to_stdout(capsys):
+    assert run.main(["generate", "--prompt", "1.00,2.00;1.00,2.00;1.00,2.00;", "--max-new-tokens", "30"]) == 0
+    captured = capsys.readouterr()
+    assert len(captured.out) == 31 and "toy" in captured.err
+    assert run.main(["generate", "--prompt", "1.00,2.00;", "--chat", "--max-new-tokens", "3", "--temperature", "1"]) == 0
+
+
+def test_data_shows_two_worked_examples(capsys, tmp_path):
+    path = hdf5(tmp_path / "d.h5", np.linspace(0.5, 2, 4000).reshape(20, 100, 2))
+    assert run.main(["data", "--data", str(path), "--alpha", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("0.50,0.50;0.50,0.50;0.50,0.50;0.50,0.50;") == 1
+    assert "[15, 13, 20, 15, 11, 15, 13, 20, 15, 26" in printed and "a step is 10 tokens, a series 1000" in printed
+
+
+def test_forecast_draws_one_system_and_prints_its_scores(capsys, tmp_path):
+    path = hdf5(tmp_path / "d.h5", np.linspace(0.5, 2, 1200).reshape(20, 30, 2))
+    flags = ["--data", str(path), "--points", "20", "--horizon", "4"]
+    assert run.main(["forecast", "--system", "17", *flags]) == 0
+    assert "seasonal repeat" in capsys.readouterr().out
+    assert Path("forecast-17.png").read_bytes().startswith(b"\x89PNG")
+    assert run.main(["budget", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["totals"]["inference"] > 0
+
+
+def test_doctor_finds_the_pocket_model_and_says_what_to_do_about_the_rest(capsys):
+    assert run.main(["doctor", "--offline"]) == 0
+    printed = capsys.readouterr().out
+    assert "ok  model.safetensors sha256" in printed and "--  no ledger.sqlite yet" in printed
+    assert run.main(["doctor", "--offline", "--model", "./nowhere"]) == 0
+    assert "--  model ./nowhere: no such folder" in capsys.readouterr().out
+
+
+def test_help_and_a_mistyped_verb_need_no_torch():
+    code = "import sys; sys.argv = ['run', 'nonsense']\ntry:\n from experiments import run; run.main()\n" \
+           "except SystemExit: print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr
+
+
+def test_a_closed_pipe_is_no_error():
+    command = f"{sys.executable} -m experiments.run flops --per-layer | head -1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr and "Broken" not in done.stderr, done.stderr
