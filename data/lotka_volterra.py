@@ -89,10 +89,11 @@ def rebuild(path: Path) -> None:
     """
     path = Path(path)
     time, series = integrate()
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # two processes never share a draft
+    draft = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.h5")  # two processes never share a draft
     try:
-        with h5py.File(draft, "w") as file:
-            file.attrs[WRITTEN_DIGEST] = _exact_digest(time, series)
+        # From v110 on the structure has checksums; without them a damaged file can crash HDF5 (measured).
+        with h5py.File(draft, "w", libver="v110") as file:
+            file.attrs[WRITTEN_DIGEST] = np.bytes_(_exact_digest(time, series))
             file.create_dataset("trajectories", data=series, track_times=False)
             file.create_dataset("time", data=time, track_times=False)
         os.replace(draft, path)
@@ -143,7 +144,7 @@ def _read(path: Path) -> Dataset:
         with h5py.File(io.BytesIO(content), "r") as file:
             found = {name: file.get(name) for name in ("trajectories", "time")}
             stored = {name: item[()] for name, item in found.items() if isinstance(item, h5py.Dataset)}
-            written_digest = str(file.attrs.get(WRITTEN_DIGEST))
+            written_digest = bytes(np.bytes_(file.attrs.get(WRITTEN_DIGEST, b"")))
     except Exception as error:  # h5py raises OSError, RuntimeError, KeyError, ... by where the damage is
         raise ValueError(f"{path}: is not readable as HDF5 ({_one_line(error)}); {EXPECTED}") from None
     if "trajectories" not in stored:
@@ -180,12 +181,12 @@ def _checked_time(path: Path, stored: NDArray[Any], points: int) -> NDArray[np.f
     return time
 
 
-def _source(time: NDArray[np.float64], series: NDArray[np.float32], written_digest: str) -> str:
+def _source(time: NDArray[np.float64], series: NDArray[np.float32], written_digest: bytes) -> str:
     """Name where values come from: published, rebuilt, altered from these, or another data set."""
     exact = _exact_digest(time, series)
     if exact == PUBLISHED_DIGEST:
         return REAL
-    if exact == written_digest and _rounded_digest(series) == ROUNDED_DIGEST:
+    if exact.encode() == written_digest and _rounded_digest(series) == ROUNDED_DIGEST:
         return REBUILT
     if series.shape != (SYSTEMS, POINTS, 2):
         return OTHER

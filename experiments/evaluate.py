@@ -81,6 +81,7 @@ def evaluate(task: Task, model: Qwen, systems: Sequence[int], ledger: Ledger, ru
         What `evaluate --json` prints, and the forecasts themselves. A step that did not parse is scored as
         persistence and counted.
     """
+    task.check(systems)
     expected = predicted(task, model, systems)
     entry = ledger.reserve(run, "evaluate", expected)
     with FlopMeter() as meter:

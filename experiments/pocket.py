@@ -42,11 +42,12 @@ POINTS, LARGEST = 100, 9.99  # steps of a series, and its largest value
 CONTEXT, BATCH = 512, 4
 LONG_EVERY, LONG_CONTEXT = 4, 998
 """Every fourth batch holds half as many windows of nearly a whole series, so that the positions behind 512, where
-forecasts run, are trained too. Without, their loss grew while that of the others fell (measured)."""
+forecasts run, are trained too. Measured: the loss there is 0.02 below that of the positions before; of a trial model
+that saw 512 alone it was 0.05 above, and its forecasts lost the format."""
 
 LEARNING_RATE, WARM_UP, WEIGHT_DECAY, CLIP = 1.5e-3, 100, 0.1, 1.0
-"""Measured: at a rate of 3e-3 the loss stays at 1.2 from step 200 to 550, at 1.5e-3 it is 1.1 after 150 steps. After a
-million tokens, batches of 4 are 0.04 better than batches of 8, and a rope theta of 1e4 is 0.01 better than 1e6."""
+"""Measured, in batches of 8: at a rate of 3e-3 the loss stayed at 1.2 from step 200 to 550, at 1.5e-3 it was 1.1
+after 150 steps. After a million tokens, batches of 4 were 0.04 better than of 8, rope theta 1e4 0.01 than 1e6."""
 
 STEPS = 2000
 HELD_OUT = 256  # windows

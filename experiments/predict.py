@@ -5,6 +5,7 @@ import torch
 from lora import add_lora
 from qwen_min import FlopMeter, Qwen, QwenConfig
 from qwen_min.cache import KVCache
+from qwen_min.flops import unmetered
 
 
 def predict(config: QwenConfig, batch: int, tokens: int, *, rank: int = 0, cached: int = 0, training: bool = False,
@@ -26,7 +27,7 @@ def predict(config: QwenConfig, batch: int, tokens: int, *, rank: int = 0, cache
     if cached:
         cache = KVCache(config, batch, cached + tokens, device="meta")
         cache.advance(cached)
-    with FlopMeter(convention) as meter, torch.set_grad_enabled(training):
+    with unmetered(), FlopMeter(convention) as meter, torch.set_grad_enabled(training):
         if training and not cached:
             model.loss(ids, ids)
         elif last_only:

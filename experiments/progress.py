@@ -22,8 +22,6 @@ class Report:
         self.cell, self.bar = "", None
         self.first, self.began, self.shown = 0, 0.0, 0.0
         self.loss, self.validation = float("nan"), float("nan")
-        if label:
-            print(f"[{label}: every figure is a toy's]", file=sys.stderr)
 
     def __call__(self, record: dict[str, Any]) -> None:
         if record["cell"] != self.cell:
@@ -50,6 +48,8 @@ class Report:
 
     def _begin(self, record: dict[str, Any]) -> None:
         self.close()
+        if self.label and not self.cell:
+            print(f"[{self.label}; every figure is a toy's]", file=sys.stderr)
         self.cell, self.began, self.shown = record["cell"], time.monotonic(), 0.0
         self.first = record["step"]
         self.loss = self.validation = float("nan")

@@ -35,20 +35,19 @@ class Task:
         """Read or rebuild the data, split it in order 70/15/15, and take the scale from the training part alone.
 
         Raises:
-            ValueError: the data is bad, or has too few points for the forecast.
+            ValueError: the data is bad, or a number in it cannot be written.
         """
         dataset = lotka_volterra.load(Path(settings.data) if settings.data else None)
-        points = dataset.series.shape[1]
-        if settings.points + settings.horizon > points:
-            raise ValueError(f"{dataset.path}: has {points} points: expected at least the {settings.points} that a "
-                             f"forecast sees and the {settings.horizon} that it makes")
         split = splits.in_order(len(dataset.series))
         alpha = settings.alpha or llmtime.training_maximum(dataset.series[split.train])
         return cls(settings, dataset, split, llmtime.fixed(alpha), Codec(settings.decimals), tokenizer)
 
     def check(self, systems: Sequence[int]) -> None:
-        """Raise ValueError for a system that the data set lacks."""
-        last = len(self.dataset.series) - 1
+        """Raise ValueError for a system that the data set lacks, or a forecast that is longer than its series."""
+        last, points = len(self.dataset.series) - 1, self.dataset.series.shape[1]
+        if self.settings.points + self.settings.horizon > points:
+            raise ValueError(f"{self.dataset.path}: has {points} points: expected at least the {self.settings.points} "
+                             f"that a forecast sees and the {self.settings.horizon} that it makes")
         for system in systems:
             if not 0 <= system <= last:
                 raise ValueError(f"{self.dataset.path}: has no system {system}: expected 0 to {last}")

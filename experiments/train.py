@@ -119,7 +119,9 @@ def run_cell(task: Task, cell: Cell, folder: Path, ledger: Ledger, run: str, pro
     """
     result = folder / "result.json"
     if result.is_file():
-        return files.read_json(result)
+        summary = files.read_json(result)
+        ledger.settle_finished(run, cell.name, summary["flops"])
+        return summary
     settings, windows = task.settings, task.validation_windows
     folder.mkdir(parents=True, exist_ok=True)
     files.recover_folder(folder / "checkpoint")

@@ -8,20 +8,19 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from lora.layer import add_logit_bias, add_lora, lora_layers
+from lora.layer import add_logit_bias, add_lora, check, lora_layers
+from qwen_min.load import listed
 from qwen_min.model import Qwen
 
-_PREFIX = "base_model.model."
-
-# What each field must hold (or be absent) for the maths to be that of `LoRALinear`.
+# Fields of PEFT's with one or more values that leave the maths that of `LoRALinear`, and those that never touch it.
+# Every other one must be off: null, false or empty.
 _SUPPORTED: dict[str, tuple] = {
-    "peft_type": ("LORA",), "use_dora": (False, None), "use_rslora": (False, None), "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None), "modules_to_save": ([], None), "bias": ("none", None),
-    "fan_in_fan_out": (False, None), "lora_bias": (False, None), "layers_to_transform": ([], None),
-    "layers_pattern": ([], None), "exclude_modules": ([], None), "layer_replication": ([], None),
-    "use_qalora": (False, None), "use_bdlora": (False, None), "alora_invocation_tokens": ([], None),
-    "target_parameters": ([], None), "trainable_token_indices": ([], {}, None), "arrow_config": (None,),
-    "megatron_config": (None,), "corda_config": (None,),
+    "peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, "gaussian", "orthogonal", "eva"),
+}
+_HARMLESS = {
+    "r", "lora_alpha", "lora_dropout", "target_modules", "task_type", "inference_mode", "base_model_name_or_path",
+    "revision", "peft_version", "auto_mapping", "megatron_core", "qalora_group_size", "loftq_config", "eva_config",
+    "runtime_config", "ensure_weight_tying",
 }
 
 
@@ -43,8 +42,8 @@ def save_adapter(model: Qwen, folder: str | Path, base: str = "") -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for name, layer in layers.items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = layer.lora_a.detach().contiguous()
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = layer.lora_b.detach().contiguous()
+        tensors[_key(name, "A")] = layer.lora_a.detach().contiguous()
+        tensors[_key(name, "B")] = layer.lora_b.detach().contiguous()
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     bias = folder / "logit_bias.safetensors"
     if model.logit_bias is not None:
@@ -77,31 +76,44 @@ def load_adapter(model: Qwen, folder: str | Path) -> Qwen:
     """
     folder = Path(folder)
     config, path = _read_config(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
-    tensors = _read(path)
-    targets = config["target_modules"]
+    tensors, bias = _read(path), _read_bias(folder / "logit_bias.safetensors", model.config.vocab_size)
+    rank, alpha, dropout = config["r"], config["lora_alpha"], config.get("lora_dropout") or 0.0
     try:
-        add_lora(model, config["r"], config["lora_alpha"], targets, config.get("lora_dropout") or 0.0, seed=0)
+        layers = check(model, rank, alpha, config["target_modules"], dropout)
     except ValueError as e:
         raise ValueError(f"{folder / 'adapter_config.json'}: {e}") from None
-    parameters = {f"{_PREFIX}{name}.lora_{half}.weight": getattr(layer, f"lora_{half.lower()}")
-                  for name, layer in lora_layers(model) for half in "AB"}
-    wrong = ([f"missing {k}" for k in sorted(parameters.keys() - tensors.keys())]
-             + [f"unexpected {k}" for k in sorted(tensors.keys() - parameters.keys())]
-             + [f"{k} is {list(tensors[k].shape)}, not {list(p.shape)}" for k, p in parameters.items()
-                if k in tensors and tensors[k].shape != p.shape])
+    shapes: dict[str, list[int]] = {}
+    for name, layer in layers.items():
+        outputs, inputs = layer.weight.shape
+        shapes |= {_key(name, "A"): [rank, inputs], _key(name, "B"): [outputs, rank]}
+    wrong = ([f"missing {k}" for k in sorted(shapes.keys() - tensors.keys())]
+             + [f"unexpected {listed([k])}" for k in sorted(tensors.keys() - shapes.keys())]
+             + [f"{k} is {list(tensors[k].shape)}, not {shape}" for k, shape in shapes.items()
+                if k in tensors and list(tensors[k].shape) != shape]
+             + [f"{listed([k])} is of type {t.dtype}" for k, t in tensors.items() if not t.is_floating_point()])
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError(f"{path}: {'; '.join(wrong[:3])}{more}: expected the matrices of its adapter_config.json")
+    # Everything is checked: only now is the model changed.
+    add_lora(model, rank, alpha, config["target_modules"], dropout, seed=0)
     with torch.no_grad():
-        for key, parameter in parameters.items():
-            parameter.copy_(tensors[key])
-    bias = folder / "logit_bias.safetensors"
-    if bias.is_file():
-        held = _read(bias)
-        if set(held) != {"logit_bias"} or held["logit_bias"].shape != (model.config.vocab_size,):
-            raise ValueError(f"{bias}: expected one tensor, logit_bias [{model.config.vocab_size}]")
-        add_logit_bias(model, held["logit_bias"])
-    return model
+        for name, layer in lora_layers(model):
+            layer.lora_a.copy_(tensors[_key(name, "A")])
+            layer.lora_b.copy_(tensors[_key(name, "B")])
+    return model if bias is None else add_logit_bias(model, bias)
+
+
+def _key(layer: str, half: str) -> str:
+    return f"base_model.model.{layer}.lora_{half}.weight"
+
+
+def _read_bias(path: Path, vocabulary: int) -> torch.Tensor | None:
+    if not path.is_file():
+        return None
+    held = _read(path)
+    if set(held) != {"logit_bias"} or held["logit_bias"].shape != (vocabulary,):
+        raise ValueError(f"{path}: holds another tensor: expected one, logit_bias [{vocabulary}]")
+    return held["logit_bias"]
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:
@@ -121,9 +133,10 @@ def _read_config(path: Path) -> dict:
         raise ValueError(f"{path}: not valid JSON: expected PEFT's adapter_config.json") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path}: holds {type(config).__name__}: expected a JSON object")
-    for name, allowed in _SUPPORTED.items():
-        if config.get(name) not in allowed and not (name == "peft_type" and name not in config):
-            raise ValueError(f"{path}: {name} is {config[name]!r}: expected {allowed[0]!r}, the only one implemented")
+    for name, value in config.items():
+        if value and name not in _HARMLESS and value not in _SUPPORTED.get(name, ()):
+            expected = " or ".join(map(repr, _SUPPORTED.get(name, ()))) or "null, false or empty"
+            raise ValueError(f"{path}: {name} is {value!r}: expected {expected}: no other is implemented")
     targets = config.get("target_modules")
     if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets) or not targets:
         raise ValueError(f"{path}: target_modules is {targets!r}: expected a list of layer names")

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +64,7 @@ class LoRALinear(Linear):
 
 def add_lora(model: Qwen, rank: int = 8, alpha: float | None = None, targets: Sequence[str] = TARGETS,
              dropout: float = 0.0, seed: int | None = None) -> Qwen:
-    """Freeze `model` and give its target layers LoRA, in place.
+    """Freeze `model` (all but its logit bias, if it has one) and give its target layers LoRA, in place.
 
     Args:
         model: a `Qwen` without LoRA.
@@ -83,6 +82,20 @@ def add_lora(model: Qwen, rank: int = 8, alpha: float | None = None, targets: Se
             already.
     """
     alpha = rank if alpha is None else alpha
+    layers = check(model, rank, alpha, targets, dropout)
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    model.requires_grad_(False)
+    if model.logit_bias is not None:
+        model.logit_bias.requires_grad_(True)
+    for name, base in layers.items():
+        parent, _, child = name.rpartition(".")
+        layer = LoRALinear(base, rank, alpha, dropout, generator).train(base.training)
+        setattr(model.get_submodule(parent), child, layer)
+    return model
+
+
+def check(model: Qwen, rank: int, alpha: float, targets: Sequence[str], dropout: float) -> dict[str, Linear]:
+    """The layers that `add_lora` would adapt, by name; raises what it raises. Nothing is changed."""
     if type(rank) is not int or rank < 1:
         raise ValueError(f"rank is {rank!r}: expected a whole number of at least 1")
     if not 0 < alpha < float("inf"):
@@ -91,20 +104,12 @@ def add_lora(model: Qwen, rank: int = 8, alpha: float | None = None, targets: Se
         raise ValueError(f"dropout is {dropout!r}: expected at least 0, less than 1")
     if any(True for _ in lora_layers(model)):
         raise ValueError("the model has LoRA already: expected one without")
-    names = [name for name, module in model.named_modules() if isinstance(module, Linear) and name != "lm_head"]
-    for target in targets:
-        if not any(_matches(name, target) for name in names):
-            kinds = sorted({name.rpartition(".")[2] for name in names})
+    linear = {name: m for name, m in model.named_modules() if isinstance(m, Linear) and name != "lm_head"}
+    for target in targets or [""]:
+        if not any(_matches(name, target) for name in linear):
+            kinds = sorted({name.rpartition(".")[2] for name in linear})
             raise ValueError(f"target {target!r} matches no linear layer: expected one of {', '.join(kinds)}")
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
-    model.requires_grad_(False)
-    for name in names:
-        if any(_matches(name, target) for target in targets):
-            parent, _, child = name.rpartition(".")
-            base = cast(Linear, model.get_submodule(name))
-            layer = LoRALinear(base, rank, alpha, dropout, generator).train(base.training)
-            setattr(model.get_submodule(parent), child, layer)
-    return model
+    return {name: m for name, m in linear.items() if any(_matches(name, target) for target in targets)}
 
 
 def _matches(name: str, target: str) -> bool:

@@ -194,6 +194,16 @@ def charge(price: Price, *dims: "int | Dim") -> None:
         meter._counts[key] = meter._counts.get(key, 0) + 1
 
 
+@contextmanager
+def unmetered() -> Iterator[None]:
+    """Hide what runs inside from the meters around it: a prediction is no work that anyone should be charged."""
+    token = _meters.set(())
+    try:
+        yield
+    finally:
+        _meters.reset(token)
+
+
 class Metered(nn.Module):
     """An `nn.Module` whose name in the model (`path`) is what its ops are charged under while its forward runs."""
 

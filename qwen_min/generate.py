@@ -22,6 +22,7 @@ def stream(model, ids: Tensor, max_new_tokens: int, *, padding: Tensor | None = 
         top_p: sample only among the likeliest tokens that together have this probability.
         seed: of the samples; None draws a new one.
     """
+    _check(max_new_tokens, temperature, top_p)
     generator = torch.Generator(model.device)
     if seed is None:
         generator.seed()
@@ -65,7 +66,6 @@ def generate(model, ids: Tensor | Sequence[Sequence[int]], max_new_tokens: int, 
     Raises:
         ValueError: an empty prompt, a token outside of the vocabulary, or an option out of its range.
     """
-    _check(max_new_tokens, temperature, top_p)
     if isinstance(ids, Tensor):
         prompts = ids.tolist() if ids.ndim == 2 else []
     else:

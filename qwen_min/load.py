@@ -73,13 +73,14 @@ def read_tensors(folder: Path, expected: dict[str, Tensor], dtype: torch.dtype, 
     where: dict[str, Path] = {}
     for path in files:
         with _open(path) as file:
-            for name in file.keys():
+            for name in file.keys():  # noqa: SIM118 (not a dict)
                 if name in where:
-                    raise ValueError(f"{path}: tensor {_listed([name])} stands in {where[name].name} too: expected it once")
+                    raise ValueError(f"{path}: tensor {listed([name])} stands in {where[name].name} too: "
+                                     "expected it once")
                 where[name] = path
-    complaints = [f"missing {_listed(expected.keys() - where.keys())}"] if expected.keys() - where.keys() else []
+    complaints = [f"missing {listed(expected.keys() - where.keys())}"] if expected.keys() - where.keys() else []
     if where.keys() - expected.keys():
-        complaints.append(f"unexpected {_listed(where.keys() - expected.keys())}")
+        complaints.append(f"unexpected {listed(where.keys() - expected.keys())}")
     if complaints:
         raise ValueError(f"{files[0] if len(files) == 1 else folder}: tensors {'; '.join(complaints)}: "
                          f"expected those of the {len(expected)} that config.json asks for")
@@ -87,7 +88,7 @@ def read_tensors(folder: Path, expected: dict[str, Tensor], dtype: torch.dtype, 
     misshapen = []
     for path in files:
         with _open(path) as file:
-            for name in file.keys():
+            for name in file.keys():  # noqa: SIM118
                 stored = file.get_slice(name)
                 shape, kind = list(stored.get_shape()), stored.get_dtype()
                 if kind not in _FLOATS:
@@ -97,7 +98,7 @@ def read_tensors(folder: Path, expected: dict[str, Tensor], dtype: torch.dtype, 
                 elif not misshapen:
                     tensors[name] = file.get_tensor(name).to(device=device, dtype=dtype)
     if misshapen:
-        raise ValueError(f"{folder}: misshapen tensors {_listed(misshapen)}: expected the shapes of config.json")
+        raise ValueError(f"{folder}: misshapen tensors {listed(misshapen)}: expected the shapes of config.json")
     return tensors
 
 
@@ -130,7 +131,7 @@ def _open(path: Path):
                          "expected a complete safetensors file") from None
 
 
-def _listed(names) -> str:
+def listed(names) -> str:
     """The first four; a name comes from a file, so what would break the line or fill the screen is escaped and cut."""
     names = sorted(names)
     shown = [name if name.isprintable() and len(name) < 200 else ascii(name[:200]) for name in names[:4]]

@@ -13,10 +13,10 @@ IGNORED = -100
 LOGITS_AT_ONCE = 2**24
 """How many logits exist at a time; two such buffers are alive, 128 MB in float32. Larger was not faster."""
 
-# Per token: V exponentials and V-1 adds, a logarithm, a subtraction. Backward: the division to probabilities, the one
-# at the target, and the factor that the mean's gradient brings.
-CROSS_ENTROPY = Price("loss", "N V g", exponential="N*(V+1)", add="N*V",
-                      d_divide="g*N*V", d_add="g*N", d_multiply="g*N*V", only=("exact",))
+# Per token: V exponentials and V-1 adds, a logarithm, a subtraction. Backward: the factor that makes probabilities of
+# exponentials, the one at the target, and the factor that the mean brings to each gradient.
+CROSS_ENTROPY = Price("loss", "N V E gh gw gb", exponential="N*(V+1)", add="N*V", d_divide="max(gh,gw,gb)*N",
+                      d_add="max(gh,gw,gb)*N", d_multiply="max(gh,gw,gb)*N*V+gh*N*E+gw*V*E+gb*V", only=("exact",))
 
 
 def linear_cross_entropy(hidden: Tensor, head: Linear, targets: Tensor, bias: Tensor | None = None
@@ -35,18 +35,25 @@ def linear_cross_entropy(hidden: Tensor, head: Linear, targets: Tensor, bias: Te
     Returns:
         The sum in nats, a float64 scalar, and the count.
 
+    Raises:
+        ValueError: the targets are of another shape than the tokens, or one is no token.
+
     Source: the chunked fused loss of Liger-Kernel (Hsu et al. 2024) and of Cut Your Losses (Wijmans et al. 2024).
     """
     rows, n = hidden.flatten(0, -2), targets.numel()
+    if targets.shape != hidden.shape[:-1]:
+        raise ValueError(f"targets are {list(targets.shape)}: expected {list(hidden.shape[:-1])}, one for each token")
+    counted = targets != IGNORED
+    if not targets.is_meta and ((targets < 0) | (targets >= len(head.weight)))[counted].any():
+        raise ValueError(f"a target is outside of the vocabulary: expected 0 to {len(head.weight) - 1}, or {IGNORED}")
     gh, gw, gb = _wanted(hidden, head.weight, bias)
     with head.charged():
         charge(LINEAR, n, rows.shape[1], head.weight.shape[0], gh, gw)
         if bias is not None:
             charge(LOGIT_BIAS, n, head.weight.shape[0], gb)
-        charge(CROSS_ENTROPY, n, head.weight.shape[0], max(gh, gw, gb))
+        charge(CROSS_ENTROPY, n, *head.weight.shape, gh, gw, gb)
     total = _LinearCrossEntropy.apply(rows, head.weight, targets.flatten(), bias, (gh, gw, gb))
-    count = n if targets.is_meta else int((targets != IGNORED).sum())
-    return total, count
+    return total, n if targets.is_meta else int(counted.sum())
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -91,7 +91,7 @@ def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, cours
 
 
 RMS_NORM = Price("norm", "N E gx gw", multiply="2*N*E", add="N*E", divide="N*(E+1)", square_root="N",
-                 d_multiply="gx*N*(4*E+3)+gw*2*N*E", d_add="gx*N*(2*E-1)+gw*E*(N-1)", d_divide="gx*N")
+                 d_multiply="gx*N*(5*E+4)+gw*N*E", d_add="gx*N*(2*E-1)+gw*E*(N-1)", d_divide="gx*N*E")
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -132,20 +132,23 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos.to(x.dtype) + torch.cat((-second, first), -1) * sin.to(x.dtype)
 
 
-SCORES = Price("scores", "B H T S D gq gk", product="B*H*T,D,S", d_products=("gq*B*H*T,S,D", "gk*B*H*S,T,D"))
+# The gradient of a key or value head sums over the H/K query heads that share it.
+SCORES = Price("scores", "B H K T S D gq gk", product="B*H*T,D,S",
+               d_products=("gq*B*H*T,S,D", "gk*B*K*S,H//K*T,D"))
 SCALE = Price("scores", "B H T S gx", multiply="B*H*T*S", d_multiply="gx*B*H*T*S")
 SOFTMAX = Price("softmax", "B H T S gx", exponential="B*H*T*S", add="B*H*T*(S-1)", divide="B*H*T*S",
                 d_multiply="gx*2*B*H*T*S", d_add="gx*B*H*T*(2*S-1)")
-VALUES = Price("values", "B H T S D gw gv", product="B*H*T,S,D", d_products=("gw*B*H*T,D,S", "gv*B*H*S,T,D"))
+VALUES = Price("values", "B H K T S D gw gv", product="B*H*T,S,D",
+               d_products=("gw*B*H*T,D,S", "gv*B*K*S,H//K*T,D"))
 
 
 def _charge_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
-    (b, h, t, d), s = q.shape, k.shape[2]
+    (b, h, t, d), (_, kv_heads, s, _) = q.shape, k.shape
     gq, gk, gv = _wanted(q, k, v)
-    charge(SCORES, b, h, t, s, d, gq, gk)
+    charge(SCORES, b, h, kv_heads, t, s, d, gq, gk)
     charge(SCALE, b, h, t, s, gq | gk)
     charge(SOFTMAX, b, h, t, s, gq | gk)
-    charge(VALUES, b, h, t, s, d, gq | gk, gv)
+    charge(VALUES, b, h, kv_heads, t, s, d, gq | gk, gv)
 
 
 def attend_explicit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -178,13 +181,13 @@ def attend_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
 
 
-SWIGLU = Price("silu", "N F gx", add="2*N*F", exponential="N*F", divide="N*F", multiply="N*F",
-               d_add="gx*4*N*F", d_exponential="gx*N*F", d_divide="gx*N*F", d_multiply="gx*6*N*F")
+SWIGLU = Price("silu", "N F gg gu", add="2*N*F", exponential="N*F", divide="N*F", multiply="N*F",
+               d_add="gg*4*N*F", d_exponential="gg*N*F", d_divide="gg*N*F", d_multiply="max(6*gg,gu)*N*F")
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) · up, with silu(x) = x / (1 + e^-x) (Shazeer 2020), for two tensors (..., F)."""
-    charge(SWIGLU, gate.numel() // gate.shape[-1], gate.shape[-1], max(_wanted(gate, up)))
+    charge(SWIGLU, gate.numel() // gate.shape[-1], gate.shape[-1], *_wanted(gate, up))
     if torch.is_grad_enabled() and gate.requires_grad:
         return _SwiGLU.apply(gate, up)
     return F.silu(gate).mul_(up)

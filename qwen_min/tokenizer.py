@@ -27,9 +27,13 @@ class Tokenizer:
             raise ValueError(f"{path}: no such file: expected a model's tokenizer.json")
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as e:  # the library raises bare Exception
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as e:  # the library raises bare Exception, and a panic of its Rust is not even that
             reason = " ".join(str(e).split())[:200]
             raise ValueError(f"{path}: not a tokenizer ({reason}): expected a model's tokenizer.json") from None
+        if not isinstance(self._tokenizer.model, tokenizers.models.BPE):
+            raise ValueError(f"{path}: is a {type(self._tokenizer.model).__name__} tokenizer: expected Qwen's, a BPE")
         # A file may ask for truncation or padding; ids here are the text's, all of it and nothing else.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -42,8 +46,15 @@ class Tokenizer:
         return cls(load.resolve(name_or_folder, revision, offline) / "tokenizer.json")
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`; nothing is added, special tokens written out in it are recognised."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        """Token ids of `text`; nothing is added, special tokens written out in it are recognised.
+
+        Raises:
+            ValueError: it is no text: it holds a lone surrogate, which Python makes of bytes that are not UTF-8.
+        """
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
+        except Exception as e:
+            raise ValueError(f"{ascii(text)[:80]} cannot be encoded ({e}): expected Unicode text") from None
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens left out; bytes that are not UTF-8 become U+FFFD."""
@@ -61,16 +72,22 @@ class Tokenizer:
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
     def stream(self, ids: Iterator[int]) -> Iterator[str]:
-        """The text of ids as they come, held back while a character's bytes are incomplete."""
+        """The text of ids as they come, a character held back until its bytes are complete: pieces of `decode(ids)`."""
         pending: list[int] = []
+        shown = 0  # characters of the pending ids' text that are out already
         for number in ids:
             pending.append(number)
             text = self.decode(pending)
-            if not text.endswith("\N{REPLACEMENT CHARACTER}") or len(pending) > 8:
-                yield text
-                pending = []
-        if pending:
-            yield self.decode(pending)
+            # Of the bytes to come only the last U+FFFD can change: it is a character's beginning, or never will be one.
+            certain = text.removesuffix("\N{REPLACEMENT CHARACTER}")
+            if len(certain) > shown:
+                yield certain[shown:]
+            shown = max(shown, len(certain))
+            if certain == text:
+                pending, shown = [], 0
+        rest = self.decode(pending)[shown:]
+        if rest:
+            yield rest
 
     @staticmethod
     def chat(messages: Sequence[tuple[str, str]]) -> str:

@@ -59,7 +59,7 @@ def test_the_grid_trains_every_cell_and_its_flops_equal_the_prediction(data, cap
         assert result["flops"] == result["predicted_flops"]
         assert result["validation_loss"] < untrained["validation_loss"]
         assert result["label"] == "toy: the pocket model"
-    rows = list(csv.DictReader(Path("grid/results.csv").open()))
+    rows = list(csv.DictReader(Path("grid/results.csv").read_text().splitlines()))
     assert [row["cell"] for row in rows] == ["untrained", "lr0.001-r2", "lr0.01-r2", "lr0.001-r4", "lr0.01-r4"]
     assert {p.name for p in Path("grid/figures").iterdir()} == {
         "loss_by_step.png", "loss_by_flops.png", "validation_loss.png"}
@@ -191,6 +191,13 @@ def test_evaluate_scores_the_horizon_beside_naive_forecasts_and_charges_what_it_
         series = file["trajectories"][14:17].astype(float)
     mse = ((series[:, 19:20] - series[:, 20:25]) ** 2).mean()
     assert report["scores"]["persistence"]["mse"] == pytest.approx(mse, rel=1e-12)
+
+
+def test_a_forecast_longer_than_the_series_is_refused(data, capsys):
+    assert run.main(["evaluate", "--data", str(data), "--points", "20", "--horizon", "11"]) == 2
+    assert "has 30 points: expected at least the 20" in capsys.readouterr().err
+    assert run.main(["forecast", "--system", "20", "--data", str(data), "--points", "9", "--horizon", "9"]) == 2
+    assert "no system 20: expected 0 to 19" in capsys.readouterr().err
 
 
 def test_a_malformed_forecast_is_counted_and_never_shifts_a_column_or_a_step(data):

@@ -1,0 +1,133 @@
+"""FLOPs counted a second time, from the accounting convention alone: plain Python over the equations of the model.
+
+Nothing of `qwen_min.flops` or its prices is used here: the two counts share the convention's text and no code.
+Each function returns FLOPs by component, so that two errors cannot cancel.
+"""
+
+from collections import Counter
+from collections.abc import Collection
+from math import prod
+
+ADD = MULTIPLY = DIVIDE = NEGATE = 1
+EXPONENTIAL = SQUARE_ROOT = SINE = COSINE = 10
+
+Q_AND_V = ("q_proj", "v_proj")
+
+
+def product(m: int, n: int, p: int, convention: str) -> int:
+    """(m, n) times (n, p): each of the m·p results takes n multiplies and n-1 adds; `matmul` counts n adds."""
+    adds = n if convention == "matmul" else n - 1
+    return m * p * (n * MULTIPLY + adds * ADD)
+
+
+def rms_norm(width: int) -> int:
+    """One token: squares, their sum, the mean, eps, the root, then every element divided and weighted."""
+    squares, total, mean = width * MULTIPLY, (width - 1) * ADD, DIVIDE
+    return squares + total + mean + ADD + SQUARE_ROOT + width * DIVIDE + width * MULTIPLY
+
+
+def softmax(length: int) -> int:
+    """One row: exponentials, their sum, a division each. No maximum is subtracted."""
+    return length * EXPONENTIAL + (length - 1) * ADD + length * DIVIDE
+
+
+def silu_times_up() -> int:
+    """One element of x / (1 + e^-x) times the other branch."""
+    return NEGATE + EXPONENTIAL + ADD + DIVIDE + MULTIPLY
+
+
+def rotation_of_a_vector(width: int) -> int:
+    """x · cos + (-second half, first half) · sin."""
+    return width * MULTIPLY + width * MULTIPLY + width // 2 * NEGATE + width * ADD
+
+
+def rotation_angles(width: int) -> int:
+    """One position: an angle for each pair of dimensions, its sine and cosine."""
+    return width // 2 * (MULTIPLY + SINE + COSINE)
+
+
+def forward(config, batch: int, new: int, cached: int = 0, *, rank: int = 0, targets: Collection[str] = Q_AND_V,
+            logit_bias: bool = False, head_tokens: int | None = None, padded: bool = False,
+            convention: str = "coursework") -> Counter[str]:
+    """One forward of `new` tokens per sequence behind `cached` ones.
+
+    Args:
+        config: anything with Hugging Face's field names.
+        rank: of LoRA on `targets`; 0 for none.
+        logit_bias: whether there is one.
+        head_tokens: tokens that the head runs for, if not all (generation reads the last of each prompt).
+        padded: sequences have positions of their own, so the angles are made for each (`exact` alone sees it).
+        convention: coursework, exact or matmul.
+    """
+    products_only = convention == "matmul"
+    d, h, f, v = (config.hidden_size, config.num_attention_heads, config.intermediate_size, config.vocab_size)
+    head = d // h
+    # coursework charges grouped-query attention as plain multi-head attention
+    kv = (h if convention == "coursework" else config.num_key_value_heads) * head
+    n, s = batch * new, cached + new
+    rows = batch * h * new
+    read = n if head_tokens is None else head_tokens
+    shapes = {"q_proj": (d, h * head), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (h * head, d),
+              "gate_proj": (d, f), "up_proj": (d, f), "down_proj": (f, d)}
+    names = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "output", "gate_proj": "gate", "up_proj": "up",
+             "down_proj": "down"}
+
+    flops: Counter[str] = Counter()
+    if convention == "coursework":
+        flops["positions"] += n * d * ADD
+    if convention == "exact":
+        flops["rotation"] += (batch if padded else 1) * new * rotation_angles(head)
+    for _ in range(config.num_hidden_layers):
+        for name, (inputs, outputs) in shapes.items():
+            flops[names[name]] += product(n, inputs, outputs, convention)
+            if name in ("q_proj", "k_proj", "v_proj") and not products_only:
+                flops[names[name]] += n * outputs * ADD
+            if rank and name in targets:
+                flops["lora"] += product(n, inputs, rank, convention) + product(n, rank, outputs, convention)
+                if not products_only:
+                    flops["lora"] += n * outputs * MULTIPLY + n * outputs * ADD
+        flops["scores"] += rows * product(1, head, s, convention)
+        flops["values"] += rows * product(1, s, head, convention)
+        if products_only:
+            continue
+        flops["scores"] += rows * s * MULTIPLY
+        flops["softmax"] += rows * softmax(s)
+        flops["norm"] += 2 * n * rms_norm(d)
+        flops["residual"] += 2 * n * d * ADD
+        flops["silu"] += n * f * silu_times_up()
+        if convention == "exact":
+            flops["rotation"] += n * (h + config.num_key_value_heads) * rotation_of_a_vector(head)
+    flops["head"] += product(read, d, v, convention)
+    if not products_only:
+        flops["norm"] += n * rms_norm(d)
+        flops["logit_bias"] += logit_bias * read * v * ADD
+    return +flops
+
+
+# What autograd runs, priced op by op from what torch dispatches: an op's name to the FLOPs of each element it returns.
+ELEMENTWISE = {
+    "add": ADD, "sub": ADD, "rsub": ADD, "neg": NEGATE, "mul": MULTIPLY, "div": DIVIDE,
+    "sigmoid": NEGATE + EXPONENTIAL + ADD + DIVIDE,
+}
+FREE = {"_to_copy", "_unsafe_view", "alias", "cat", "clone", "detach", "expand", "masked_fill", "permute", "slice",
+        "squeeze", "t", "transpose", "unsqueeze", "view"}
+
+
+def dispatched(name: str, args: tuple, kwargs: dict, out) -> int:
+    """FLOPs of one aten op of a backward. An op that is not known here is an error, not free."""
+    if name in FREE:
+        return 0
+    elements = prod(out.shape)
+    if name in ("mm", "bmm"):
+        return elements * product(1, args[0].shape[-1], 1, "exact")
+    if name == "sum":
+        return (prod(args[0].shape) - elements) * ADD
+    if name == "pow":  # x^n by n-1 multiplies
+        return elements * (int(args[1]) - 1) * MULTIPLY
+    if name == "_softmax_backward_data":  # y · (g - sum(g · y)): a row's products, their sum, a difference, a product
+        return 2 * elements * MULTIPLY + (2 * elements - elements // out.shape[-1]) * ADD
+    if name == "embedding_dense_backward":  # every token's gradient is added to its row
+        return prod(args[0].shape) * ADD
+    if name in ("add", "sub") and kwargs.get("alpha", 1) != 1:
+        return elements * (MULTIPLY + ADD)
+    return elements * ELEMENTWISE[name]

@@ -1,0 +1,332 @@
+"""The meter against a brute-force count, torch's own counter and autograd; to the last FLOP."""
+
+import itertools
+from collections import Counter
+
+import pytest
+import torch
+from brute_force_flops import dispatched, forward
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from lora import LoRALinear, add_logit_bias, add_lora
+from qwen_min import FlopMeter, Qwen, QwenConfig
+from qwen_min.cache import KVCache
+from qwen_min.flops import CONVENTIONS, PRIMITIVES, Metered, component, unmetered
+
+SIZES = ["0.5B", "1.5B", "3B", "7B", "14B", "32B", "72B"]
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SHAPES: list[dict] = [
+    {}, {"num_key_value_heads": 6}, {"num_key_value_heads": 1, "tie_word_embeddings": True},
+    {"hidden_size": 36, "intermediate_size": 7, "vocab_size": 31, "num_hidden_layers": 5},
+]
+
+
+def metered(model, ids, convention="coursework", **options) -> FlopMeter:
+    with FlopMeter(convention) as meter:
+        model(ids, **options)
+    return meter
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_forward_equals_the_brute_force_count_part_by_part(shape, convention, make_config, random_model):
+    """4 shapes, 3 conventions, 4 batches and lengths, 4 ranks and sets of targets, with and without a logit bias."""
+    config = make_config(**shape)
+    for rank, targets, biased in [(0, (), False), (1, ("q_proj", "v_proj"), False), (8, ("k_proj", "down_proj"), True),
+                                  (3, LINEARS, True)]:
+        model = random_model(**shape)
+        if rank:
+            add_lora(model, rank, targets=targets)
+        if biased:
+            add_logit_bias(model)
+        for batch, length in [(1, 1), (1, 7), (3, 2), (2, 19)]:
+            meter = metered(model, torch.zeros(batch, length, dtype=torch.int64), convention)
+            expected = forward(config, batch, length, rank=rank, targets=targets, logit_bias=biased,
+                               convention=convention)
+            assert Counter(meter.by_component()) == expected
+            assert meter.total == expected.total()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_meta_forward_of_a_released_size_equals_the_brute_force_count(size):
+    """3 lengths, without anything and with LoRA over a cache, forward and training."""
+    config = QwenConfig.named(f"Qwen2.5-{size}")
+    with torch.device("meta"):
+        models = {0: Qwen(config), 8: add_lora(Qwen(config), 8)}
+    for new, (rank, cached) in itertools.product((1, 100, 512), ((0, 0), (8, 333))):
+        ids = torch.empty(4, new, dtype=torch.int64, device="meta")
+        cache = KVCache(config, 4, cached + new, device="meta")
+        cache.advance(cached)
+        with torch.no_grad():
+            meter = metered(models[rank], ids, cache=cache)
+        expected = forward(config, 4, new, cached, rank=rank)
+        assert Counter(meter.by_component()) == expected
+        assert meter.training == 3 * expected.total() == 3 * meter.total and type(meter.total) is int
+
+
+def test_the_worked_number_of_the_half_billion_model():
+    """Batch 4, context 512, rank 8: in digits, so that a change of the convention cannot pass unseen."""
+    with torch.device("meta"):
+        model = add_lora(Qwen(QwenConfig.named("Qwen2.5-0.5B")), 8)
+    meter = metered(model, torch.empty(4, 512, dtype=torch.int64, device="meta"))
+    assert (meter.total, meter.backward, meter.training) == (2258760259584, 4517520519168, 6776280778752)
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS)
+@torch.no_grad()
+def test_a_cached_pass_equals_the_brute_force_count_of_its_tokens_and_context(convention, random_model):
+    model = add_lora(random_model(), 3)
+    cache, seen = KVCache(model.config, 2, 20), 0
+    for new in (7, 1, 4, 1):
+        meter = metered(model, torch.zeros(2, new, dtype=torch.int64), convention, cache=cache)
+        assert Counter(meter.by_component()) == forward(model.config, 2, new, seen, rank=3, convention=convention)
+        seen += new
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_generation_is_charged_a_prefill_and_a_forward_per_token_with_the_head_for_one_token(convention, random_model):
+    model = random_model()
+    with FlopMeter(convention) as meter:
+        model.generate(torch.zeros(3, 6, dtype=torch.int64), max_new_tokens=4)
+    expected = forward(model.config, 3, 6, head_tokens=3, convention=convention)
+    for step in range(3):
+        expected += forward(model.config, 3, 1, 6 + step, convention=convention)
+    assert Counter(meter.by_component()) == expected
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_padding_that_is_computed_is_charged(convention, random_model):
+    model = random_model()
+    meter = metered(model, torch.zeros(2, 9, dtype=torch.int64), convention, padding=torch.tensor([0, 5]))
+    assert Counter(meter.by_component()) == forward(model.config, 2, 9, convention=convention, padded=True)
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_modules_components_and_primitives_each_sum_to_the_total(convention, random_model):
+    model = add_logit_bias(add_lora(random_model(), 3, targets=LINEARS))
+    with FlopMeter(convention) as meter:
+        model.loss(torch.zeros(2, 9, dtype=torch.int64), torch.zeros(2, 9, dtype=torch.int64))
+        model(torch.zeros(1, 4, dtype=torch.int64))
+    for parts in (meter.by_module(), meter.by_component(), meter.by_primitive()):
+        assert sum(parts.values()) == meter.total and all(type(n) is int and n > 0 for n in parts.values())
+    assert set(meter.by_primitive()) <= set(PRIMITIVES)
+    modules = dict(model.named_modules())
+    assert all(name in modules for name in meter.by_module())
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS)
+@pytest.mark.parametrize("attention", ["fused", "explicit"])
+def test_a_meta_forward_is_charged_what_a_real_one_is(attention, convention, make_config):
+    counts = []
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            model = add_logit_bias(add_lora(Qwen(make_config(), attention), 3))
+            ids = torch.zeros(2, 9, dtype=torch.int64)
+        with FlopMeter(convention) as meter:
+            model(ids)
+            model.loss(ids, ids)
+        counts.append(list(meter.charges()))
+    assert counts[0] == counts[1] and len(counts[0]) > 40
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_both_attentions_are_charged_the_same(convention, random_model):
+    ids = torch.zeros(2, 9, dtype=torch.int64)
+    fused, explicit = (metered(random_model(attention=kind), ids, convention) for kind in ("fused", "explicit"))
+    assert list(fused.charges()) == list(explicit.charges())
+
+
+def trainable(kind: str, model: Qwen) -> Qwen:
+    if kind == "everything":
+        return model
+    targets = {"lora q v": ("q_proj", "v_proj"), "lora k": ("k_proj",), "lora up": ("up_proj",),
+               "lora down of the last layer": ("model.layers.1.mlp.down_proj",), "lora all": LINEARS}[kind]
+    model = add_lora(model, 3, 1.5, targets)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_b"):
+            nn.init.normal_(parameter)
+    return model
+
+
+TRAINED = ["everything", "lora q v", "lora k", "lora up", "lora down of the last layer", "lora all"]
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+@pytest.mark.parametrize("through", ["logits", "loss"])
+@pytest.mark.parametrize("kind", TRAINED)
+def test_matrix_products_equal_torchs_own_counter_forward_and_backward(kind, through, kv_heads, random_model):
+    """On the explicit path: on the CPU that counter reads 0 for the fused kernel."""
+    model = trainable(kind, random_model(attention="explicit", num_key_value_heads=kv_heads))
+    ids = torch.randint(97, (3, 11))
+    with FlopMeter("matmul") as meter, FlopCounterMode(display=False) as ahead:
+        out = model(ids).sum() if through == "logits" else model.loss(ids, ids)[0]
+    with FlopCounterMode(display=False) as back:
+        out.backward()
+    # The loss makes its gradients while it has the logits: the head's backward products run in the forward.
+    if through == "logits":
+        assert meter.total == ahead.get_total_flops()
+    assert meter.training == ahead.get_total_flops() + back.get_total_flops()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_matrix_products_without_gradients_equal_torchs_own_counter(frozen, random_model):
+    model = add_lora(random_model(attention="explicit"), 3) if frozen else random_model(attention="explicit")
+    ids = torch.randint(97, (3, 11))
+    with torch.no_grad(), FlopMeter("matmul") as meter, FlopCounterMode(display=False) as torchs:
+        model(ids)
+        model.loss(ids, ids)
+    assert meter.total == meter.training == torchs.get_total_flops()
+
+
+class Dispatched(TorchDispatchMode):
+    """FLOPs of every op that torch runs, by `brute_force_flops.dispatched`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.total += dispatched(func.name().split("::")[1].split(".")[0].rstrip("_"), args, kwargs or {}, out)
+        return out
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+@pytest.mark.parametrize("kind", TRAINED)
+def test_an_exact_backward_is_what_autograd_runs_op_by_op(kind, kv_heads, random_model):
+    """Once the sum over the query heads of a key head was missing, and RMSNorm's gradient was not autograd's."""
+    model = trainable(kind, random_model(attention="explicit", num_key_value_heads=kv_heads))
+    with FlopMeter("exact") as meter:
+        logits = model(torch.randint(97, (3, 11)))
+    gradient = torch.randn_like(logits)
+    with Dispatched() as ran:
+        logits.backward(gradient)
+    assert meter.backward == ran.total > 0
+
+
+def test_a_coursework_backward_is_twice_the_forward_whatever_is_trained(random_model):
+    ids = torch.zeros(2, 9, dtype=torch.int64)
+    for model in (random_model(), add_lora(random_model(), 3), random_model().requires_grad_(False)):
+        meter = metered(model, ids)
+        assert meter.backward == 2 * meter.total and meter.training == 3 * meter.total
+    with torch.no_grad():
+        assert metered(random_model(), ids).training == 3 * metered(random_model(), ids).total
+
+
+def test_the_loss_is_charged_its_head_in_every_convention_and_itself_in_exact_alone(random_model):
+    model, ids = random_model(), torch.zeros(2, 9, dtype=torch.int64)
+    for convention in CONVENTIONS:
+        with FlopMeter(convention) as meter:
+            model.loss(ids, ids)
+        expected = forward(model.config, 2, 9, convention=convention)
+        if convention == "exact":  # per token: V exponentials, their sum, a logarithm (10), a difference
+            expected["loss"] = 18 * (97 * 10 + 96 + 10 + 1)
+        assert Counter(meter.by_component()) == expected
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_the_formula_of_a_price_evaluates_to_what_was_charged(convention, random_model):
+    """`matmul` charges the product alone, at 2mnp; the text is that of the other two."""
+    model = add_logit_bias(add_lora(random_model(), 3))
+    ids = torch.zeros(2, 9, dtype=torch.int64)
+    with FlopMeter(convention) as meter:
+        model.loss(ids, ids)
+        model(ids)
+    seen = set()
+    for charge in meter.charges():
+        values = charge.price.values(charge.dims, convention)
+        charged = sum(charge.price.cost(charge.dims, convention)[0].values())
+        if convention == "matmul":
+            m, n, p = (eval(side, {}, values) for side in (charge.price.product or "0,0,0").split(","))
+            assert charged == 2 * m * n * p
+        elif convention in charge.price.only and charge.price.formula:
+            assert charged == eval(charge.price.formula.replace("·", "*"), {}, values), charge.price.formula
+            seen.add(charge.price.formula)
+        else:
+            assert charged == 0
+    assert convention == "matmul" or {"N·O·(2·I-1)", "B·H·T·S·(2·D-1)"} <= seen and len(seen) >= 12
+
+
+def test_figures_beyond_two_to_the_53_stay_exact():
+    config = QwenConfig.named("Qwen2.5-72B")
+    with torch.device("meta"), torch.no_grad():
+        model = Qwen(config)
+        meter = metered(model, torch.empty(333, 4095, dtype=torch.int64))
+    expected = forward(config, 333, 4095).total()
+    assert meter.total == expected > 2**53 and expected % 2 == 1  # an odd number this large is no float
+    assert type(meter.training) is int
+
+
+def test_nested_meters_both_count_and_a_closed_one_does_not(random_model):
+    model, ids = random_model(), torch.zeros(1, 5, dtype=torch.int64)
+    with FlopMeter() as outer:
+        model(ids)
+        with FlopMeter("exact") as inner:
+            model(ids)
+        model(ids)
+    model(ids)
+    once = metered(model, ids)
+    assert outer.total == 3 * once.total and inner.total == metered(model, ids, "exact").total
+    assert [charge.times for charge in outer.charges()] == [3 * charge.times for charge in once.charges()]
+
+
+def test_without_a_meter_nothing_is_collected(random_model):
+    meter = FlopMeter()
+    random_model()(torch.zeros(1, 5, dtype=torch.int64))
+    assert meter.total == meter.training == 0 and not list(meter.charges()) and meter.by_module() == {}
+
+
+def test_what_is_unmetered_inside_a_meter_is_not_charged(random_model):
+    model, ids = random_model(), torch.zeros(1, 5, dtype=torch.int64)
+    with FlopMeter() as meter:
+        with unmetered(), FlopMeter() as prediction:
+            model(ids)
+        assert meter.total == 0 < prediction.total
+        model(ids)
+    assert meter.total == prediction.total
+
+
+def test_a_meter_is_closed_by_an_error_and_its_module_too(random_model):
+    model, ids = random_model(max_position_embeddings=8), torch.zeros(1, 9, dtype=torch.int64)
+    with pytest.raises(ValueError), FlopMeter() as meter:
+        model(ids)
+    before = meter.total
+    model(ids[:, :3])
+    assert meter.total == before
+    assert metered(model, ids[:, :3]).by_module().keys() == metered(random_model(), ids[:, :3]).by_module().keys()
+
+
+def test_an_unknown_convention_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="unknown FLOP convention 'mac': expected one of coursework, exact, matmul"):
+        FlopMeter("mac")
+
+
+def test_a_prediction_can_be_charged_many_times_over(random_model):
+    model, ids = random_model(), torch.zeros(1, 5, dtype=torch.int64)
+    step, total = metered(model, ids), FlopMeter()
+    total.add(step, times=7)
+    total.add(step)
+    assert total.total == 8 * step.total and total.by_component()["q"] == 8 * step.by_component()["q"]
+
+
+def test_every_module_is_charged_under_its_own_name_also_right_after_lora_was_added(random_model):
+    model = add_lora(random_model(), 3, targets=("q_proj", "up_proj"))
+    paths = {module.path: name for name, module in model.named_modules() if isinstance(module, Metered)}
+    assert all(path == name for path, name in paths.items())
+    assert {name for name, m in model.named_modules() if isinstance(m, LoRALinear)} <= paths.keys()
+    names = metered(model, torch.zeros(1, 5, dtype=torch.int64)).by_module()
+    base = metered(random_model(), torch.zeros(1, 5, dtype=torch.int64)).by_module()
+    assert names.keys() == base.keys()
+    assert {name for name in names if names[name] != base[name]} == {
+        f"model.layers.{i}.{name}" for i in (0, 1) for name in ("self_attn.q_proj", "mlp.up_proj")}
+
+
+def test_components_are_told_by_the_op_or_by_the_layer(random_model):
+    model = add_logit_bias(add_lora(random_model(), 3))
+    meter = metered(model, torch.zeros(1, 5, dtype=torch.int64), "exact")
+    assert set(meter.by_component()) == {"rotation", "norm", "q", "k", "v", "lora", "scores", "softmax", "values",
+                                         "output", "residual", "gate", "up", "silu", "down", "head", "logit_bias"}
+    assert {charge.module for charge in meter.charges() if component(charge) == "lora"} == {
+        f"model.layers.{i}.self_attn.{name}" for i in (0, 1) for name in ("q_proj", "v_proj")}

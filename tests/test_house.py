@@ -1,0 +1,145 @@
+"""Rules of the house that a program can check: the direction of imports, and what may never be in the code."""
+
+import ast
+import itertools
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# What each room may import of ours, itself aside.
+ROOMS: dict[str, set[str]] = {
+    "qwen_min": set(), "lora": {"qwen_min"}, "data": set(), "experiments": {"qwen_min", "lora", "data"},
+}
+UNSAFE = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
+"""Modules whose reading of a file can run what the file says."""
+
+
+def files(*rooms: str) -> list[Path]:
+    return sorted(path for room in rooms or ROOMS for path in (ROOT / room).rglob("*.py"))
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), path.name)
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def imported(module: ast.Module) -> Iterator[str]:
+    """The full name of everything a module imports, inside of functions too."""
+    for node in ast.walk(module):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "a relative import: expected absolute ones, which these tests can follow"
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and dotted(node.func).rpartition(".")[2] in ("__import__", "import_module"):
+            yield from (a.value for a in node.args[:1] if isinstance(a, ast.Constant) and isinstance(a.value, str))
+
+
+def dotted(node: ast.AST) -> str:
+    """"torch.load" for such an expression; empty for another."""
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def at_import(nodes: list[ast.stmt]) -> Iterator[ast.AST]:
+    """Every node that runs when the module is imported: not what stands in functions, nor behind `__main__`."""
+    for node in nodes:
+        if isinstance(node, ast.If) and "__main__" in ast.dump(node.test):
+            continue
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        if isinstance(node, (ast.ClassDef, ast.If, ast.For, ast.While, ast.With, ast.Try)):
+            yield from at_import(list(itertools.chain.from_iterable(
+                getattr(node, part, []) for part in ("body", "orelse", "finalbody"))))
+            for handler in getattr(node, "handlers", []):
+                yield from at_import(handler.body)
+            continue
+        yield from ast.walk(node)
+
+
+def unsafe_reads(module: ast.Module) -> Iterator[str]:
+    """Imports and calls that could read a pickle."""
+    yield from (f"import {m}" for m in imported(module) if m.partition(".")[0] in UNSAFE)
+    yield from (f"import {m}" for m in imported(module) if m in ("torch.load", "pandas.read_pickle"))
+    for node in ast.walk(module):
+        if not isinstance(node, ast.Call):
+            continue
+        called = dotted(node.func)
+        options = {k.arg: k.value.value for k in node.keywords if isinstance(k.value, ast.Constant)}
+        if called.endswith("read_pickle") or options.get("allow_pickle"):
+            yield f"{called}(...)"
+        if called == "torch.load" and options.get("weights_only") is not True:
+            yield "torch.load(...) without weights_only=True"
+
+
+def test_there_is_something_to_check():
+    assert all(files(room) for room in ROOMS)
+
+
+@pytest.mark.parametrize("path", files(), ids=name)
+def test_imports_only_point_down(path):
+    room = path.relative_to(ROOT).parts[0]
+    ours = {m.partition(".")[0] for m in imported(tree(path))} & (ROOMS.keys() | {"tests"})
+    assert ours <= ROOMS[room] | {room}, f"{name(path)} imports {ours - ROOMS[room] - {room}}"
+
+
+@pytest.mark.parametrize("path", files(), ids=name)
+def test_nothing_is_printed_when_a_module_is_imported(path):
+    calls = [dotted(node.func) for node in at_import(tree(path).body) if isinstance(node, ast.Call)]
+    assert not {"print", "warnings.warn", "sys.stdout.write", "sys.stderr.write"} & set(calls)
+
+
+@pytest.mark.parametrize("path", files(), ids=name)
+def test_no_pickle_is_ever_read(path):
+    """A checkpoint of a run may be torch's own format, read with weights_only=True."""
+    module = tree(path)
+    assert not list(unsafe_reads(module))
+    if path.relative_to(ROOT).parts[0] != "experiments":
+        assert "torch.load" not in {dotted(node) for node in ast.walk(module)}
+
+
+@pytest.mark.parametrize("path", files("qwen_min", "lora", "data"), ids=name)
+def test_no_behaviour_comes_from_environment_variables(path):
+    used = {dotted(node) for node in ast.walk(tree(path))} | set(imported(tree(path)))
+    assert not {"os.environ", "os.getenv", "os.environb", "os.putenv"} & used
+
+
+def test_importing_the_packages_is_silent_and_leaves_the_heavy_libraries_out():
+    """transformers and peft are for tests alone; a plot's library and the hub's are loaded when they are needed."""
+    script = ("import sys, qwen_min, lora, data; heavy = {'transformers', 'peft', 'matplotlib', 'huggingface_hub'}; "
+              "sys.exit(repr(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)")
+    done = subprocess.run([sys.executable, "-W", "error", "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("text", [
+    "import pickle", "from pickle import loads", "import torch\ntorch.load('a')", "from torch import load",
+    "import torch\ntorch.load('a', weights_only=False)", "import numpy as np\nnp.load('a', allow_pickle=True)",
+    "def f():\n    import joblib", "__import__('pickle')", "import pandas as pd\npd.read_pickle('a')"])
+def test_the_rule_about_pickles_sees_each_way_to_read_one(text):
+    assert list(unsafe_reads(ast.parse(text)))
+
+
+@pytest.mark.parametrize(("text", "printed"), [
+    ("print(1)", True), ("if True:\n    print(1)", True), ("class A:\n    print(1)", True), ("x = [print(1)]", True),
+    ("try:\n    pass\nexcept ValueError:\n    print(1)", True), ("def f():\n    print(1)", False),
+    ("if __name__ == '__main__':\n    print(1)", False)])
+def test_the_rule_about_printing_sees_what_runs_at_import(text, printed):
+    calls = {dotted(node.func) for node in at_import(ast.parse(text).body) if isinstance(node, ast.Call)}
+    assert ("print" in calls) == printed
+
+
+@pytest.mark.parametrize("text", [
+    "import experiments.run", "from experiments import run", "def f():\n    import experiments",
+    "import importlib\nimportlib.import_module('experiments.run')"])
+def test_the_rule_about_imports_sees_each_way_to_import(text):
+    assert "experiments" in {m.partition(".")[0] for m in imported(ast.parse(text))}

@@ -1,0 +1,215 @@
+"""The chunked loss against float64 cross-entropy over all logits: value, gradients, and memory."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lora import add_logit_bias, add_lora
+from qwen_min import loss
+from qwen_min.layers import Linear
+from qwen_min.loss import IGNORED, linear_cross_entropy
+
+B, T, E, V = 3, 14, 20, 301
+CHUNKS = [V, 2 * V + 5, 7 * V, 41 * V, 42 * V, 10**9]
+"""Logits at once: one token, two, seven (which divides 42), all but one, all, and more than all."""
+
+
+@pytest.fixture
+def parts() -> tuple[Tensor, Linear, Tensor, Tensor]:
+    """Hidden states, head, targets with padding at the end of two rows and one hole, and a bias."""
+    head = Linear(E, V)
+    torch.nn.init.normal_(head.weight, std=0.7)
+    targets = torch.randint(V, (B, T))
+    targets[0, 9:] = targets[1, 13:] = targets[2, 4] = IGNORED
+    return (torch.randn(B, T, E, requires_grad=True), head, targets,
+            torch.randn(V).requires_grad_())
+
+
+def in_float64(hidden: Tensor, head: Linear, targets: Tensor, bias: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+    """Value of the sum, and its gradients in hidden, head and bias, over all logits at once."""
+    leaves = [t.detach().double().requires_grad_() for t in (hidden, head.weight, bias) if t is not None]
+    logits = leaves[0] @ leaves[1].T + (leaves[2] if bias is not None else 0)
+    total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    total.backward()
+    return total.detach(), [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("at_once", CHUNKS)
+def test_value_and_gradients_equal_float64_cross_entropy_over_all_logits(at_once, biased, parts, monkeypatch):
+    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", at_once)
+    hidden, head, targets, bias = parts
+    wanted = [hidden, head.weight] + [bias] * biased
+    total, count = linear_cross_entropy(hidden, head, targets, bias if biased else None)
+    (total / count).backward()
+    expected, gradients = in_float64(hidden, head, targets, bias if biased else None)
+    assert count == 42 - 7 and total.dtype == torch.float64
+    torch.testing.assert_close(total / count, expected / count, atol=1e-6, rtol=0)  # float32 logits round at 6e-8
+    for parameter, gradient in zip(wanted, gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, (gradient / count).float(), atol=1e-5, rtol=0)
+        assert gradient.abs().max() / count > 1e-3
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_one_gradient_alone_is_what_it_is_among_all(which, parts):
+    hidden, head, targets, bias = parts
+    leaves = [hidden, head.weight, bias]
+    for i, leaf in enumerate(leaves):
+        leaf.requires_grad_(i == which)
+    total, _ = linear_cross_entropy(hidden, head, targets, bias)
+    total.backward()
+    assert [leaf.grad is not None for leaf in leaves] == [i == which for i in range(3)]
+    expected = in_float64(hidden, head, targets, bias)[1][which].float()
+    torch.testing.assert_close(leaves[which].grad, expected, atol=1e-4, rtol=0)  # sums: 35 times the mean's 1e-5
+
+
+def test_padding_costs_nothing_whatever_it_holds(parts):
+    hidden, head, targets, bias = parts
+    total, _ = linear_cross_entropy(hidden, head, targets, bias)
+    total.backward()
+    assert hidden.grad is not None and not hidden.grad[targets == IGNORED].any()
+    other = torch.where((targets == IGNORED)[..., None], torch.randn_like(hidden), hidden)
+    assert torch.equal(linear_cross_entropy(other, head, targets, bias)[0], total)
+
+
+def test_a_batch_of_padding_alone_is_a_sum_of_zero_over_no_tokens(parts):
+    hidden, head, targets, _ = parts
+    total, count = linear_cross_entropy(hidden, head, torch.full_like(targets, IGNORED))
+    total.backward()
+    assert (total.item(), count) == (0.0, 0) and hidden.grad is not None and not hidden.grad.any()
+
+
+@pytest.mark.parametrize("size", [1e3, 3e4])
+def test_huge_logits_neither_overflow_nor_lose_the_loss(size, parts):
+    hidden, head, targets, _ = parts
+    hidden = (hidden.detach() * size).requires_grad_()
+    total, count = linear_cross_entropy(hidden, head, targets)
+    expected, gradients = in_float64(hidden, head, targets, None)
+    torch.testing.assert_close(total, expected, rtol=1e-6, atol=0)
+    total.backward()
+    assert hidden.grad is not None and hidden.grad.isfinite().all()
+
+
+def test_a_uniform_model_has_the_loss_of_the_logarithm_of_the_vocabulary(parts):
+    _, head, targets, _ = parts
+    total, count = linear_cross_entropy(torch.zeros(B, T, E), head, targets)
+    assert total.item() / count == pytest.approx(math.log(V), abs=1e-7)
+
+
+def test_without_gradients_nothing_is_made_for_a_backward(parts):
+    hidden, head, targets, bias = parts
+    with torch.no_grad():
+        total, _ = linear_cross_entropy(hidden, head, targets, bias)
+    assert not total.requires_grad
+    assert torch.equal(total, linear_cross_entropy(hidden, head, targets, bias)[0].detach())
+
+
+class LargestTensor(TorchDispatchMode):
+    """The most elements that any op returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("at_once", [V, 5 * V, 16 * V])
+def test_never_more_logits_exist_than_were_asked_for(at_once, parts, monkeypatch):
+    """E and so the head's (V, E) gradient are small here: the largest tensor would be the (N, V) logits."""
+    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", at_once)
+    hidden, head, targets, bias = parts
+    with LargestTensor() as forward:
+        total, _ = linear_cross_entropy(hidden, head, targets, bias)
+    with LargestTensor() as backward:
+        total.backward()
+    assert max(forward.elements, backward.elements) <= max(at_once, V * E) < B * T * V
+    with LargestTensor() as whole:
+        (hidden @ head.weight.T).sum()
+    assert whole.elements == B * T * V  # the recorder would have seen them
+
+
+def test_the_models_own_loss_is_that_of_its_logits(random_model):
+    model = random_model()
+    add_logit_bias(model)
+    torch.nn.init.normal_(model.logit_bias)
+    ids = torch.randint(97, (3, 20))
+    targets = ids.roll(-1, 1)
+    targets[:, -1] = IGNORED
+    total, count = model.loss(ids, targets)
+    with torch.no_grad():
+        logits = model(ids).double()
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+    torch.testing.assert_close(total / count, expected, atol=1e-6, rtol=0)
+
+
+def test_a_tied_head_receives_the_gradients_of_both_its_uses(random_model):
+    model = random_model(tie_word_embeddings=True)
+    ids = torch.randint(97, (2, 9))
+    total, _ = model.loss(ids, ids)
+    total.backward()
+    got = model.lm_head.weight.grad.clone()
+    model.zero_grad()
+    F.cross_entropy(model(ids).flatten(0, 1), ids.flatten(), reduction="sum").backward()
+    torch.testing.assert_close(got, model.lm_head.weight.grad, atol=1e-4, rtol=1e-5)  # sums over 18 tokens
+
+
+@pytest.mark.parametrize("at_once", [97, 1000, 10**9])
+@pytest.mark.parametrize("arrangement", ["whole", "one by one", "padded more", "reversed"])
+def test_padding_chunking_accumulation_and_order_do_not_change_a_loss(arrangement, at_once, random_model, monkeypatch):
+    """12 combinations, to 1e-6 of the mean, gradients to 1e-5."""
+    model = add_lora(random_model(), 3, seed=0)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_b"):
+            torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(97, (4, 21))
+    targets = ids.roll(-1, 1)
+    for row, length in enumerate((21, 12, 5, 17)):
+        targets[row, length - 1:] = IGNORED
+
+    def run(batches: list[tuple[Tensor, Tensor]]) -> tuple[float, list[Tensor]]:
+        model.zero_grad()
+        number = sum(int((t != IGNORED).sum()) for _, t in batches)
+        value = 0.0
+        for part in batches:
+            total, _ = model.loss(*part)
+            (total / number).backward()
+            value += total.item() / number
+        return value, [p.grad for p in model.parameters() if p.grad is not None]
+
+    expected, gradients = run([(ids, targets)])
+    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", at_once)
+    batches = {
+        "whole": [(ids, targets)],
+        "one by one": list(zip(ids.split(1), targets.split(1), strict=True)),
+        "padded more": [(F.pad(ids, (0, 6), value=9), F.pad(targets, (0, 6), value=IGNORED))],
+        "reversed": [(ids.flip(0), targets.flip(0))],
+    }[arrangement]
+    value, got = run(batches)
+    assert value == pytest.approx(expected, abs=1e-6)
+    for a, b in zip(got, gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("bad", [-1, V, -101, 10**9])
+def test_a_target_that_is_no_token_is_refused(bad, parts):
+    """A negative one was once counted as token 0."""
+    hidden, head, targets, _ = parts
+    targets[1, 2] = bad
+    with pytest.raises(ValueError, match="a target is outside of the vocabulary: expected 0 to 300, or -100"):
+        linear_cross_entropy(hidden, head, targets)
+
+
+def test_targets_of_another_shape_are_refused(parts):
+    hidden, head, targets, _ = parts
+    with pytest.raises(ValueError, match=r"targets are \[3, 13\]: expected \[3, 14\], one for each token"):
+        linear_cross_entropy(hidden, head, targets[:, 1:])
