@@ -89,9 +89,5 @@ def batch_indices(count: int, batch_size: int, step: int, seed: int) -> NDArray[
         )
     epochs, places = np.divmod(step * batch_size + np.arange(batch_size, dtype=np.int64), count)
     # RandomState's stream is frozen (NEP 19), so a run resumes in the same order under every numpy.
-    orders = {
-        int(epoch): np.random.RandomState([seed, epoch]).permutation(count) for epoch in np.unique(epochs)
-    }
-    return np.array(
-        [orders[epoch][place] for epoch, place in zip(epochs, places, strict=True)], dtype=np.int64
-    )
+    orders = {int(epoch): np.random.RandomState([seed, epoch]).permutation(count) for epoch in np.unique(epochs)}
+    return np.array([orders[epoch][place] for epoch, place in zip(epochs, places, strict=True)], dtype=np.int64)

@@ -45,10 +45,7 @@ _SELECT = (
     "SELECT id, run, cell, state, pid, stage, predicted, spent, wasted "
     "FROM entries JOIN amounts ON entry = id ORDER BY id"
 )
-_HELD = (
-    "EXISTS (SELECT 1 FROM entries "
-    "WHERE id = :entry AND state = 'running' AND pid = :pid AND started = :started)"
-)
+_HELD = "EXISTS (SELECT 1 FROM entries WHERE id = :entry AND state = 'running' AND pid = :pid AND started = :started)"
 
 
 class BudgetExceeded(ValueError):
@@ -100,9 +97,7 @@ class Ledger:
         finally:
             self._database.close()
 
-    def reserve(
-        self, run: str, cell: str, predicted: Mapping[str, int], done: Mapping[str, int] | None = None
-    ) -> int:
+    def reserve(self, run: str, cell: str, predicted: Mapping[str, int], done: Mapping[str, int] | None = None) -> int:
         """Set FLOPs aside for a cell before it runs; return the number of its entry, now "running".
 
         `predicted` is the whole cell by stage, `done` the part that its last checkpoint stands for. If the
@@ -265,13 +260,9 @@ class Ledger:
                 database.execute(f"PRAGMA application_id = {_APPLICATION}")
                 database.execute(f"PRAGMA user_version = {_VERSION}")
             elif application != _APPLICATION:
-                raise ValueError(
-                    f"{self.path}: expected a ledger of FLOPs, got another program's SQLite file"
-                )
+                raise ValueError(f"{self.path}: expected a ledger of FLOPs, got another program's SQLite file")
             elif version > _VERSION:
-                raise ValueError(
-                    f"{self.path}: a ledger of version {version}, this program knows up to {_VERSION}"
-                )
+                raise ValueError(f"{self.path}: a ledger of version {version}, this program knows up to {_VERSION}")
             (fault,) = database.execute("PRAGMA quick_check(1)").fetchone()
             if fault != "ok":
                 raise sqlite3.DatabaseError(" ".join(fault.split()))
@@ -311,9 +302,7 @@ class Ledger:
         except sqlite3.DatabaseError as error:
             if isinstance(error, sqlite3.OperationalError) and "no such" not in str(error):
                 raise OSError(f"{self.path}: the ledger cannot be used ({error})") from error
-            raise ValueError(
-                f"{self.path}: expected a ledger of FLOPs, got a damaged file ({error})"
-            ) from error
+            raise ValueError(f"{self.path}: expected a ledger of FLOPs, got a damaged file ({error})") from error
 
 
 @dataclass
@@ -364,9 +353,7 @@ def table(ledger: Ledger) -> str:
 def bar(ledger: Ledger, width: int = 40) -> str:
     """Return one line with `#` for the part of the budget that is spent, `=` for reserved, `.` for left."""
     totals = ledger.totals()
-    spent = min(
-        width, -(-width * totals["spent"] // ledger.budget)
-    )  # rounded up, so that a little can be seen
+    spent = min(width, -(-width * totals["spent"] // ledger.budget))  # rounded up, so that a little can be seen
     reserved = min(width - spent, -(-width * totals["reserved"] // ledger.budget))
     shares = (f"{100 * totals[key] / ledger.budget:.2f} % {key}" for key in ("spent", "reserved", "left"))
     return f"[{'#' * spent}{'=' * reserved}{'.' * (width - spent - reserved)}] {', '.join(shares)}"
@@ -401,9 +388,7 @@ def _start_marker(pid: int) -> str:
     """Return what tells a process from a later one of its number: "" if it is dead, "?" if none can tell."""
     if Path("/proc/self/stat").exists():
         try:
-            stat = (
-                Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            )  # the name can hold blanks
+            stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # the name can hold blanks
             boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         except OSError:
             return ""

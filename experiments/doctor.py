@@ -14,8 +14,18 @@ from experiments.settings import Settings
 from qwen_min import QwenConfig, Tokenizer
 from qwen_min.load import resolve, weight_files
 
-NEEDED = ("torch", "safetensors", "huggingface-hub", "tokenizers", "h5py", "numpy", "matplotlib", "scipy", "tqdm",
-          "filelock")
+NEEDED = (
+    "torch",
+    "safetensors",
+    "huggingface-hub",
+    "tokenizers",
+    "h5py",
+    "numpy",
+    "matplotlib",
+    "scipy",
+    "tqdm",
+    "filelock",
+)
 HUB = ("huggingface.co", 443)
 
 
@@ -27,8 +37,11 @@ def lines(settings: Settings) -> Iterator[str]:
             yield f"ok  {name} {metadata.version(name)}"
         except metadata.PackageNotFoundError:
             yield f"--  {name} is not installed: pip install -e ."
-    yield ("ok  " + torch.cuda.get_device_name() if torch.cuda.is_available()
-           else "--  no CUDA device: everything runs on the CPU; --device cpu is the default")
+    yield (
+        "ok  " + torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else "--  no CUDA device: everything runs on the CPU; --device cpu is the default"
+    )
     yield from _model(settings)
     yield from _data(settings)
     ledger = Path("ledger.sqlite")
@@ -40,8 +53,10 @@ def lines(settings: Settings) -> Iterator[str]:
         socket.create_connection(HUB, timeout=3).close()
         yield f"ok  the hub ({HUB[0]}) is reachable"
     except OSError as e:
-        yield (f"--  the hub ({HUB[0]}) is not reachable ({e.__class__.__name__}): models must be folders or cached; "
-               "everything else works without it")
+        yield (
+            f"--  the hub ({HUB[0]}) is not reachable ({e.__class__.__name__}): models must be folders or cached; "
+            "everything else works without it"
+        )
 
 
 def _model(settings: Settings) -> Iterator[str]:
@@ -49,8 +64,10 @@ def _model(settings: Settings) -> Iterator[str]:
         folder = resolve(settings.model, settings.revision or None, offline=True)
         config = QwenConfig.from_file(folder / "config.json")
         Tokenizer(folder / "tokenizer.json")
-        yield (f"ok  model {settings.model}: {config.num_hidden_layers} layers of {config.hidden_size}, "
-               f"vocabulary {config.vocab_size}")
+        yield (
+            f"ok  model {settings.model}: {config.num_hidden_layers} layers of {config.hidden_size}, "
+            f"vocabulary {config.vocab_size}"
+        )
         for path in weight_files(folder):
             yield f"ok  {path.name} sha256 {files.file_digest(path)}"
     except ValueError as e:

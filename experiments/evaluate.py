@@ -57,8 +57,14 @@ def forecast(task: Task, model: Qwen, systems: Sequence[int]) -> Forecasts:
         new += [ids[len(prompt) :] for ids, prompt in zip(longer, part, strict=True)]
     values, unparsed = zip(*(task.read_forecast(ids) for ids in new), strict=True)
     chosen, cut = series[np.asarray(systems, int)], settings.points
-    return Forecasts(np.asarray(systems, np.int64), chosen[:, :cut], chosen[:, cut : cut + settings.horizon],
-                     np.stack(values), [task.tokenizer.decode(ids) for ids in new], list(unparsed))
+    return Forecasts(
+        np.asarray(systems, np.int64),
+        chosen[:, :cut],
+        chosen[:, cut : cut + settings.horizon],
+        np.stack(values),
+        [task.tokenizer.decode(ids) for ids in new],
+        list(unparsed),
+    )
 
 
 def predicted(task: Task, model: Qwen, systems: Sequence[int], loss: bool = True) -> dict[str, int]:
@@ -69,8 +75,19 @@ def predicted(task: Task, model: Qwen, systems: Sequence[int], loss: bool = True
     for start in range(0, len(lengths), SERIES_AT_ONCE):
         part = lengths[start : start + SERIES_AT_ONCE]
         inference += predict.generation(model.config, len(part), max(part), task.tokens_to_forecast, rank=rank)
-    validation = predict.training_run(model.config, steps=0, batch=1, context=task.settings.context, rank=rank,
-                                      validations=1, validation_windows=len(task.validation_windows)) if loss else {}
+    validation = (
+        predict.training_run(
+            model.config,
+            steps=0,
+            batch=1,
+            context=task.settings.context,
+            rank=rank,
+            validations=1,
+            validation_windows=len(task.validation_windows),
+        )
+        if loss
+        else {}
+    )
     return {"validation": 0} | validation | {"training": 0, "inference": inference}
 
 
@@ -94,12 +111,22 @@ def evaluate(task: Task, model: Qwen, systems: Sequence[int], ledger: Ledger, ru
     ledger.settle(entry)
     flops["inference"] = meter.total
     return {
-        "model": task.settings.model, "label": task.settings.label, "data": str(task.dataset.path),
-        "data_source": task.dataset.source, "data_sha256": task.dataset.digest,
-        "validation_loss": loss, "validation_tokens": task.validation_windows.real_tokens,
-        "systems": [int(s) for s in systems], "points": task.settings.points, "horizon": task.settings.horizon,
-        "unparsed_steps": sum(forecasts.unparsed), "forecast_steps": len(systems) * task.settings.horizon,
-        "scores": scores(task, forecasts), "flops": flops, "predicted_flops": expected, "convention": "coursework",
+        "model": task.settings.model,
+        "label": task.settings.label,
+        "data": str(task.dataset.path),
+        "data_source": task.dataset.source,
+        "data_sha256": task.dataset.digest,
+        "validation_loss": loss,
+        "validation_tokens": task.validation_windows.real_tokens,
+        "systems": [int(s) for s in systems],
+        "points": task.settings.points,
+        "horizon": task.settings.horizon,
+        "unparsed_steps": sum(forecasts.unparsed),
+        "forecast_steps": len(systems) * task.settings.horizon,
+        "scores": scores(task, forecasts),
+        "flops": flops,
+        "predicted_flops": expected,
+        "convention": "coursework",
     }, forecasts
 
 
@@ -109,9 +136,14 @@ def scores(task: Task, forecasts: Forecasts) -> dict[str, dict[str, Any]]:
     The interval is of the mean over series, 95 %, from 2000 draws.
     """
     horizon = task.settings.horizon
-    naive = {name: np.stack([rule(context, horizon) for context in forecasts.context]) for name, rule in
-             (("persistence", baselines.persistence), ("context mean", baselines.context_mean),
-              ("seasonal repeat", baselines.seasonal_repeat))}
+    naive = {
+        name: np.stack([rule(context, horizon) for context in forecasts.context])
+        for name, rule in (
+            ("persistence", baselines.persistence),
+            ("context mean", baselines.context_mean),
+            ("seasonal repeat", baselines.seasonal_repeat),
+        )
+    }
     found = {}
     for name, values in {"model": forecasts.values, **naive}.items():
         score = baselines.scores(forecasts.truth, values, missing="persistence", fallback=naive["persistence"])
@@ -128,11 +160,14 @@ def table(report: dict[str, Any]) -> str:
     lines = []
     if report["label"]:
         lines.append(f"({report['label']})")
-    lines += [f"validation loss {report['validation_loss']:.4f} nats per token, of {report['validation_tokens']:,}",
-              f"forecasts of {len(report['systems'])} series, {report['points']} points -> {report['horizon']}, "
-              f"in raw units; {report['unparsed_steps']} of {report['forecast_steps']} steps did not parse "
-              "(scored as persistence)", "",
-              f"{'':16} {'MSE':>8} {'95 % interval':>17} {'RMSE':>8} {'MAE':>8}"]
+    lines += [
+        f"validation loss {report['validation_loss']:.4f} nats per token, of {report['validation_tokens']:,}",
+        f"forecasts of {len(report['systems'])} series, {report['points']} points -> {report['horizon']}, "
+        f"in raw units; {report['unparsed_steps']} of {report['forecast_steps']} steps did not parse "
+        "(scored as persistence)",
+        "",
+        f"{'':16} {'MSE':>8} {'95 % interval':>17} {'RMSE':>8} {'MAE':>8}",
+    ]
     for name, score in report["scores"].items():
         low, high = score["mse_interval"]
         lines.append(f"{name:16} {score['mse']:8.4f} {low:8.4f}-{high:8.4f} {score['rmse']:8.4f} {score['mae']:8.4f}")

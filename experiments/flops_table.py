@@ -11,8 +11,12 @@ from qwen_min.flops import PRIMITIVES, Price, component
 def as_json(meter: FlopMeter, question: dict[str, Any]) -> dict[str, Any]:
     """One object: the question, `convention, forward, backward, training`, and the forward's three break-downs."""
     return question | {
-        "convention": meter.convention, "forward": meter.total, "backward": meter.backward,
-        "training": meter.training, "by_module": meter.by_module(), "by_component": meter.by_component(),
+        "convention": meter.convention,
+        "forward": meter.total,
+        "backward": meter.backward,
+        "training": meter.training,
+        "by_module": meter.by_module(),
+        "by_component": meter.by_component(),
         "by_primitive": meter.by_primitive(),
     }
 
@@ -33,15 +37,20 @@ def table(meter: FlopMeter, training: bool, per_layer: bool) -> str:
     for (name, formula, numbers), (count, flops) in rows.items():
         lines.append(f"{name:10} {count:5}  {flops:22,} {flops / total:7.2%}   {formula} [{numbers}]")
     spent = meter.by_primitive()
-    lines += ["", "by primitive: " + ", ".join(f"{name.replace('_', ' ')} {spent[name]:,}" for name in PRIMITIVES
-                                               if name in spent)]
+    lines += [
+        "",
+        "by primitive: "
+        + ", ".join(f"{name.replace('_', ' ')} {spent[name]:,}" for name in PRIMITIVES if name in spent),
+    ]
     if per_layer:
         lines += ["", "by module:"]
         lines += [f"  {name:44} {n:22,}" for name, n in meter.by_module().items()]
     lines += ["", f"forward   {total:26,}"]
     if training:
-        lines += [f"backward  {meter.backward:26,}", f"training  {meter.training:26,}   "
-                  f"(10^17 FLOPs pay for {BUDGET // meter.training:,} such steps)"]
+        lines += [
+            f"backward  {meter.backward:26,}",
+            f"training  {meter.training:26,}   (10^17 FLOPs pay for {BUDGET // meter.training:,} such steps)",
+        ]
     return "\n".join(lines)
 
 

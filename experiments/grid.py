@@ -1,8 +1,8 @@
 """The hyperparameter grid: its run folder, its cells one after another, its tables and figures.
 
-    RUN/config.toml  manifest.json  results.csv  results.md  figures/*.png
-    RUN/untrained/   and   RUN/cells/<name>/   each with metrics.jsonl, result.json;
-                           a cell also has checkpoint/ and adapter/
+RUN/config.toml  manifest.json  results.csv  results.md  figures/*.png
+RUN/untrained/   and   RUN/cells/<name>/   each with metrics.jsonl, result.json;
+                       a cell also has checkpoint/ and adapter/
 """
 
 import csv
@@ -110,12 +110,15 @@ def begin(task: Task, out: Path) -> None:
             old, new = getattr(before, name), getattr(task.settings, name)
             # A larger budget, or the same files under another name, make no other run.
             if old != new and name not in ("budget", "offline", "model", "data"):
-                raise ValueError(f"{config}: {name} is {old!r}, now {new!r}: expected the settings the run began with, "
-                                 "or another --out")
+                raise ValueError(
+                    f"{config}: {name} is {old!r}, now {new!r}: expected the settings the run began with, "
+                    "or another --out"
+                )
         for name in ("model_sha256", "tokenizer_sha256", "data_sha256"):
             if was.get(name) != now[name]:
-                raise ValueError(f"{path}: {name} differs from what is there now: expected the same files, or "
-                                 "another --out")
+                raise ValueError(
+                    f"{path}: {name} differs from what is there now: expected the same files, or another --out"
+                )
         return
     files.write_text(config, task.settings.to_toml())
     files.write_json(path, now)
@@ -126,15 +129,23 @@ def manifest(task: Task) -> dict[str, Any]:
     settings = task.settings
     folder = resolve(settings.model, settings.revision or None, settings.offline)
     return {
-        "label": settings.label, "model": settings.model, "model_folder": folder.name,
+        "label": settings.label,
+        "model": settings.model,
+        "model_folder": folder.name,
         "model_sha256": {path.name: files.file_digest(path) for path in weight_files(folder)},
         "config_sha256": files.file_digest(folder / "config.json"),
         "tokenizer_sha256": files.file_digest(folder / "tokenizer.json"),
-        "data": str(task.dataset.path), "data_source": task.dataset.source, "data_sha256": task.dataset.digest,
-        "alpha": task.alpha, "train_systems": len(task.split.train),
+        "data": str(task.dataset.path),
+        "data_source": task.dataset.source,
+        "data_sha256": task.dataset.digest,
+        "alpha": task.alpha,
+        "train_systems": len(task.split.train),
         "validation_systems": [int(s) for s in task.validation_systems],
-        "device": settings.device, "threads": torch.get_num_threads(), "machine": platform.machine(),
-        "python": sys.version.split()[0], "versions": {name: metadata.version(name) for name in PACKAGES},
+        "device": settings.device,
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "python": sys.version.split()[0],
+        "versions": {name: metadata.version(name) for name in PACKAGES},
         "begun": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
@@ -159,13 +170,17 @@ def _curve(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
     metrics = files.read_jsonl(folder / "metrics.jsonl")
     return {"name": result["cell"], "lr": result["lr"], "rank": result["rank"]} | {
         kind: [(m["step"], m["training"], m[field]) for m in metrics if field in m]
-        for kind, field in (("train", "loss"), ("validation", "validation_loss"))}
+        for kind, field in (("train", "loss"), ("validation", "validation_loss"))
+    }
 
 
 def _csv(results: Sequence[dict[str, Any]]) -> str:
     text = io.StringIO()
-    rows = [{k: v for k, v in r.items() if not isinstance(v, dict)}
-            | {f"{stage}_flops": n for stage, n in r["flops"].items()} for r in results]
+    rows = [
+        {k: v for k, v in r.items() if not isinstance(v, dict)}
+        | {f"{stage}_flops": n for stage, n in r["flops"].items()}
+        for r in results
+    ]
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
@@ -177,26 +192,47 @@ def markdown(settings: Settings, results: Sequence[dict[str, Any]], out: Path) -
     untrained, *cells = results
     best = min(cells, key=lambda r: r["validation_loss"])
     losses = {(r["lr"], r["rank"]): r["validation_loss"] for r in cells}
-    lines = [f"# Validation loss{f' ({settings.label})' if settings.label else ''}", "",
-             f"Nats per real token after {settings.steps} steps of {settings.batch_size} x {settings.context} tokens, "
-             f"on {settings.val_series} series; untrained {untrained['validation_loss']:.4f}.", ""]
+    lines = [
+        f"# Validation loss{f' ({settings.label})' if settings.label else ''}",
+        "",
+        f"Nats per real token after {settings.steps} steps of {settings.batch_size} x {settings.context} tokens, "
+        f"on {settings.val_series} series; untrained {untrained['validation_loss']:.4f}.",
+        "",
+    ]
     if not settings.lr:
         preset = settings.preset or ("pocket" if settings.is_pocket else "reports")
-        lines += [f"Learning rates: the preset `{preset}`"
-                  + (", a hundred times the reports' 1e-5 to 1e-4, which teach so small a model next to nothing."
-                     if preset == "pocket" else "."), ""]
-    lines += ["| learning rate | " + " | ".join(f"rank {r}" for r in settings.ranks) + " |",
-              "|---|" + "---|" * len(settings.ranks)]
+        lines += [
+            f"Learning rates: the preset `{preset}`"
+            + (
+                ", a hundred times the reports' 1e-5 to 1e-4, which teach so small a model next to nothing."
+                if preset == "pocket"
+                else "."
+            ),
+            "",
+        ]
+    lines += [
+        "| learning rate | " + " | ".join(f"rank {r}" for r in settings.ranks) + " |",
+        "|---|" + "---|" * len(settings.ranks),
+    ]
     for lr in settings.learning_rates:
-        shown = (f"**{losses[lr, r]:.4f}**" if (lr, r) == (best["lr"], best["rank"]) else f"{losses[lr, r]:.4f}"
-                 for r in settings.ranks)
+        shown = (
+            f"**{losses[lr, r]:.4f}**" if (lr, r) == (best["lr"], best["rank"]) else f"{losses[lr, r]:.4f}"
+            for r in settings.ranks
+        )
         lines.append(f"| {lr:g} | " + " | ".join(shown) + " |")
     stages = {stage: sum(r["flops"].get(stage, 0) for r in results) for stage in ("training", "validation")}
     total = sum(stages.values())
-    lines += ["", f"Best: `{best['cell']}`, {best['validation_loss']:.4f}.", "",
-              f"FLOPs ({best['convention']}): training {stages['training']:,}, validation {stages['validation']:,}, "
-              f"together {total:,}, which is {total / settings.budget:.2%} of the budget of {settings.budget:.3g}.", "",
-              "Forecasts of the best cell:", "",
-              f"    python -m experiments.run evaluate --config {out / 'config.toml'} "
-              f"--adapter {out / 'cells' / best['cell'] / 'adapter'}", ""]
+    lines += [
+        "",
+        f"Best: `{best['cell']}`, {best['validation_loss']:.4f}.",
+        "",
+        f"FLOPs ({best['convention']}): training {stages['training']:,}, validation {stages['validation']:,}, "
+        f"together {total:,}, which is {total / settings.budget:.2%} of the budget of {settings.budget:.3g}.",
+        "",
+        "Forecasts of the best cell:",
+        "",
+        f"    python -m experiments.run evaluate --config {out / 'config.toml'} "
+        f"--adapter {out / 'cells' / best['cell'] / 'adapter'}",
+        "",
+    ]
     return "\n".join(lines)

@@ -29,9 +29,7 @@ _DPI = 150
 _LOG_FROM = 4.0  # a logarithmic scale from this ratio of the largest to the smallest value on
 
 
-def loss_curves(
-    cells: Sequence[Mapping[str, Any]], path: str | Path, x: str = "step", label: str = ""
-) -> None:
+def loss_curves(cells: Sequence[Mapping[str, Any]], path: str | Path, x: str = "step", label: str = "") -> None:
     """Draw the training and the validation loss of all cells, two panels side by side.
 
     A cell is `name`, `lr`, `rank`, and `train` and `validation`: lists of (step, FLOPs so far, loss in nats
@@ -54,15 +52,10 @@ def loss_curves(
         drawn[0].append(smooth)
         at, loss = _points(cell["validation"], x)
         every = max(1, len(at) // 12)  # a marker on each of many points would hide the line
-        validation.plot(
-            at, loss, color=colour, linestyle=dashes, marker=marker, markersize=4, markevery=every
-        )
+        validation.plot(at, loss, color=colour, linestyle=dashes, marker=marker, markersize=4, markevery=every)
         drawn[1].append(loss)
     smoothing = f"faint: each step; line: mean of the last {window}" if window > 1 else "each step"
-    for axes, title, losses in (
-        (training, f"training ({smoothing})", drawn[0]),
-        (validation, "validation", drawn[1]),
-    ):
+    for axes, title, losses in ((training, f"training ({smoothing})", drawn[0]), (validation, "validation", drawn[1])):
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("training FLOPs (coursework)" if x == "flops" else "training step")
         axes.set_ylabel("loss (nats per token)")
@@ -133,9 +126,7 @@ def forecast(
     at, past, future, guess = (np.asarray(a, np.float64) for a in (time, context, truth, forecast))
     shapes = past.shape, future.shape, guess.shape
     if future.shape != guess.shape or past.shape[1:] != future.shape[1:] or past.shape[1:] != (len(names),):
-        raise ValueError(
-            f"context, truth and forecast must be (P, V), (h, V), (h, V), V = {len(names)}: got {shapes}"
-        )
+        raise ValueError(f"context, truth and forecast must be (P, V), (h, V), (h, V), V = {len(names)}: got {shapes}")
     if at.shape != (len(past) + len(future),):
         raise ValueError(f"time must be ({len(past)} + {len(future)},), got {at.shape}")
     unparsed = int(np.isnan(guess).any(axis=1).sum())
@@ -171,9 +162,7 @@ def flops_bars(by_component: Mapping[str, int], path: str | Path, title: str, la
     ordered = sorted(by_component.items(), key=lambda item: -item[1])
     total = sum(by_component.values())
     figure, (axes,) = _figure(8.5, 1.4 + 0.3 * len(ordered))
-    bars = axes.barh(
-        [_plain(name) for name, _ in ordered], [float(flops) for _, flops in ordered], color=COLOURS[0]
-    )
+    bars = axes.barh([_plain(name) for name, _ in ordered], [float(flops) for _, flops in ordered], color=COLOURS[0])
     texts = [f"{_scientific(flops)} ({100 * flops / total:.2f} %)" if total else "0" for _, flops in ordered]
     axes.bar_label(bars, texts, padding=4, fontsize=9)
     axes.set_xlim(0, (ordered[0][1] or 1) * 1.35)  # room for the text of the longest bar
@@ -190,23 +179,13 @@ def _styles(cells: Sequence[Mapping[str, Any]]) -> tuple[list[tuple[str, Any, st
     if len({(cell["lr"], cell["rank"]) for cell in cells}) < len(cells):
         styles = [(_colour(i, len(cells)), *_line(i)) for i in range(len(cells))]
         handles = [
-            Line2D(
-                [],
-                [],
-                color=colour,
-                linestyle=dashes,
-                marker=marker,
-                markersize=4,
-                label=_plain(cell["name"]),
-            )
+            Line2D([], [], color=colour, linestyle=dashes, marker=marker, markersize=4, label=_plain(cell["name"]))
             for cell, (colour, dashes, marker) in zip(cells, styles, strict=True)
         ]
         return styles, handles
     colours = {lr: _colour(i, len(rates)) for i, lr in enumerate(rates)}
     lines = {rank: _line(i) for i, rank in enumerate(ranks)}
-    handles = [
-        Line2D([], [], color=colour, linewidth=3, label=f"lr {_number(lr)}") for lr, colour in colours.items()
-    ]
+    handles = [Line2D([], [], color=colour, linewidth=3, label=f"lr {_number(lr)}") for lr, colour in colours.items()]
     handles += [
         Line2D([], [], color="0.3", linestyle=dashes, marker=marker, markersize=4, label=f"rank {rank}")
         for rank, (dashes, marker) in lines.items()
@@ -262,7 +241,7 @@ def _is_wide(values: Floats) -> bool:
 def _number(value: float) -> str:
     """Return 0.0001 as 1e-4: as learning rates are written."""
     mantissa, exponent = f"{value:e}".split("e")
-    return f"{value:g}" if value >= 0.01 else f"{float(mantissa):g}e{int(exponent)}"
+    return f"{value:g}" if value >= 0.1 else f"{float(mantissa):g}e{int(exponent)}"
 
 
 def _scientific(flops: int) -> str:

@@ -78,7 +78,7 @@ made this folder, from scratch. The same command on the same versions and thread
   under `coursework`).
 - Held-out loss: {loss:.4f} nats per token, on {held_out} windows of {context} tokens of such series that were
   not trained on.
-- Tokenizer: one token per byte, under Qwen's own ids; no merges and no Unicode normalisation.
+- Tokenizer: one token per byte, under Qwen's own ids; no merges; text is NFC-normalised, as with Qwen.
 - Time: {minutes:.1f} minutes on {threads} CPU threads. Python {python}, torch {torch}, numpy {numpy},
   tokenizers {tokenizers}, safetensors {safetensors}.
 """
@@ -113,10 +113,22 @@ def pretrain(out: Path, steps: int = STEPS, seed: int = 0, progress: Callable[[s
         loss = held_out_loss(Qwen.from_pretrained(folder), tokenizer, seed)
         minutes = (time.monotonic() - started) / 60
         readme = _README.format(
-            parameters=sum(p.numel() for p in model.parameters()), steps=steps, seed=seed, tokens=tokens,
-            flops=meter.training, loss=loss, held_out=HELD_OUT, context=CONTEXT, minutes=minutes,
-            threads=torch.get_num_threads(), python=platform.python_version(), torch=torch.__version__,
-            numpy=np.__version__, tokenizers=tokenizers.__version__, safetensors=safetensors.__version__)
+            parameters=sum(p.numel() for p in model.parameters()),
+            steps=steps,
+            seed=seed,
+            tokens=tokens,
+            flops=meter.training,
+            loss=loss,
+            held_out=HELD_OUT,
+            context=CONTEXT,
+            minutes=minutes,
+            threads=torch.get_num_threads(),
+            python=platform.python_version(),
+            torch=torch.__version__,
+            numpy=np.__version__,
+            tokenizers=tokenizers.__version__,
+            safetensors=safetensors.__version__,
+        )
         (folder / "README.md").write_text(readme, encoding="utf-8")
     progress(f"{out}: toy: held-out loss {loss:.4f} nats per token, {tokens:,} tokens, {minutes:.1f} minutes")
 
@@ -129,9 +141,7 @@ def held_out_loss(model: Qwen, tokenizer: tokenizers.Tokenizer, seed: int) -> fl
     return sum(total.item() for total, _ in parts) / sum(count for _, count in parts)
 
 
-def draw_tokens(
-    rng: np.random.RandomState, tokenizer: tokenizers.Tokenizer, batch: int, context: int
-) -> Tensor:
+def draw_tokens(rng: np.random.RandomState, tokenizer: tokenizers.Tokenizer, batch: int, context: int) -> Tensor:
     """Token ids (B, T+1) of windows at random offsets, each in a new series of 1000 tokens."""
     rows = []
     for _ in range(batch):
@@ -141,14 +151,13 @@ def draw_tokens(
     return torch.tensor(rows)
 
 
-def _train(
-    model: Qwen, tokenizer: tokenizers.Tokenizer, steps: int, seed: int, progress: Callable[[str], None]
-) -> int:
+def _train(model: Qwen, tokenizer: tokenizers.Tokenizer, steps: int, seed: int, progress: Callable[[str], None]) -> int:
     """Run the updates; returns how many tokens they saw."""
     rng = np.random.RandomState([seed, 0])  # its stream is frozen (NEP 19)
     groups = [  # norms and biases do not decay
         {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
-        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0}]
+        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95))
     warm_up = min(WARM_UP, 1 + steps // 20)
     tokens, started = 0, time.monotonic()
@@ -182,9 +191,13 @@ def _save(model: Qwen, tokenizer: tokenizers.Tokenizer, folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(safetensors.torch.save(tensors, metadata={"format": "pt"}))
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": SPECIAL[2], "pad_token": SPECIAL[0],
-        "model_max_length": CONFIG.max_position_embeddings, "clean_up_tokenization_spaces": False,
-        "chat_template": CHAT_TEMPLATE}
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": SPECIAL[2],
+        "pad_token": SPECIAL[0],
+        "model_max_length": CONFIG.max_position_embeddings,
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
@@ -192,12 +205,12 @@ def byte_tokenizer() -> tokenizers.Tokenizer:
     """A tokenizer whose 256 byte tokens have Qwen's (GPT-2's) ids, without merges, and Qwen's chat tokens.
 
     Bytes that print (!..~, ¡..¬, ®..ÿ) come first and stand for themselves, the other 68 follow as the
-    characters from U+0100 (Radford et al. 2019, `encoder.py`). Qwen's NFC normaliser is left out, so that any
-    text comes back as it was.
+    characters from U+0100 (Radford et al. 2019, `encoder.py`). As with Qwen, text is NFC-normalised first.
     """
     letters = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100), *range(0x100, 0x144)]
     vocabulary = {chr(letter): number for number, letter in enumerate(letters)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    tokenizer.normalizer = tokenizers.normalizers.NFC()
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     tokenizer.add_special_tokens([tokenizers.AddedToken(t, special=True, normalized=False) for t in SPECIAL])

@@ -8,8 +8,17 @@ from qwen_min.cache import KVCache
 from qwen_min.flops import unmetered
 
 
-def predict(config: QwenConfig, batch: int, tokens: int, *, rank: int = 0, cached: int = 0, training: bool = False,
-            convention: str = "coursework", last_only: bool = False) -> FlopMeter:
+def predict(
+    config: QwenConfig,
+    batch: int,
+    tokens: int,
+    *,
+    rank: int = 0,
+    cached: int = 0,
+    training: bool = False,
+    convention: str = "coursework",
+    last_only: bool = False,
+) -> FlopMeter:
     """A meter that has seen one forward of (batch, tokens) after `cached` tokens, without weights or memory.
 
     Args:
@@ -52,8 +61,9 @@ def generation(config: QwenConfig, batch: int, prompt: int, new: int, *, rank: i
     return prefill + (first + last) * (new - 1) // 2
 
 
-def training_run(config: QwenConfig, *, steps: int, batch: int, context: int, rank: int, validations: int,
-                 validation_windows: int) -> dict[str, int]:
+def training_run(
+    config: QwenConfig, *, steps: int, batch: int, context: int, rank: int, validations: int, validation_windows: int
+) -> dict[str, int]:
     """Coursework FLOPs of a cell by ledger stage: `steps` updates, and `validations` passes over the windows."""
     update = predict(config, batch, context, rank=rank).training if steps else 0
     window = predict(config, 1, context, rank=rank).total

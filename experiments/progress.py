@@ -30,8 +30,12 @@ class Report:
         self.validation = record.get("validation_loss", self.validation)
         rate = (record["step"] - self.first) * self.tokens_per_step / max(1e-9, time.monotonic() - self.began)
         # format, not :g: a total is read as an order of magnitude here and stands exactly in result.json
-        numbers = {"loss": f"{self.loss:.4f}", "val": f"{self.validation:.4f}", "tokens/s": f"{rate:,.0f}",
-                   "FLOPs": f"{record['training'] + record['validation']:.3e}"}
+        numbers = {
+            "loss": f"{self.loss:.4f}",
+            "val": f"{self.validation:.4f}",
+            "tokens/s": f"{rate:,.0f}",
+            "FLOPs": f"{record['training'] + record['validation']:.3e}",
+        }
         if self.bar is not None:
             self.bar.set_postfix(numbers, refresh=False)
             self.bar.update(record["step"] - self.bar.n)

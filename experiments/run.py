@@ -35,13 +35,17 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="experiments.run", description="Fine-tune Qwen2.5 to forecast series written as digits, "
-                     "under a budget of 10^17 FLOPs. Every verb has a --help with an example.")
+    parser = _Parser(
+        prog="experiments.run",
+        description="Fine-tune Qwen2.5 to forecast series written as digits, "
+        "under a budget of 10^17 FLOPs. Every verb has a --help with an example.",
+    )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(name: str, text: str) -> argparse.ArgumentParser:
-        p = verbs.add_parser(name, help=text, description=text, epilog=f"example: {_EXAMPLES[name]}",
-                             argument_default=argparse.SUPPRESS)
+        p = verbs.add_parser(
+            name, help=text, description=text, epilog=f"example: {_EXAMPLES[name]}", argument_default=argparse.SUPPRESS
+        )
         p.add_argument("--debug", action="store_true", help="show the traceback of an error")
         return p
 
@@ -139,7 +143,7 @@ def _settings(p: argparse.ArgumentParser, *groups: str) -> None:
     if "train" in groups:
         add("--steps", type=int, help="training steps of a cell (120)")
         add("--batch-size", type=int, help="windows of a step (4)")
-        add("--val-every", type=int, help="steps between validations and checkpoints (40)")
+        add("--val-every", type=int, help="steps between validations and checkpoints (30)")
         add("--dropout", type=float, help="on LoRA's input (0)")
         add("--preset", help="learning rates by name: reports or pocket")
     if "train" in groups or "forecast" in groups:
@@ -159,6 +163,7 @@ def _settings(p: argparse.ArgumentParser, *groups: str) -> None:
 def _flops(text: str) -> int:
     """A number of FLOPs, "100000000000000000" or "1e17", as the exact integer it names."""
     from decimal import Decimal, InvalidOperation
+
     try:
         number = Decimal(text)
         if number == number.to_integral_value() and 0 < number < 2**63:
@@ -171,6 +176,7 @@ def _flops(text: str) -> int:
 def _gather(args: argparse.Namespace):
     """The `Settings` of a command line."""
     from experiments.settings import Settings
+
     given = vars(args)
     settings = Settings.from_toml(given["config"]) if "config" in given else Settings()
     names = Settings.__dataclass_fields__.keys() & given.keys()
@@ -185,6 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Imported behind the parser: --help and a mistyped flag need no torch.
     from experiments.budget import BudgetExceeded
     from experiments.train import RunFailed
+
     try:
         _VERBS[args.verb](args)
         sys.stdout.flush()
@@ -204,6 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _grid(args) -> None:
     from experiments.grid import markdown
+
     settings, out = _gather(args), Path(getattr(args, "out", "runs/grid"))
     results = _run_cells(args, settings, out)
     if results:
@@ -212,6 +220,7 @@ def _grid(args) -> None:
 
 def _train(args) -> None:
     from experiments.settings import PRESETS
+
     given = _gather(argparse.Namespace(**{k: v for k, v in vars(args).items() if k not in ("lr", "rank")}))
     preset = PRESETS[given.preset or ("pocket" if given.is_pocket else "reports")]
     lr = getattr(args, "lr", given.lr[-1] if given.lr else preset[-1])
@@ -222,14 +231,17 @@ def _train(args) -> None:
         _print_json(results[1] | {"untrained_validation_loss": results[0]["validation_loss"], "out": str(out)})
     elif results:
         r = results[1]
-        print(f"{r['label'] + ': ' if r['label'] else ''}{r['cell']}: validation loss {r['validation_loss']:.4f} nats "
-              f"per token after {r['steps']} steps (untrained {results[0]['validation_loss']:.4f}); "
-              f"FLOPs {sum(r['flops'].values()):,}; adapter in {out / 'cells' / r['cell'] / 'adapter'}")
+        print(
+            f"{r['label'] + ': ' if r['label'] else ''}{r['cell']}: validation loss {r['validation_loss']:.4f} nats "
+            f"per token after {r['steps']} steps (untrained {results[0]['validation_loss']:.4f}); "
+            f"FLOPs {sum(r['flops'].values()):,}; adapter in {out / 'cells' / r['cell'] / 'adapter'}"
+        )
 
 
 def _run_cells(args, settings, out: Path) -> list[dict[str, Any]]:
     from experiments.grid import plan, run_grid
     from experiments.progress import Report
+
     if getattr(args, "dry_run", False):
         _dry_run(settings, plan(settings)[1], as_json=getattr(args, "json", False))
         return []
@@ -244,20 +256,31 @@ def _dry_run(settings, cells, as_json: bool) -> None:
     total = sum(sum(flops.values()) for _, flops in cells)
     rate = _product_rate(settings)
     if as_json:
-        _print_json({"cells": {cell.name: flops for cell, flops in cells}, "total": total, "budget": settings.budget,
-                     "estimated_seconds": total / rate})
+        _print_json(
+            {
+                "cells": {cell.name: flops for cell, flops in cells},
+                "total": total,
+                "budget": settings.budget,
+                "estimated_seconds": total / rate,
+            }
+        )
         return
     print(f"{'cell':16} {'training':>22} {'validation':>20}")
     for cell, flops in cells:
         print(f"{cell.name:16} {flops['training']:22,} {flops['validation']:20,}")
-    print(f"together {total:,} FLOPs (coursework), {total / settings.budget:.2%} of the budget of {settings.budget:.3g}")
-    print(f"about {total / rate / 60:.0f} minutes here, if products run at the {rate / 1e9:.0f} GFLOP/s that one of "
-          "1024 x 1024 just did; small models take longer. Nothing was run.")
+    print(
+        f"together {total:,} FLOPs (coursework), {total / settings.budget:.2%} of the budget of {settings.budget:.3g}"
+    )
+    print(
+        f"about {total / rate / 60:.0f} minutes here, if products run at the {rate / 1e9:.0f} GFLOP/s that one of "
+        "1024 x 1024 just did; small models take longer. Nothing was run."
+    )
 
 
 def _product_rate(settings) -> float:
     """FLOP/s of a square float32 product on this machine, the best of three."""
     import torch
+
     a = torch.ones(1024, 1024, device=settings.device, dtype=settings.compute_dtype)
     seconds = []
     for _ in range(4):
@@ -270,6 +293,7 @@ def _product_rate(settings) -> float:
 def _evaluate(args) -> None:
     from experiments import evaluate, files
     from experiments.budget import Ledger
+
     settings = _gather(args)
     task, model = evaluate.prepare(settings, getattr(args, "adapter", None))
     with Ledger(getattr(args, "ledger", LEDGER), settings.budget) as ledger:
@@ -287,6 +311,7 @@ def _forecast(args) -> None:
     from experiments import evaluate
     from experiments.budget import Ledger
     from qwen_min import FlopMeter
+
     settings = _gather(args)
     task, model = evaluate.prepare(settings, getattr(args, "adapter", None))
     task.check([args.system])
@@ -300,8 +325,10 @@ def _forecast(args) -> None:
         ledger.settle(entry)
     _draw(task, forecasts, 0, path)
     scores = evaluate.scores(task, forecasts)
-    print(f"{settings.label + ': ' if settings.label else ''}system {args.system}, {settings.points} points -> "
-          f"{settings.horizon}, raw units; {forecasts.unparsed[0]} steps did not parse")
+    print(
+        f"{settings.label + ': ' if settings.label else ''}system {args.system}, {settings.points} points -> "
+        f"{settings.horizon}, raw units; {forecasts.unparsed[0]} steps did not parse"
+    )
     for name, score in scores.items():
         print(f"{name:16} MSE {score['mse']:.4f}  MAE {score['mae']:.4f}")
     print(f"{path}; {meter.total:,} FLOPs (coursework)")
@@ -309,22 +336,34 @@ def _forecast(args) -> None:
 
 def _draw(task, forecasts, i: int, path: Path) -> None:
     from experiments import plots
+
     path.parent.mkdir(parents=True, exist_ok=True)
     settings = task.settings
-    plots.forecast(task.dataset.time[: settings.points + settings.horizon], forecasts.context[i], forecasts.truth[i],
-                   forecasts.values[i], task.dataset.names, path, f"System {forecasts.systems[i]}", settings.label)
+    plots.forecast(
+        task.dataset.time[: settings.points + settings.horizon],
+        forecasts.context[i],
+        forecasts.truth[i],
+        forecasts.values[i],
+        task.dataset.names,
+        path,
+        f"System {forecasts.systems[i]}",
+        settings.label,
+    )
 
 
 def _data(args) -> None:
     from experiments.task import Task
     from qwen_min import Tokenizer
+
     settings = _gather(args)
     tokenizer = Tokenizer.from_pretrained(settings.model, settings.revision or None, settings.offline)
     task = Task.prepare(settings, tokenizer)
     dataset, shown = task.dataset, 4
     print(f"{dataset.path}: {dataset.source}; series {dataset.series.shape}; sha256 {dataset.digest}")
-    print(f"train {len(task.split.train)} / validation {len(task.split.validation)} / test {len(task.split.test)} "
-          f"systems, in order; alpha {task.alpha:.6g}; {settings.decimals} decimals")
+    print(
+        f"train {len(task.split.train)} / validation {len(task.split.validation)} / test {len(task.split.test)} "
+        f"systems, in order; alpha {task.alpha:.6g}; {settings.decimals} decimals"
+    )
     for system in (int(task.split.train[0]), int(task.split.train[1])):
         text = task.text(system, shown)
         print(f"\nsystem {system}, first {shown} of {dataset.series.shape[1]} points ({', '.join(dataset.names)})")
@@ -341,6 +380,7 @@ def _flops_verb(args) -> None:
     from experiments.predict import predict
     from qwen_min import QwenConfig
     from qwen_min.load import resolve
+
     name = getattr(args, "model", "Qwen2.5-0.5B")
     for flag, least in (("batch", 1), ("context", 1), ("rank", 0), ("cache", 0)):
         if getattr(args, flag) < least:
@@ -350,21 +390,31 @@ def _flops_verb(args) -> None:
     else:
         config = QwenConfig.from_file(resolve(name, offline=getattr(args, "offline", False)) / "config.json")
     training = getattr(args, "train", False)
-    meter = predict(config, args.batch, args.context, rank=args.rank, cached=args.cache, training=training,
-                    convention=args.convention)
+    meter = predict(
+        config,
+        args.batch,
+        args.context,
+        rank=args.rank,
+        cached=args.cache,
+        training=training,
+        convention=args.convention,
+    )
     if hasattr(args, "plot"):
         plots.flops_bars(meter.by_component(), args.plot, f"{name}: forward of {args.batch} x {args.context} tokens")
     question = {"model": name, "batch": args.batch, "context": args.context, "rank": args.rank, "cache": args.cache}
     if getattr(args, "json", False):
         _print_json(flops_table.as_json(meter, question))
         return
-    print(f"{name}: {args.batch} x {args.context} tokens after {args.cache} cached, LoRA rank {args.rank} on q and v, "
-          f"convention {args.convention}\n")
+    print(
+        f"{name}: {args.batch} x {args.context} tokens after {args.cache} cached, LoRA rank {args.rank} on q and v, "
+        f"convention {args.convention}\n"
+    )
     print(flops_table.table(meter, training, getattr(args, "per_layer", False)))
 
 
 def _budget(args) -> None:
     from experiments import budget
+
     path = Path(getattr(args, "ledger", LEDGER))
     if not path.is_file():
         raise ValueError(f"{path}: no such ledger: expected a folder in which 'grid', 'train' or 'evaluate' ran")
@@ -377,6 +427,7 @@ def _budget(args) -> None:
 
 def _doctor(args) -> None:
     from experiments import doctor
+
     for line in doctor.lines(_gather(args)):
         print(line, flush=True)
 
@@ -388,6 +439,7 @@ def _generate(args) -> None:
     from lora import load_adapter
     from qwen_min import Tokenizer
     from qwen_min.generate import stream
+
     settings = _gather(args)
     tokenizer = Tokenizer.from_pretrained(settings.model, settings.revision or None, settings.offline)
     model = load_model(settings)
@@ -401,8 +453,14 @@ def _generate(args) -> None:
         stops.add(tokenizer.token_id(name))
 
     def new():
-        for step in stream(model, torch.tensor([ids], device=model.device), args.max_new_tokens,
-                           temperature=args.temperature, top_p=args.top_p, seed=args.sample_seed):
+        for step in stream(
+            model,
+            torch.tensor([ids], device=model.device),
+            args.max_new_tokens,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            seed=args.sample_seed,
+        ):
             if (token := step.item()) in stops:
                 return
             yield token
@@ -418,6 +476,7 @@ def _bench(args) -> None:
     from experiments import bench
     from experiments.settings import POCKET, Settings
     from qwen_min.load import resolve
+
     Settings(dtype=args.dtype)  # refuses an unknown type
     for flag in ("batch", "context", "repeats"):
         if getattr(args, flag) < 1:
@@ -425,14 +484,22 @@ def _bench(args) -> None:
     if unknown := set(args.what) - set(bench.WHATS):
         raise ValueError(f"--what {' '.join(sorted(unknown))}: expected {', '.join(bench.WHATS)}")
     folder = resolve(getattr(args, "model", POCKET), offline=getattr(args, "offline", False))
-    report = bench.bench(folder.resolve(), args.what, args.batch, args.context, args.repeats, args.dtype,
-                         peer=not hasattr(args, "no_peer"))
+    report = bench.bench(
+        folder.resolve(),
+        args.what,
+        args.batch,
+        args.context,
+        args.repeats,
+        args.dtype,
+        peer=not hasattr(args, "no_peer"),
+    )
     _print_json(report) if getattr(args, "json", False) else print(bench.table(report))
 
 
 def _pretrain_pocket(args) -> None:
     from experiments.pocket import pretrain
     from experiments.settings import POCKET
+
     options = {name: getattr(args, name) for name in ("steps", "seed") if hasattr(args, name)}
     out = Path(getattr(args, "out", POCKET))
     pretrain(out, progress=lambda line: print(line, file=sys.stderr, flush=True), **options)
@@ -442,9 +509,19 @@ def _print_json(value: dict[str, Any]) -> None:
     print(json.dumps(value, indent=2, allow_nan=False))
 
 
-_VERBS = {"grid": _grid, "train": _train, "evaluate": _evaluate, "forecast": _forecast, "data": _data,
-          "flops": _flops_verb, "budget": _budget, "doctor": _doctor, "generate": _generate,
-          "bench": _bench, "pretrain-pocket": _pretrain_pocket}
+_VERBS = {
+    "grid": _grid,
+    "train": _train,
+    "evaluate": _evaluate,
+    "forecast": _forecast,
+    "data": _data,
+    "flops": _flops_verb,
+    "budget": _budget,
+    "doctor": _doctor,
+    "generate": _generate,
+    "bench": _bench,
+    "pretrain-pocket": _pretrain_pocket,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

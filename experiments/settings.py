@@ -38,7 +38,7 @@ class Settings:
     dropout: float = 0.0  # on LoRA's input
     decimals: int = 2
     alpha: float = 0.0  # series are divided by this; 0 for the training part's maximum / 9.99
-    val_every: int = 40  # steps between validations, each with a checkpoint
+    val_every: int = 30  # steps between validations, each with a checkpoint
     val_series: int = 20  # series of the validation part that are used
     points: int = 80  # of a series that a forecast sees
     horizon: int = 20  # points that it forecasts
@@ -62,8 +62,9 @@ class Settings:
         _require(len(set(self.ranks)) == len(self.ranks), "ranks", self.ranks, "each once")
         _require(self.preset in ("", *PRESETS), "preset", self.preset, f"one of {', '.join(PRESETS)}")
         _require(self.dtype in ("float32", "bfloat16"), "dtype", self.dtype, "float32 or bfloat16")
-        _require(self.device in ("cpu", "cuda") or self.device.startswith("cuda:"), "device", self.device,
-                 "cpu or cuda")
+        _require(
+            self.device in ("cpu", "cuda") or self.device.startswith("cuda:"), "device", self.device, "cpu or cuda"
+        )
         if self.device != "cpu":
             _require(torch.cuda.is_available(), "device", self.device, "cpu, as torch finds no CUDA device here")
 

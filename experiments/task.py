@@ -46,8 +46,10 @@ class Task:
         """Raise ValueError for a system that the data set lacks, or a forecast that is longer than its series."""
         last, points = len(self.dataset.series) - 1, self.dataset.series.shape[1]
         if self.settings.points + self.settings.horizon > points:
-            raise ValueError(f"{self.dataset.path}: has {points} points: expected at least the {self.settings.points} "
-                             f"that a forecast sees and the {self.settings.horizon} that it makes")
+            raise ValueError(
+                f"{self.dataset.path}: has {points} points: expected at least the {self.settings.points} "
+                f"that a forecast sees and the {self.settings.horizon} that it makes"
+            )
         for system in systems:
             if not 0 <= system <= last:
                 raise ValueError(f"{self.dataset.path}: has no system {system}: expected 0 to {last}")

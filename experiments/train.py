@@ -48,17 +48,29 @@ class Cell:
 
 def load_model(settings: Settings) -> Qwen:
     """The base model of a run, frozen."""
-    model = Qwen.from_pretrained(settings.model, settings.weight_dtype, settings.device, settings.revision or None,
-                                 settings.offline, compute_dtype=settings.compute_dtype)
+    model = Qwen.from_pretrained(
+        settings.model,
+        settings.weight_dtype,
+        settings.device,
+        settings.revision or None,
+        settings.offline,
+        compute_dtype=settings.compute_dtype,
+    )
     return model.requires_grad_(False)
 
 
 def predicted(settings: Settings, cell: Cell, config, validation_windows: int) -> dict[str, int]:
     """FLOPs of a cell by ledger stage, before it runs."""
     steps = settings.steps if cell.rank else 0
-    return predict.training_run(config, steps=steps, batch=settings.batch_size, context=settings.context,
-                                rank=cell.rank, validations=max(1, math.ceil(steps / settings.val_every)),
-                                validation_windows=validation_windows)
+    return predict.training_run(
+        config,
+        steps=steps,
+        batch=settings.batch_size,
+        context=settings.context,
+        rank=cell.rank,
+        validations=max(1, math.ceil(steps / settings.val_every)),
+        validation_windows=validation_windows,
+    )
 
 
 def groups(model: Qwen, windows: Windows, chosen) -> Iterator[tuple[Tensor, Tensor]]:
@@ -101,8 +113,10 @@ def training_step(model: Qwen, windows: Windows, chosen, optimizer: torch.optim.
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).item()
     if not (math.isfinite(total) and math.isfinite(norm)):
-        raise RunFailed(f"the loss is {total / real:g} and the norm of its gradient {norm:g}: expected finite "
-                        "numbers; a lower learning rate may help")
+        raise RunFailed(
+            f"the loss is {total / real:g} and the norm of its gradient {norm:g}: expected finite "
+            "numbers; a lower learning rate may help"
+        )
     optimizer.step()
     return total / real, norm
 
@@ -130,19 +144,20 @@ def run_cell(task: Task, cell: Cell, folder: Path, ledger: Ledger, run: str, pro
     state = _State(model, cell, settings)
     metrics = state.resume(folder)
     entry = ledger.reserve(run, cell.name, expected, done=state.flops)
+
+    def note(record: dict[str, Any]) -> None:
+        metrics.append(record)
+        files.append_jsonl(folder / "metrics.jsonl", record)
+        progress({"cell": cell.name, "steps": state.steps} | record)
+
     try:
         with stoppable() as stopped:
             while state.validated_at < state.steps:
                 if state.step < state.steps:
-                    record = state.train(task, ledger, entry)
-                    metrics.append(record)
-                    files.append_jsonl(folder / "metrics.jsonl", record)
+                    note(state.train(task, ledger, entry))
                 if state.step % settings.val_every == 0 or state.step == state.steps:
-                    record = state.validate(windows, ledger, entry)
-                    metrics.append(record)
-                    files.append_jsonl(folder / "metrics.jsonl", record)
+                    note(state.validate(windows, ledger, entry))
                     state.save(folder)
-                progress({"cell": cell.name, "steps": state.steps} | record)
                 if stopped() and state.step < state.steps:
                     state.save(folder)
                     raise KeyboardInterrupt
@@ -230,11 +245,14 @@ class _State:
                     parameter.copy_(held[name])
                     self.optimizer.state[parameter] = {
                         kind: held[f"{name}/{kind}"].to(parameter.device if kind != "step" else "cpu")
-                        for kind in ("step", "exp_avg", "exp_avg_sq")}
+                        for kind in ("step", "exp_avg", "exp_avg_sq")
+                    }
             torch.set_rng_state(held["random_state"])
         except (SafetensorError, OSError, KeyError, RuntimeError) as e:
-            raise ValueError(f"{path}: cannot be read ({' '.join(str(e).split())[:120]}): expected a checkpoint of "
-                             "this run; delete its cell's folder to begin again") from None
+            raise ValueError(
+                f"{path}: cannot be read ({' '.join(str(e).split())[:120]}): expected a checkpoint of "
+                "this run; delete its cell's folder to begin again"
+            ) from None
 
     def _trainable(self) -> Iterator[tuple[str, Tensor]]:
         return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
@@ -246,14 +264,24 @@ def _summary(task: Task, cell: Cell, model: Qwen, metrics, flops, expected) -> d
     validation = [m for m in metrics if "validation_loss" in m]
     best = min(validation, key=lambda m: m["validation_loss"])
     return {
-        "cell": cell.name, "lr": cell.lr, "rank": cell.rank, "steps": len(losses), "label": task.settings.label,
-        "validation_loss": validation[-1]["validation_loss"], "best_validation_loss": best["validation_loss"],
-        "best_step": best["step"], "first_loss": losses[0] if losses else None,
+        "cell": cell.name,
+        "lr": cell.lr,
+        "rank": cell.rank,
+        "steps": len(losses),
+        "label": task.settings.label,
+        "validation_loss": validation[-1]["validation_loss"],
+        "best_validation_loss": best["validation_loss"],
+        "best_step": best["step"],
+        "first_loss": losses[0] if losses else None,
         "last_losses_mean": sum(losses[-10:]) / len(losses[-10:]) if losses else None,
-        "flops": flops, "predicted_flops": expected, "convention": "coursework",
+        "flops": flops,
+        "predicted_flops": expected,
+        "convention": "coursework",
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "train_windows": len(task.train_windows), "validation_windows": len(task.validation_windows),
-        "validation_tokens": task.validation_windows.real_tokens, "data_sha256": task.dataset.digest,
+        "train_windows": len(task.train_windows),
+        "validation_windows": len(task.validation_windows),
+        "validation_tokens": task.validation_windows.real_tokens,
+        "data_sha256": task.dataset.digest,
     }
 
 

@@ -15,12 +15,27 @@ from qwen_min.model import Qwen
 # Fields of PEFT's with one or more values that leave the maths that of `LoRALinear`, and those that never touch it.
 # Every other one must be off: null, false or empty.
 _SUPPORTED: dict[str, tuple] = {
-    "peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, "gaussian", "orthogonal", "eva"),
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "init_lora_weights": (True, "gaussian", "orthogonal", "eva"),
 }
 _HARMLESS = {
-    "r", "lora_alpha", "lora_dropout", "target_modules", "task_type", "inference_mode", "base_model_name_or_path",
-    "revision", "peft_version", "auto_mapping", "megatron_core", "qalora_group_size", "loftq_config", "eva_config",
-    "runtime_config", "ensure_weight_tying",
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "task_type",
+    "inference_mode",
+    "base_model_name_or_path",
+    "revision",
+    "peft_version",
+    "auto_mapping",
+    "megatron_core",
+    "qalora_group_size",
+    "loftq_config",
+    "eva_config",
+    "runtime_config",
+    "ensure_weight_tying",
 }
 
 
@@ -52,10 +67,21 @@ def save_adapter(model: Qwen, folder: str | Path, base: str = "") -> None:
         bias.unlink(missing_ok=True)
     # PEFT reads a list as endings of module names; the shortest that tell are those add_lora was given.
     config: dict[str, Any] = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base or None, "r": one.rank,
-        "lora_alpha": one.alpha, "lora_dropout": one.dropout, "bias": "none", "fan_in_fan_out": False,
-        "use_dora": False, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None,
-        "inference_mode": True, "target_modules": _endings(layers, model),
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base or None,
+        "r": one.rank,
+        "lora_alpha": one.alpha,
+        "lora_dropout": one.dropout,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_dora": False,
+        "use_rslora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "modules_to_save": None,
+        "inference_mode": True,
+        "target_modules": _endings(layers, model),
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -86,11 +112,16 @@ def load_adapter(model: Qwen, folder: str | Path) -> Qwen:
     for name, layer in layers.items():
         outputs, inputs = layer.weight.shape
         shapes |= {_key(name, "A"): [rank, inputs], _key(name, "B"): [outputs, rank]}
-    wrong = ([f"missing {k}" for k in sorted(shapes.keys() - tensors.keys())]
-             + [f"unexpected {listed([k])}" for k in sorted(tensors.keys() - shapes.keys())]
-             + [f"{k} is {list(tensors[k].shape)}, not {shape}" for k, shape in shapes.items()
-                if k in tensors and list(tensors[k].shape) != shape]
-             + [f"{listed([k])} is of type {t.dtype}" for k, t in tensors.items() if not t.is_floating_point()])
+    wrong = (
+        [f"missing {k}" for k in sorted(shapes.keys() - tensors.keys())]
+        + [f"unexpected {listed([k])}" for k in sorted(tensors.keys() - shapes.keys())]
+        + [
+            f"{k} is {list(tensors[k].shape)}, not {shape}"
+            for k, shape in shapes.items()
+            if k in tensors and list(tensors[k].shape) != shape
+        ]
+        + [f"{listed([k])} is of type {t.dtype}" for k, t in tensors.items() if not t.is_floating_point()]
+    )
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError(f"{path}: {'; '.join(wrong[:3])}{more}: expected the matrices of its adapter_config.json")
@@ -120,8 +151,9 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as e:
-        raise ValueError(f"{path}: cannot be read ({' '.join(str(e).split())[:200]}): "
-                         "expected a complete safetensors file") from None
+        raise ValueError(
+            f"{path}: cannot be read ({' '.join(str(e).split())[:200]}): expected a complete safetensors file"
+        ) from None
 
 
 def _read_config(path: Path) -> dict:

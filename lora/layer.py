@@ -28,8 +28,9 @@ class LoRALinear(Linear):
         generator: draws A.
     """
 
-    def __init__(self, base: Linear, rank: int, alpha: float, dropout: float = 0.0,
-                 generator: torch.Generator | None = None):
+    def __init__(
+        self, base: Linear, rank: int, alpha: float, dropout: float = 0.0, generator: torch.Generator | None = None
+    ):
         nn.Module.__init__(self)
         self.weight, self.bias, self.path = base.weight, base.bias, base.path
         self.coursework_outputs = base.coursework_outputs
@@ -62,8 +63,14 @@ class LoRALinear(Linear):
         self.weight.copy_(self.weight.float() + sign * update)
 
 
-def add_lora(model: Qwen, rank: int = 8, alpha: float | None = None, targets: Sequence[str] = TARGETS,
-             dropout: float = 0.0, seed: int | None = None) -> Qwen:
+def add_lora(
+    model: Qwen,
+    rank: int = 8,
+    alpha: float | None = None,
+    targets: Sequence[str] = TARGETS,
+    dropout: float = 0.0,
+    seed: int | None = None,
+) -> Qwen:
     """Freeze `model` (all but its logit bias, if it has one) and give its target layers LoRA, in place.
 
     Args:
@@ -145,8 +152,10 @@ def unmerge(model: Qwen) -> Qwen:
 def _fold_all(model: Qwen, sign: int) -> Qwen:
     layers = [layer for _, layer in lora_layers(model) if layer.merged != (sign > 0)]
     if not layers:
-        raise ValueError(f"nothing to {'merge' if sign > 0 else 'unmerge'}: expected a model with LoRA layers "
-                         f"that are {'not ' if sign > 0 else ''}merged")
+        raise ValueError(
+            f"nothing to {'merge' if sign > 0 else 'unmerge'}: expected a model with LoRA layers "
+            f"that are {'not ' if sign > 0 else ''}merged"
+        )
     for layer in layers:
         layer.fold(sign)
         layer.merged = sign > 0

@@ -19,8 +19,14 @@ class KVCache:
         dtype, device: of the keys and values; the model's compute type.
     """
 
-    def __init__(self, config: QwenConfig, batch: int, capacity: int, dtype: torch.dtype = torch.float32,
-                 device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        config: QwenConfig,
+        batch: int,
+        capacity: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
         shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
         self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.values = [torch.empty_like(k) for k in self.keys]
@@ -31,8 +37,10 @@ class KVCache:
         if batch != self.batch:
             raise ValueError(f"the cache was made for {self.batch} sequences: got {batch}")
         if self.length + tokens > self.capacity:
-            raise ValueError(f"the cache is full: {self.length} tokens and {tokens} more need "
-                             f"{self.length + tokens} places: it has {self.capacity}")
+            raise ValueError(
+                f"the cache is full: {self.length} tokens and {tokens} more need "
+                f"{self.length + tokens} places: it has {self.capacity}"
+            )
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store (B, K, T, D) keys and values behind what `layer` holds; returns views of all S, (B, K, S, D)."""

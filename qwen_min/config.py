@@ -38,8 +38,15 @@ class QwenConfig:
     tie_word_embeddings: bool
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                     "num_key_value_heads", "max_position_embeddings"):
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "max_position_embeddings",
+        ):
             value = getattr(self, name)
             # Bounds far above any model: a damaged file must not ask for a billion layers, or overflow a shape.
             most = 1024 if name == "num_hidden_layers" else 2**24
@@ -52,11 +59,15 @@ class QwenConfig:
         if type(self.tie_word_embeddings) is not bool:
             raise ValueError(f"tie_word_embeddings is {self.tie_word_embeddings!r}: expected true or false")
         if self.hidden_size % (2 * self.num_attention_heads):
-            raise ValueError(f"hidden_size is {self.hidden_size}: expected an even head size for each of the "
-                             f"{self.num_attention_heads} heads of num_attention_heads")
+            raise ValueError(
+                f"hidden_size is {self.hidden_size}: expected an even head size for each of the "
+                f"{self.num_attention_heads} heads of num_attention_heads"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"num_key_value_heads is {self.num_key_value_heads}: expected a divisor of "
-                             f"num_attention_heads, which is {self.num_attention_heads}")
+            raise ValueError(
+                f"num_key_value_heads is {self.num_key_value_heads}: expected a divisor of "
+                f"num_attention_heads, which is {self.num_attention_heads}"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -68,11 +79,22 @@ class QwenConfig:
         """One of the seven released sizes, without weights: "Qwen2.5-0.5B", ..., "Qwen2.5-72B" ("-Instruct" too)."""
         size = name.removeprefix("Qwen/").removeprefix("Qwen2.5-").removesuffix("-Instruct")
         if size not in _SIZES or "Qwen2.5-" not in name:
-            raise ValueError(f"{name!r} is not a known size: expected one of "
-                             + ", ".join(f"Qwen2.5-{s}" for s in _SIZES))
+            raise ValueError(
+                f"{name!r} is not a known size: expected one of " + ", ".join(f"Qwen2.5-{s}" for s in _SIZES)
+            )
         hidden, layers, heads, kv_heads, feed_forward, tied, vocabulary = _SIZES[size]
-        return cls(vocabulary, hidden, feed_forward, layers, heads, kv_heads, rope_theta=1e6, rms_norm_eps=1e-6,
-                   max_position_embeddings=32768, tie_word_embeddings=tied)
+        return cls(
+            vocabulary,
+            hidden,
+            feed_forward,
+            layers,
+            heads,
+            kv_heads,
+            rope_theta=1e6,
+            rms_norm_eps=1e-6,
+            max_position_embeddings=32768,
+            tie_word_embeddings=tied,
+        )
 
     @classmethod
     def from_file(cls, path: Path) -> "QwenConfig":
@@ -96,8 +118,11 @@ class QwenConfig:
         if fields.get("model_type") != "qwen2":
             raise ValueError(f"model_type is {fields.get('model_type')!r}: expected 'qwen2'")
         _refuse_unsupported(fields)
-        missing = [name for name in cls.__dataclass_fields__
-                   if name not in fields and name not in ("rope_theta", "tie_word_embeddings")]
+        missing = [
+            name
+            for name in cls.__dataclass_fields__
+            if name not in fields and name not in ("rope_theta", "tie_word_embeddings")
+        ]
         if missing:
             raise ValueError(f"{', '.join(missing)} missing: expected every size of the model")
         known = {name: fields[name] for name in cls.__dataclass_fields__ if name in fields}
@@ -105,15 +130,20 @@ class QwenConfig:
         known.setdefault("tie_word_embeddings", False)
         config = cls(**(known | {"rope_theta": _rope_theta(fields)}))
         if fields.get("head_dim") not in (None, config.head_dim):
-            raise ValueError(f"head_dim is {fields['head_dim']!r}: expected hidden_size / num_attention_heads, "
-                             f"which is {config.head_dim}")
+            raise ValueError(
+                f"head_dim is {fields['head_dim']!r}: expected hidden_size / num_attention_heads, "
+                f"which is {config.head_dim}"
+            )
         return config
 
     def to_dict(self) -> dict[str, Any]:
         """A `config.json` that this class and transformers (4 and 5) read."""
         return asdict(self) | {
-            "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu",
-            "attention_dropout": 0.0, "use_sliding_window": False,
+            "architectures": ["Qwen2ForCausalLM"],
+            "model_type": "qwen2",
+            "hidden_act": "silu",
+            "attention_dropout": 0.0,
+            "use_sliding_window": False,
             "rope_parameters": {"rope_theta": self.rope_theta, "rope_type": "default"},
         }
 
@@ -136,12 +166,15 @@ def _rope_theta(fields: dict[str, Any]) -> float:
 
 
 def _refuse_unsupported(fields: dict[str, Any]) -> None:
-    expected = {"hidden_act": ("silu", None), "use_sliding_window": (False, None), "quantization_config": (None,),
-                "attention_dropout": (0, None)}
+    expected = {
+        "hidden_act": ("silu", None),
+        "use_sliding_window": (False, None),
+        "quantization_config": (None,),
+        "attention_dropout": (0, None),
+    }
     for name, allowed in expected.items():
         if fields.get(name) not in allowed:
-            raise ValueError(f"{name} is {fields[name]!r}: expected {json.dumps(allowed[0])}, "
-                             "the only one implemented")
+            raise ValueError(f"{name} is {fields[name]!r}: expected {json.dumps(allowed[0])}, the only one implemented")
     kinds = fields.get("layer_types") or []
     if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
         raise ValueError(f"layer_types is {kinds!r}: expected 'full_attention' in every layer")

@@ -43,8 +43,16 @@ class Price:
     is twice the forward by decree. `only` restricts a price to some conventions.
     """
 
-    def __init__(self, component: str, dims: str, *, product: str = "", d_products: tuple[str, ...] = (),
-                 only: tuple[str, ...] = CONVENTIONS, **formulas: str):
+    def __init__(
+        self,
+        component: str,
+        dims: str,
+        *,
+        product: str = "",
+        d_products: tuple[str, ...] = (),
+        only: tuple[str, ...] = CONVENTIONS,
+        **formulas: str,
+    ):
         self.component, self.dims, self.only = component, tuple(dims.split()), only
         self.product, self.d_products = product, d_products
         self.forward = {name: f for name, f in formulas.items() if not name.startswith("d_")}
@@ -84,8 +92,9 @@ def _compiled(formula: str):
     return compile(formula.strip(), "<price>", "eval")
 
 
-def _evaluate(products: tuple[str, ...], formulas: dict[str, str], values: dict[str, int], convention: str
-              ) -> dict[str, int]:
+def _evaluate(
+    products: tuple[str, ...], formulas: dict[str, str], values: dict[str, int], convention: str
+) -> dict[str, int]:
     flops: dict[str, int] = defaultdict(int)
     for product in products:
         m, n, p = (eval(_compiled(side), {}, values) for side in product.split(","))
@@ -177,8 +186,16 @@ class FlopMeter:
 
 _meters: ContextVar[tuple[FlopMeter, ...]] = ContextVar("meters", default=())
 _module: ContextVar[str] = ContextVar("module", default="")
-_NAMES = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "output", "gate_proj": "gate", "up_proj": "up",
-          "down_proj": "down", "lm_head": "head"}
+_NAMES = {
+    "q_proj": "q",
+    "k_proj": "k",
+    "v_proj": "v",
+    "o_proj": "output",
+    "gate_proj": "gate",
+    "up_proj": "up",
+    "down_proj": "down",
+    "lm_head": "head",
+}
 
 
 def component(charge: Charge) -> str:

@@ -9,8 +9,16 @@ from qwen_min.cache import KVCache
 
 
 @torch.inference_mode()
-def stream(model, ids: Tensor, max_new_tokens: int, *, padding: Tensor | None = None, temperature: float = 0.0,
-           top_p: float = 1.0, seed: int | None = None) -> Iterator[Tensor]:
+def stream(
+    model,
+    ids: Tensor,
+    max_new_tokens: int,
+    *,
+    padding: Tensor | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+) -> Iterator[Tensor]:
     """Yield the (B) new tokens of each step, `max_new_tokens` times; the caller stops when it has enough.
 
     Args:
@@ -47,9 +55,17 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
 
-def generate(model, ids: Tensor | Sequence[Sequence[int]], max_new_tokens: int, *, stop: Sequence[int] = (),
-             pad_id: int = 0, temperature: float = 0.0, top_p: float = 1.0, seed: int | None = None
-             ) -> Tensor | list[list[int]]:
+def generate(
+    model,
+    ids: Tensor | Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    stop: Sequence[int] = (),
+    pad_id: int = 0,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+) -> Tensor | list[list[int]]:
     """Prompt and new tokens, greedy unless a temperature is given. Every choice is an argument; no file is consulted.
 
     Args:
@@ -83,8 +99,7 @@ def generate(model, ids: Tensor | Sequence[Sequence[int]], max_new_tokens: int, 
 
     new: list[list[int]] = [[] for _ in prompts]
     done = [False] * len(prompts)
-    for step in stream(model, padded, max_new_tokens, padding=padding, temperature=temperature, top_p=top_p,
-                       seed=seed):
+    for step in stream(model, padded, max_new_tokens, padding=padding, temperature=temperature, top_p=top_p, seed=seed):
         for row, token in enumerate(step.tolist()):
             if not done[row]:
                 new[row].append(token)

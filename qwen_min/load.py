@@ -28,11 +28,13 @@ def resolve(name_or_folder: str | Path, revision: str | None = None, offline: bo
         return folder
     name = str(name_or_folder)
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
-        raise ValueError(f"{name}: no such folder: expected a model's folder or a hub id such as "
-                         "Qwen/Qwen2.5-0.5B-Instruct")
+        raise ValueError(
+            f"{name}: no such folder: expected a model's folder or a hub id such as Qwen/Qwen2.5-0.5B-Instruct"
+        )
     # Imported here: it takes a third of a second, and a local model needs nothing of it.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
     try:
         return Path(snapshot_download(name, revision=revision, local_files_only=offline, allow_patterns=_FILES))
     except RepositoryNotFoundError:
@@ -42,8 +44,9 @@ def resolve(name_or_folder: str | Path, revision: str | None = None, offline: bo
     except (OSError, ValueError, RuntimeError, HfHubHTTPError) as e:
         # The cause is named by its kind alone: the library's own text spans lines and may quote request headers.
         why = "not cached, and offline was asked for" if offline else f"could not be fetched ({type(e).__name__})"
-    raise ValueError(f"{name}: {why}: expected the network or a cached copy; "
-                     f"'hf download {name}' fetches it, or name a folder")
+    raise ValueError(
+        f"{name}: {why}: expected the network or a cached copy; 'hf download {name}' fetches it, or name a folder"
+    )
 
 
 def from_pretrained(cls, name_or_folder, dtype, device, revision, offline, compute_dtype, attention):
@@ -52,8 +55,11 @@ def from_pretrained(cls, name_or_folder, dtype, device, revision, offline, compu
     config = QwenConfig.from_file(folder / "config.json")
     with torch.device("meta"):  # shapes without memory; the mapped tensors then become the parameters
         model = cls(config, attention)
-    expected = {name: t for name, t in model.state_dict().items()
-                if not (name == "lm_head.weight" and config.tie_word_embeddings)}
+    expected = {
+        name: t
+        for name, t in model.state_dict().items()
+        if not (name == "lm_head.weight" and config.tie_word_embeddings)
+    }
     tensors = read_tensors(folder, expected, dtype, device)
     model.load_state_dict(tensors, strict=False, assign=True)  # read_tensors was strict already
     model.tie_weights()
@@ -62,8 +68,9 @@ def from_pretrained(cls, name_or_folder, dtype, device, revision, offline, compu
     return model.eval()
 
 
-def read_tensors(folder: Path, expected: dict[str, Tensor], dtype: torch.dtype, device: torch.device | str
-                 ) -> dict[str, Tensor]:
+def read_tensors(
+    folder: Path, expected: dict[str, Tensor], dtype: torch.dtype, device: torch.device | str
+) -> dict[str, Tensor]:
     """Every tensor of `expected`, and nothing else, from `folder`, as `dtype` on `device`.
 
     The files are mapped: a tensor that is wanted as it is stored is never copied, another is converted one by one,
@@ -75,15 +82,18 @@ def read_tensors(folder: Path, expected: dict[str, Tensor], dtype: torch.dtype, 
         with _open(path) as file:
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 if name in where:
-                    raise ValueError(f"{path}: tensor {listed([name])} stands in {where[name].name} too: "
-                                     "expected it once")
+                    raise ValueError(
+                        f"{path}: tensor {listed([name])} stands in {where[name].name} too: expected it once"
+                    )
                 where[name] = path
     complaints = [f"missing {listed(expected.keys() - where.keys())}"] if expected.keys() - where.keys() else []
     if where.keys() - expected.keys():
         complaints.append(f"unexpected {listed(where.keys() - expected.keys())}")
     if complaints:
-        raise ValueError(f"{files[0] if len(files) == 1 else folder}: tensors {'; '.join(complaints)}: "
-                         f"expected those of the {len(expected)} that config.json asks for")
+        raise ValueError(
+            f"{files[0] if len(files) == 1 else folder}: tensors {'; '.join(complaints)}: "
+            f"expected those of the {len(expected)} that config.json asks for"
+        )
     tensors: dict[str, Tensor] = {}
     misshapen = []
     for path in files:
@@ -127,8 +137,9 @@ def _open(path: Path):
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as e:
-        raise ValueError(f"{path}: cannot be read ({' '.join(str(e).split())[:200]}): "
-                         "expected a complete safetensors file") from None
+        raise ValueError(
+            f"{path}: cannot be read ({' '.join(str(e).split())[:200]}): expected a complete safetensors file"
+        ) from None
 
 
 def listed(names) -> str:

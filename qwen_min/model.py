@@ -66,8 +66,10 @@ class Decoder(Metered):
         start = cache.length if cache is not None else 0
         s = start + t
         if s > self.config.max_position_embeddings:
-            raise ValueError(f"{s} tokens are too long: expected at most max_position_embeddings, "
-                             f"which is {self.config.max_position_embeddings}")
+            raise ValueError(
+                f"{s} tokens are too long: expected at most max_position_embeddings, "
+                f"which is {self.config.max_position_embeddings}"
+            )
         places = ops.count_up(s, ids.device)
         positions, mask = places[None, start:], None  # (1, T)
         if padding is not None:
@@ -106,9 +108,17 @@ class Qwen(Metered):
             self.reset_parameters()
 
     @classmethod
-    def from_pretrained(cls, name_or_folder: str | Path, dtype: torch.dtype = torch.float32,
-                        device: torch.device | str = "cpu", revision: str | None = None, offline: bool = False, *,
-                        compute_dtype: torch.dtype | None = None, attention: str = "fused") -> "Qwen":
+    def from_pretrained(
+        cls,
+        name_or_folder: str | Path,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        revision: str | None = None,
+        offline: bool = False,
+        *,
+        compute_dtype: torch.dtype | None = None,
+        attention: str = "fused",
+    ) -> "Qwen":
         """A model with the weights of a folder in Hugging Face layout, or of a hub id (fetched once, then cached).
 
         Args:

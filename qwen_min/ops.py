@@ -75,12 +75,18 @@ def shared(x: Tensor, readers: int) -> Tensor:
 
 
 LOW_RANK = Price("lora", "N I R gx ga", product="N,I,R", d_products=("gx*N,R,I", "ga*R,N,I"), d_add="gx*N*I")
-LOW_RANK_OUT = Price("lora", "N R O gh gb", product="N,R,O", multiply="N*O", add="N*O",
-                     d_products=("gh*N,O,R", "gb*O,N,R"), d_multiply="N*O*max(gh,gb)")
+LOW_RANK_OUT = Price(
+    "lora",
+    "N R O gh gb",
+    product="N,R,O",
+    multiply="N*O",
+    add="N*O",
+    d_products=("gh*N,O,R", "gb*O,N,R"),
+    d_multiply="N*O*max(gh,gb)",
+)
 
 
-def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, coursework_out: int | None = None
-                 ) -> Tensor:
+def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, coursework_out: int | None = None) -> Tensor:
     """y + scale · x Aᵀ Bᵀ for x (..., I), A (R, I), B (O, R), y (..., O), in the type of A and B (Hu et al. 2021)."""
     n, (r, i), o = x.numel() // x.shape[-1], a.shape, b.shape[0]
     low = F.linear(x.to(a.dtype), a)  # (..., R)
@@ -90,8 +96,17 @@ def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, cours
     return torch.add(y, F.linear(low, b), alpha=scale).to(y.dtype)
 
 
-RMS_NORM = Price("norm", "N E gx gw", multiply="2*N*E", add="N*E", divide="N*(E+1)", square_root="N",
-                 d_multiply="gx*N*(5*E+4)+gw*N*E", d_add="gx*N*(2*E-1)+gw*E*(N-1)", d_divide="gx*N*E")
+RMS_NORM = Price(
+    "norm",
+    "N E gx gw",
+    multiply="2*N*E",
+    add="N*E",
+    divide="N*(E+1)",
+    square_root="N",
+    d_multiply="gx*N*(5*E+4)+gw*N*E",
+    d_add="gx*N*(2*E-1)+gw*E*(N-1)",
+    d_divide="gx*N*E",
+)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -121,8 +136,9 @@ def rotation_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Ten
     return torch.cat((angles.cos(),) * 2, -1), torch.cat((angles.sin(),) * 2, -1)
 
 
-ROTATION = Price("rotation", "n gx", multiply="2*n", add="n+n//2", d_multiply="gx*2*n", d_add="gx*(n+n//2)",
-                 only=("exact",))
+ROTATION = Price(
+    "rotation", "n gx", multiply="2*n", add="n+n//2", d_multiply="gx*2*n", d_add="gx*(n+n//2)", only=("exact",)
+)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -133,13 +149,18 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 # The gradient of a key or value head sums over the H/K query heads that share it.
-SCORES = Price("scores", "B H K T S D gq gk", product="B*H*T,D,S",
-               d_products=("gq*B*H*T,S,D", "gk*B*K*S,H//K*T,D"))
+SCORES = Price("scores", "B H K T S D gq gk", product="B*H*T,D,S", d_products=("gq*B*H*T,S,D", "gk*B*K*S,H//K*T,D"))
 SCALE = Price("scores", "B H T S gx", multiply="B*H*T*S", d_multiply="gx*B*H*T*S")
-SOFTMAX = Price("softmax", "B H T S gx", exponential="B*H*T*S", add="B*H*T*(S-1)", divide="B*H*T*S",
-                d_multiply="gx*2*B*H*T*S", d_add="gx*B*H*T*(2*S-1)")
-VALUES = Price("values", "B H K T S D gw gv", product="B*H*T,S,D",
-               d_products=("gw*B*H*T,D,S", "gv*B*K*S,H//K*T,D"))
+SOFTMAX = Price(
+    "softmax",
+    "B H T S gx",
+    exponential="B*H*T*S",
+    add="B*H*T*(S-1)",
+    divide="B*H*T*S",
+    d_multiply="gx*2*B*H*T*S",
+    d_add="gx*B*H*T*(2*S-1)",
+)
+VALUES = Price("values", "B H K T S D gw gv", product="B*H*T,S,D", d_products=("gw*B*H*T,D,S", "gv*B*K*S,H//K*T,D"))
 
 
 def _charge_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -181,8 +202,18 @@ def attend_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
 
 
-SWIGLU = Price("silu", "N F gg gu", add="2*N*F", exponential="N*F", divide="N*F", multiply="N*F",
-               d_add="gg*4*N*F", d_exponential="gg*N*F", d_divide="gg*N*F", d_multiply="max(6*gg,gu)*N*F")
+SWIGLU = Price(
+    "silu",
+    "N F gg gu",
+    add="2*N*F",
+    exponential="N*F",
+    divide="N*F",
+    multiply="N*F",
+    d_add="gg*4*N*F",
+    d_exponential="gg*N*F",
+    d_divide="gg*N*F",
+    d_multiply="max(6*gg,gu)*N*F",
+)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

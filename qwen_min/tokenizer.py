@@ -40,8 +40,9 @@ class Tokenizer:
         self.path = path
 
     @classmethod
-    def from_pretrained(cls, name_or_folder: str | Path, revision: str | None = None, offline: bool = False
-                        ) -> "Tokenizer":
+    def from_pretrained(
+        cls, name_or_folder: str | Path, revision: str | None = None, offline: bool = False
+    ) -> "Tokenizer":
         """The tokenizer of a folder or hub id; arguments as `Qwen.from_pretrained`."""
         return cls(load.resolve(name_or_folder, revision, offline) / "tokenizer.json")
 

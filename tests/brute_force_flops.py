@@ -46,9 +46,19 @@ def rotation_angles(width: int) -> int:
     return width // 2 * (MULTIPLY + SINE + COSINE)
 
 
-def forward(config, batch: int, new: int, cached: int = 0, *, rank: int = 0, targets: Collection[str] = Q_AND_V,
-            logit_bias: bool = False, head_tokens: int | None = None, padded: bool = False,
-            convention: str = "coursework") -> Counter[str]:
+def forward(
+    config,
+    batch: int,
+    new: int,
+    cached: int = 0,
+    *,
+    rank: int = 0,
+    targets: Collection[str] = Q_AND_V,
+    logit_bias: bool = False,
+    head_tokens: int | None = None,
+    padded: bool = False,
+    convention: str = "coursework",
+) -> Counter[str]:
     """One forward of `new` tokens per sequence behind `cached` ones.
 
     Args:
@@ -67,10 +77,24 @@ def forward(config, batch: int, new: int, cached: int = 0, *, rank: int = 0, tar
     n, s = batch * new, cached + new
     rows = batch * h * new
     read = n if head_tokens is None else head_tokens
-    shapes = {"q_proj": (d, h * head), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (h * head, d),
-              "gate_proj": (d, f), "up_proj": (d, f), "down_proj": (f, d)}
-    names = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "output", "gate_proj": "gate", "up_proj": "up",
-             "down_proj": "down"}
+    shapes = {
+        "q_proj": (d, h * head),
+        "k_proj": (d, kv),
+        "v_proj": (d, kv),
+        "o_proj": (h * head, d),
+        "gate_proj": (d, f),
+        "up_proj": (d, f),
+        "down_proj": (f, d),
+    }
+    names = {
+        "q_proj": "q",
+        "k_proj": "k",
+        "v_proj": "v",
+        "o_proj": "output",
+        "gate_proj": "gate",
+        "up_proj": "up",
+        "down_proj": "down",
+    }
 
     flops: Counter[str] = Counter()
     if convention == "coursework":
@@ -106,11 +130,31 @@ def forward(config, batch: int, new: int, cached: int = 0, *, rank: int = 0, tar
 
 # What autograd runs, priced op by op from what torch dispatches: an op's name to the FLOPs of each element it returns.
 ELEMENTWISE = {
-    "add": ADD, "sub": ADD, "rsub": ADD, "neg": NEGATE, "mul": MULTIPLY, "div": DIVIDE,
+    "add": ADD,
+    "sub": ADD,
+    "rsub": ADD,
+    "neg": NEGATE,
+    "mul": MULTIPLY,
+    "div": DIVIDE,
     "sigmoid": NEGATE + EXPONENTIAL + ADD + DIVIDE,
 }
-FREE = {"_to_copy", "_unsafe_view", "alias", "cat", "clone", "detach", "expand", "masked_fill", "permute", "slice",
-        "squeeze", "t", "transpose", "unsqueeze", "view"}
+FREE = {
+    "_to_copy",
+    "_unsafe_view",
+    "alias",
+    "cat",
+    "clone",
+    "detach",
+    "expand",
+    "masked_fill",
+    "permute",
+    "slice",
+    "squeeze",
+    "t",
+    "transpose",
+    "unsqueeze",
+    "view",
+}
 
 
 def dispatched(name: str, args: tuple, kwargs: dict, out) -> int:

@@ -17,8 +17,15 @@ import torch
 from qwen_min import Qwen, QwenConfig
 
 TINY: dict[str, Any] = {
-    "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 6,
-    "num_key_value_heads": 2, "rope_theta": 1e4, "rms_norm_eps": 1e-6, "max_position_embeddings": 128,
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "rope_theta": 1e4,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 128,
     "tie_word_embeddings": False,
 }
 
@@ -51,11 +58,16 @@ def shape_of_seed() -> Callable[[int], dict[str, Any]]:
             kv_heads, group = [(4, 1), (1, 5)][seed]
         heads = kv_heads * group
         return {
-            "vocab_size": draw.randint(40, 300), "hidden_size": heads * draw.choice([4, 6, 8, 16]),
-            "intermediate_size": draw.randint(20, 150), "num_hidden_layers": draw.randint(1, 4),
-            "num_attention_heads": heads, "num_key_value_heads": kv_heads,
-            "rope_theta": draw.choice([1e3, 1e4, 1e6]), "rms_norm_eps": draw.choice([1e-6, 1e-5, 1e-2]),
-            "max_position_embeddings": 128, "tie_word_embeddings": seed % 2 == 1,
+            "vocab_size": draw.randint(40, 300),
+            "hidden_size": heads * draw.choice([4, 6, 8, 16]),
+            "intermediate_size": draw.randint(20, 150),
+            "num_hidden_layers": draw.randint(1, 4),
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "rope_theta": draw.choice([1e3, 1e4, 1e6]),
+            "rms_norm_eps": draw.choice([1e-6, 1e-5, 1e-2]),
+            "max_position_embeddings": 128,
+            "tie_word_embeddings": seed % 2 == 1,
         }
 
     return shape
@@ -104,8 +116,12 @@ def reference(tmp_path) -> Callable[..., tuple[Path, Any]]:
     def build(shape: dict[str, Any] | None = None, seed: int = 0, generation: int = 5, sharded: bool = False):
         fields = TINY | (shape or {})
         theta = fields["rope_theta"]
-        config = Qwen2Config(**({name: value for name, value in fields.items() if name != "rope_theta"}
-                                | {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}))
+        config = Qwen2Config(
+            **(
+                {name: value for name, value in fields.items() if name != "rope_theta"}
+                | {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}
+            )
+        )
         model = Qwen2ForCausalLM._from_config(config, attn_implementation="eager").eval()
         _randomise(model, seed)
         model.generation_config.eos_token_id = None

@@ -61,9 +61,7 @@ def test_errors_are_pooled_and_by_variable():
 def test_many_series_pool_as_one_long_one():
     random = np.random.default_rng(1)
     truth, forecast = random.random((2, 5, 7, 2))
-    assert baselines.scores(truth, forecast) == baselines.scores(
-        truth.reshape(35, 2), forecast.reshape(35, 2)
-    )
+    assert baselines.scores(truth, forecast) == baselines.scores(truth.reshape(35, 2), forecast.reshape(35, 2))
 
 
 def test_steps_that_were_not_parsed_raise_or_are_filled_whole_and_counted():
@@ -109,9 +107,7 @@ def test_the_interval_covers_the_true_mean_about_as_often_as_it_says():
 def test_the_interval_is_that_of_the_mean_and_follows_its_seed():
     values = np.random.default_rng(3).exponential(size=150)
     low, high = baselines.bootstrap_interval(values, seed=0)
-    assert (
-        (low, high) == baselines.bootstrap_interval(values, seed=0) != baselines.bootstrap_interval(values, 1)
-    )
+    assert (low, high) == baselines.bootstrap_interval(values, seed=0) != baselines.bootstrap_interval(values, 1)
     width = 2 * 1.96 * values.std() / 150**0.5
     assert_allclose([low, high], values.mean() + np.array([-width, width]) / 2, atol=width / 10)
     assert baselines.bootstrap_interval([2.5], seed=0) == (2.5, 2.5)
@@ -123,16 +119,9 @@ def test_an_interval_of_nothing_is_refused(values):
         baselines.bootstrap_interval(values, seed=0)
 
 
-@pytest.mark.parametrize(
-    "forecast", [baselines.persistence, baselines.context_mean, baselines.seasonal_repeat]
-)
+@pytest.mark.parametrize("forecast", [baselines.persistence, baselines.context_mean, baselines.seasonal_repeat])
 def test_a_bad_context_or_horizon_is_refused(forecast):
-    for context, horizon in (
-        (np.zeros((0, 2)), 1),
-        (np.zeros(5), 1),
-        (np.full((5, 2), np.nan), 1),
-        (CONTEXT, 0),
-    ):
+    for context, horizon in ((np.zeros((0, 2)), 1), (np.zeros(5), 1), (np.full((5, 2), np.nan), 1), (CONTEXT, 0)):
         with pytest.raises(ValueError):
             forecast(context, horizon)
     assert_array_equal(CONTEXT, [[1, 10], [2, 30], [6, 20]])

@@ -451,16 +451,7 @@ def test_the_table_aligns_and_its_totals_are_exact(path):
         text, line = budget.table(ledger), budget.bar(ledger, width=20)
     head, first, second, total, blank, *exact = text.splitlines()
     assert head.split() == ["run", "cell", "state", *STAGES, "wasted", "total", "share"]
-    assert first.split() == [
-        "runs/grid",
-        "lr1e-5_r2",
-        "running",
-        "2.000e15",
-        *"000",
-        "2.000e15",
-        "2.0000",
-        "%",
-    ]
+    assert first.split() == ["runs/grid", "lr1e-5_r2", "running", "2.000e15", *"000", "2.000e15", "2.0000", "%"]
     assert second.split() == [
         "runs/grid",
         "lr1e-4_r8",

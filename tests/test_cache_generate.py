@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from qwen_min import ops
 from qwen_min.cache import KVCache
 from qwen_min.generate import sample
 
@@ -25,8 +26,10 @@ def prompts(lengths: list[int], vocabulary: int = 97) -> list[list[int]]:
 
 def left_padded(rows: list[list[int]], pad: int = 5) -> tuple[Tensor, Tensor]:
     longest = max(map(len, rows))
-    return (torch.tensor([[pad] * (longest - len(r)) + r for r in rows]),
-            torch.tensor([longest - len(r) for r in rows]))
+    return (
+        torch.tensor([[pad] * (longest - len(r)) + r for r in rows]),
+        torch.tensor([longest - len(r) for r in rows]),
+    )
 
 
 @torch.inference_mode()
@@ -68,7 +71,7 @@ def test_a_left_padded_batch_equals_each_row_alone(sizes, attention, random_mode
     ids, padding = left_padded(rows)
     logits = in_chunks(model, ids, sizes, padding)
     for row, tokens in enumerate(rows):
-        close(logits[row, -len(tokens):], model(torch.tensor([tokens]))[0])
+        close(logits[row, -len(tokens) :], model(torch.tensor([tokens]))[0])
 
 
 @torch.inference_mode()
@@ -78,6 +81,22 @@ def test_padding_is_never_looked_at_and_gives_no_nan(random_model):
     (one, padding), (other, _) = left_padded(rows, pad=5), left_padded(rows, pad=60)
     assert torch.equal(model(one, padding=padding)[0, -3:], model(other, padding=padding)[0, -3:])
     assert model(one, padding=padding).isfinite().all()
+
+
+@torch.inference_mode()
+def test_a_padded_row_starts_at_position_0_behind_its_padding(random_model, monkeypatch):
+    """Logits cannot tell (the rotation is relative), but a shifted row would leave the model's positions too early."""
+    seen, angles = [], ops.rotation_angles
+
+    def record(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+        seen.append(positions.tolist())
+        return angles(positions, head_dim, theta)
+
+    monkeypatch.setattr(ops, "rotation_angles", record)
+    model, cache = random_model(), KVCache(random_model().config, batch=2, capacity=6)
+    model(torch.zeros(2, 4, dtype=torch.int64), cache, torch.tensor([2, 0]))
+    model(torch.zeros(2, 2, dtype=torch.int64), cache, torch.tensor([2, 0]))
+    assert seen == [[[0, 0, 0, 1], [0, 1, 2, 3]], [[2, 3], [4, 5]]]
 
 
 @torch.inference_mode()
@@ -161,7 +180,7 @@ def test_a_stop_token_ends_its_own_prompt_and_is_kept(random_model):
     stop = free[0][5 + 4]  # the fifth new token of the first prompt
     stopped = model.generate(rows, max_new_tokens=12, stop=[stop])
     for row, whole, cut in zip(rows, free, stopped, strict=True):
-        new = whole[len(row):]
+        new = whole[len(row) :]
         assert cut == row + (new[: new.index(stop) + 1] if stop in new else new)
     assert len(stopped[0]) <= 10
 
@@ -175,7 +194,7 @@ def test_a_stopped_row_of_a_tensor_is_filled_up_and_all_stopped_ends_early(rando
     ends = [next(i for i, t in enumerate(row[5:].tolist()) if t in (first, second)) for row in free]
     assert got.shape == (2, 5 + max(ends) + 1)
     for row, end in enumerate(ends):
-        assert torch.equal(got[row, : 6 + end], free[row, : 6 + end]) and (got[row, 6 + end:] == 33).all()
+        assert torch.equal(got[row, : 6 + end], free[row, : 6 + end]) and (got[row, 6 + end :] == 33).all()
 
 
 def test_nothing_stops_unless_it_is_passed(random_model):
@@ -197,8 +216,9 @@ def test_a_temperature_towards_zero_is_greedy(temperature, random_model):
     """A division by a tiny temperature once overflowed to infinity, and the softmax to NaN."""
     model = random_model()
     rows = prompts(LENGTHS)
-    assert (model.generate(rows, max_new_tokens=10, temperature=temperature, seed=0)
-            == model.generate(rows, max_new_tokens=10))
+    assert model.generate(rows, max_new_tokens=10, temperature=temperature, seed=0) == model.generate(
+        rows, max_new_tokens=10
+    )
 
 
 def draws(logits: list[float], temperature: float, top_p: float, number: int = 20000) -> Tensor:
@@ -232,21 +252,25 @@ def test_top_p_acts_after_the_temperature():
     assert draws(logits, 1.0, 0.6)[0] == 1 and draws(logits, 10.0, 0.6)[1] > 0.4
 
 
-@pytest.mark.parametrize(("ids", "options", "message"), [
-    ([], {}, "prompts are empty"),
-    ([[1], []], {}, "prompts are empty"),
-    (torch.tensor([1, 2]), {}, "prompts are empty or not"),
-    (torch.empty(1, 0, dtype=torch.int64), {}, "prompts are empty"),
-    ([[1, 97]], {}, "token 97 is outside of the vocabulary: expected 0 to 96"),
-    ([[-1]], {}, "token -1 is outside"),
-    ([[1]], {"stop": [97]}, "token 97 is outside"),
-    ([[1]], {"pad_id": -5}, "token -5 is outside"),
-    ([[1]], {"temperature": -0.1}, "temperature is -0.1: expected 0"),
-    ([[1]], {"temperature": float("nan")}, "temperature is nan: expected 0"),
-    ([[1]], {"temperature": float("inf")}, "temperature is inf: expected 0"),
-    ([[1]], {"top_p": 0.0}, "top_p is 0.0: expected more than 0"),
-    ([[1]], {"top_p": 1.01}, "top_p is 1.01: expected more than 0, at most 1"),
-], ids=str)
+@pytest.mark.parametrize(
+    ("ids", "options", "message"),
+    [
+        ([], {}, "prompts are empty"),
+        ([[1], []], {}, "prompts are empty"),
+        (torch.tensor([1, 2]), {}, "prompts are empty or not"),
+        (torch.empty(1, 0, dtype=torch.int64), {}, "prompts are empty"),
+        ([[1, 97]], {}, "token 97 is outside of the vocabulary: expected 0 to 96"),
+        ([[-1]], {}, "token -1 is outside"),
+        ([[1]], {"stop": [97]}, "token 97 is outside"),
+        ([[1]], {"pad_id": -5}, "token -5 is outside"),
+        ([[1]], {"temperature": -0.1}, "temperature is -0.1: expected 0"),
+        ([[1]], {"temperature": float("nan")}, "temperature is nan: expected 0"),
+        ([[1]], {"temperature": float("inf")}, "temperature is inf: expected 0"),
+        ([[1]], {"top_p": 0.0}, "top_p is 0.0: expected more than 0"),
+        ([[1]], {"top_p": 1.01}, "top_p is 1.01: expected more than 0, at most 1"),
+    ],
+    ids=str,
+)
 def test_a_bad_prompt_or_option_is_refused_with_what_was_expected(ids, options, message, random_model):
     with pytest.raises(ValueError, match=message):
         random_model().generate(ids, max_new_tokens=2, **options)

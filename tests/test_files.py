@@ -29,9 +29,7 @@ def test_what_is_written_is_what_is_read(tmp_path):
 def test_json_bytes_do_not_depend_on_the_order_of_keys(tmp_path):
     files.write_json(tmp_path / "one", {"a": 1, "b": 2})
     files.write_json(tmp_path / "two", {"b": 2, "a": 1})
-    assert (
-        (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes() == b'{\n  "a": 1,\n  "b": 2\n}\n'
-    )
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes() == b'{\n  "a": 1,\n  "b": 2\n}\n'
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -18,7 +18,9 @@ from qwen_min.flops import CONVENTIONS, PRIMITIVES, Metered, component, unmetere
 SIZES = ["0.5B", "1.5B", "3B", "7B", "14B", "32B", "72B"]
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SHAPES: list[dict] = [
-    {}, {"num_key_value_heads": 6}, {"num_key_value_heads": 1, "tie_word_embeddings": True},
+    {},
+    {"num_key_value_heads": 6},
+    {"num_key_value_heads": 1, "tie_word_embeddings": True},
     {"hidden_size": 36, "intermediate_size": 7, "vocab_size": 31, "num_hidden_layers": 5},
 ]
 
@@ -34,8 +36,12 @@ def metered(model, ids, convention="coursework", **options) -> FlopMeter:
 def test_a_forward_equals_the_brute_force_count_part_by_part(shape, convention, make_config, random_model):
     """4 shapes, 3 conventions, 4 batches and lengths, 4 ranks and sets of targets, with and without a logit bias."""
     config = make_config(**shape)
-    for rank, targets, biased in [(0, (), False), (1, ("q_proj", "v_proj"), False), (8, ("k_proj", "down_proj"), True),
-                                  (3, LINEARS, True)]:
+    for rank, targets, biased in [
+        (0, (), False),
+        (1, ("q_proj", "v_proj"), False),
+        (8, ("k_proj", "down_proj"), True),
+        (3, LINEARS, True),
+    ]:
         model = random_model(**shape)
         if rank:
             add_lora(model, rank, targets=targets)
@@ -43,8 +49,9 @@ def test_a_forward_equals_the_brute_force_count_part_by_part(shape, convention, 
             add_logit_bias(model)
         for batch, length in [(1, 1), (1, 7), (3, 2), (2, 19)]:
             meter = metered(model, torch.zeros(batch, length, dtype=torch.int64), convention)
-            expected = forward(config, batch, length, rank=rank, targets=targets, logit_bias=biased,
-                               convention=convention)
+            expected = forward(
+                config, batch, length, rank=rank, targets=targets, logit_bias=biased, convention=convention
+            )
             assert Counter(meter.by_component()) == expected
             assert meter.total == expected.total()
 
@@ -141,8 +148,13 @@ def test_both_attentions_are_charged_the_same(convention, random_model):
 def trainable(kind: str, model: Qwen) -> Qwen:
     if kind == "everything":
         return model
-    targets = {"lora q v": ("q_proj", "v_proj"), "lora k": ("k_proj",), "lora up": ("up_proj",),
-               "lora down of the last layer": ("model.layers.1.mlp.down_proj",), "lora all": LINEARS}[kind]
+    targets = {
+        "lora q v": ("q_proj", "v_proj"),
+        "lora k": ("k_proj",),
+        "lora up": ("up_proj",),
+        "lora down of the last layer": ("model.layers.1.mlp.down_proj",),
+        "lora all": LINEARS,
+    }[kind]
     model = add_lora(model, 3, 1.5, targets)
     for name, parameter in model.named_parameters():
         if name.endswith("lora_b"):
@@ -295,7 +307,7 @@ def test_a_meter_is_closed_by_an_error_and_its_module_too(random_model):
     before = meter.total
     model(ids[:, :3])
     assert meter.total == before
-    assert metered(model, ids[:, :3]).by_module().keys() == metered(random_model(), ids[:, :3]).by_module().keys()
+    assert metered(model, ids[:, :3]).by_module() == metered(random_model(), ids[:, :3]).by_module()
 
 
 def test_an_unknown_convention_is_refused_with_the_known_ones():
@@ -320,13 +332,56 @@ def test_every_module_is_charged_under_its_own_name_also_right_after_lora_was_ad
     base = metered(random_model(), torch.zeros(1, 5, dtype=torch.int64)).by_module()
     assert names.keys() == base.keys()
     assert {name for name in names if names[name] != base[name]} == {
-        f"model.layers.{i}.{name}" for i in (0, 1) for name in ("self_attn.q_proj", "mlp.up_proj")}
+        f"model.layers.{i}.{name}" for i in (0, 1) for name in ("self_attn.q_proj", "mlp.up_proj")
+    }
+
+
+def test_every_flop_stands_under_the_module_that_ran_it(random_model):
+    model = add_logit_bias(random_model(num_hidden_layers=1))
+    part = forward(model.config, 2, 9, logit_bias=True)
+    layer = "model.layers.0"
+    assert metered(model, torch.zeros(2, 9, dtype=torch.int64)).by_module() == {
+        "model.embed_tokens": part["positions"],
+        f"{layer}.input_layernorm": part["norm"] // 3,
+        f"{layer}.self_attn.q_proj": part["q"],
+        f"{layer}.self_attn.k_proj": part["k"],
+        f"{layer}.self_attn.v_proj": part["v"],
+        f"{layer}.self_attn.o_proj": part["output"],
+        f"{layer}.self_attn": part["scores"] + part["softmax"] + part["values"],
+        layer: part["residual"],
+        f"{layer}.post_attention_layernorm": part["norm"] // 3,
+        f"{layer}.mlp.gate_proj": part["gate"],
+        f"{layer}.mlp.up_proj": part["up"],
+        f"{layer}.mlp": part["silu"],
+        f"{layer}.mlp.down_proj": part["down"],
+        "model.norm": part["norm"] // 3,
+        "lm_head": part["head"],
+        "": part["logit_bias"],
+    }
 
 
 def test_components_are_told_by_the_op_or_by_the_layer(random_model):
     model = add_logit_bias(add_lora(random_model(), 3))
     meter = metered(model, torch.zeros(1, 5, dtype=torch.int64), "exact")
-    assert set(meter.by_component()) == {"rotation", "norm", "q", "k", "v", "lora", "scores", "softmax", "values",
-                                         "output", "residual", "gate", "up", "silu", "down", "head", "logit_bias"}
+    assert set(meter.by_component()) == {
+        "rotation",
+        "norm",
+        "q",
+        "k",
+        "v",
+        "lora",
+        "scores",
+        "softmax",
+        "values",
+        "output",
+        "residual",
+        "gate",
+        "up",
+        "silu",
+        "down",
+        "head",
+        "logit_bias",
+    }
     assert {charge.module for charge in meter.charges() if component(charge) == "lora"} == {
-        f"model.layers.{i}.self_attn.{name}" for i in (0, 1) for name in ("q_proj", "v_proj")}
+        f"model.layers.{i}.self_attn.{name}" for i in (0, 1) for name in ("q_proj", "v_proj")
+    }

@@ -40,14 +40,18 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 def grid(data: Path, out: str, *more: str) -> int:
-    return run.main(["grid", "--data", str(data), "--lr", "1e-3", "1e-2", "--ranks", "2", "4", "--out", out,
-                     *SMALL, *more])
+    return run.main(
+        ["grid", "--data", str(data), "--lr", "1e-3", "1e-2", "--ranks", "2", "4", "--out", out, *SMALL, *more]
+    )
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file of a run that must not depend on when or how often it was started."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*"))
-            if p.is_file() and p.name not in ("manifest.json", ".owner", ".lock", "config.toml", "results.md")}
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.name not in ("manifest.json", ".owner", ".lock", "config.toml", "results.md")
+    }
 
 
 def test_the_grid_trains_every_cell_and_its_flops_equal_the_prediction(data, capsys):
@@ -62,7 +66,10 @@ def test_the_grid_trains_every_cell_and_its_flops_equal_the_prediction(data, cap
     rows = list(csv.DictReader(Path("grid/results.csv").read_text().splitlines()))
     assert [row["cell"] for row in rows] == ["untrained", "lr0.001-r2", "lr0.01-r2", "lr0.001-r4", "lr0.01-r4"]
     assert {p.name for p in Path("grid/figures").iterdir()} == {
-        "loss_by_step.png", "loss_by_flops.png", "validation_loss.png"}
+        "loss_by_step.png",
+        "loss_by_flops.png",
+        "validation_loss.png",
+    }
     printed = capsys.readouterr().out
     for result in results:
         assert f"{result['validation_loss']:.4f}" in printed
@@ -84,8 +91,27 @@ def test_a_finished_grid_started_again_changes_nothing(data):
 
 
 def command(data: Path, out: str) -> list[str]:
-    return [sys.executable, "-m", "experiments.run", "train", "--data", str(data), "--lr", "5e-3", "--rank", "2",
-            "--out", out, *SMALL, "--steps", "400", "--val-every", "20", "--dropout", "0.1"]
+    return [
+        sys.executable,
+        "-m",
+        "experiments.run",
+        "train",
+        "--data",
+        str(data),
+        "--lr",
+        "5e-3",
+        "--rank",
+        "2",
+        "--out",
+        out,
+        *SMALL,
+        "--steps",
+        "400",
+        "--val-every",
+        "20",
+        "--dropout",
+        "0.1",
+    ]
 
 
 def environment() -> dict[str, str]:
@@ -140,6 +166,7 @@ def test_a_run_of_other_settings_or_other_data_in_the_same_folder_is_refused(dat
 
 def test_a_loss_that_is_not_finite_stops_at_that_step_with_exit_4(data, capsys, monkeypatch):
     from experiments import train
+
     true, calls = Qwen.loss, []
 
     def poisoned(self, ids, targets):
@@ -171,6 +198,7 @@ def test_a_dry_run_prices_the_grid_and_runs_nothing(data, capsys, tmp_path):
 
 def test_train_with_json_prints_one_object_whose_adapter_loads(data, capsys):
     from lora import load_adapter
+
     assert run.main(["train", "--data", str(data), "--out", "t", "--rank", "3", "--json", *SMALL]) == 0
     result = json.loads(capsys.readouterr().out)
     model = Qwen.from_pretrained(ROOT / "weights" / "pocket")
@@ -204,6 +232,7 @@ def test_a_malformed_forecast_is_counted_and_never_shifts_a_column_or_a_step(dat
     from experiments.settings import Settings
     from experiments.task import Task
     from qwen_min import Tokenizer
+
     tokenizer = Tokenizer(ROOT / "weights" / "pocket" / "tokenizer.json")
     task = Task.prepare(Settings(data=str(data), points=20, horizon=4, alpha=2.0), tokenizer)
     values, unparsed = task.read_forecast(tokenizer.encode("1.00,2.00;1.0x,3.00;4.00;0.50,0.25;9.99,9.99;"))
@@ -213,7 +242,23 @@ def test_a_malformed_forecast_is_counted_and_never_shifts_a_column_or_a_step(dat
 
 def test_a_meter_around_a_whole_run_sees_what_the_ledger_was_charged(data):
     with FlopMeter() as meter:
-        assert run.main(["evaluate", "--data", str(data), "--points", "20", "--horizon", "5", "--context", "64",
-                         "--val-series", "2"]) == 0
+        assert (
+            run.main(
+                [
+                    "evaluate",
+                    "--data",
+                    str(data),
+                    "--points",
+                    "20",
+                    "--horizon",
+                    "5",
+                    "--context",
+                    "64",
+                    "--val-series",
+                    "2",
+                ]
+            )
+            == 0
+        )
     with Ledger(Path("ledger.sqlite")) as ledger:
         assert meter.total == ledger.totals()["spent"]

@@ -12,7 +12,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # What each room may import of ours, itself aside.
 ROOMS: dict[str, set[str]] = {
-    "qwen_min": set(), "lora": {"qwen_min"}, "data": set(), "experiments": {"qwen_min", "lora", "data"},
+    "qwen_min": set(),
+    "lora": {"qwen_min"},
+    "data": set(),
+    "experiments": {"qwen_min", "lora", "data"},
 }
 UNSAFE = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 """Modules whose reading of a file can run what the file says."""
@@ -44,7 +47,7 @@ def imported(module: ast.Module) -> Iterator[str]:
 
 
 def dotted(node: ast.AST) -> str:
-    """"torch.load" for such an expression; empty for another."""
+    """ "torch.load" for such an expression; empty for another."""
     if isinstance(node, ast.Attribute):
         return f"{dotted(node.value)}.{node.attr}"
     return node.id if isinstance(node, ast.Name) else ""
@@ -58,8 +61,9 @@ def at_import(nodes: list[ast.stmt]) -> Iterator[ast.AST]:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             continue
         if isinstance(node, (ast.ClassDef, ast.If, ast.For, ast.While, ast.With, ast.Try)):
-            yield from at_import(list(itertools.chain.from_iterable(
-                getattr(node, part, []) for part in ("body", "orelse", "finalbody"))))
+            yield from at_import(
+                list(itertools.chain.from_iterable(getattr(node, part, []) for part in ("body", "orelse", "finalbody")))
+            )
             for handler in getattr(node, "handlers", []):
                 yield from at_import(handler.body)
             continue
@@ -115,31 +119,57 @@ def test_no_behaviour_comes_from_environment_variables(path):
 
 def test_importing_the_packages_is_silent_and_leaves_the_heavy_libraries_out():
     """transformers and peft are for tests alone; a plot's library and the hub's are loaded when they are needed."""
-    script = ("import sys, qwen_min, lora, data; heavy = {'transformers', 'peft', 'matplotlib', 'huggingface_hub'}; "
-              "sys.exit(repr(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)")
+    script = (
+        "import sys, qwen_min, lora, data; heavy = {'transformers', 'peft', 'matplotlib', 'huggingface_hub'}; "
+        "sys.exit(repr(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
+    )
     done = subprocess.run([sys.executable, "-W", "error", "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-@pytest.mark.parametrize("text", [
-    "import pickle", "from pickle import loads", "import torch\ntorch.load('a')", "from torch import load",
-    "import torch\ntorch.load('a', weights_only=False)", "import numpy as np\nnp.load('a', allow_pickle=True)",
-    "def f():\n    import joblib", "__import__('pickle')", "import pandas as pd\npd.read_pickle('a')"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import pickle",
+        "from pickle import loads",
+        "import torch\ntorch.load('a')",
+        "from torch import load",
+        "import torch\ntorch.load('a', weights_only=False)",
+        "import numpy as np\nnp.load('a', allow_pickle=True)",
+        "def f():\n    import joblib",
+        "__import__('pickle')",
+        "import pandas as pd\npd.read_pickle('a')",
+    ],
+)
 def test_the_rule_about_pickles_sees_each_way_to_read_one(text):
     assert list(unsafe_reads(ast.parse(text)))
 
 
-@pytest.mark.parametrize(("text", "printed"), [
-    ("print(1)", True), ("if True:\n    print(1)", True), ("class A:\n    print(1)", True), ("x = [print(1)]", True),
-    ("try:\n    pass\nexcept ValueError:\n    print(1)", True), ("def f():\n    print(1)", False),
-    ("if __name__ == '__main__':\n    print(1)", False)])
+@pytest.mark.parametrize(
+    ("text", "printed"),
+    [
+        ("print(1)", True),
+        ("if True:\n    print(1)", True),
+        ("class A:\n    print(1)", True),
+        ("x = [print(1)]", True),
+        ("try:\n    pass\nexcept ValueError:\n    print(1)", True),
+        ("def f():\n    print(1)", False),
+        ("if __name__ == '__main__':\n    print(1)", False),
+    ],
+)
 def test_the_rule_about_printing_sees_what_runs_at_import(text, printed):
     calls = {dotted(node.func) for node in at_import(ast.parse(text).body) if isinstance(node, ast.Call)}
     assert ("print" in calls) == printed
 
 
-@pytest.mark.parametrize("text", [
-    "import experiments.run", "from experiments import run", "def f():\n    import experiments",
-    "import importlib\nimportlib.import_module('experiments.run')"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import experiments.run",
+        "from experiments import run",
+        "def f():\n    import experiments",
+        "import importlib\nimportlib.import_module('experiments.run')",
+    ],
+)
 def test_the_rule_about_imports_sees_each_way_to_import(text):
     assert "experiments" in {m.partition(".")[0] for m in imported(ast.parse(text))}

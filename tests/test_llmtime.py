@@ -59,9 +59,7 @@ def test_what_is_written_reads_back_to_half_a_unit_in_the_last_place(case: tuple
 
 
 @given(st.integers(0, 6), st.integers(1, 6), st.integers(1, 4), st.data())
-def test_each_step_has_the_promised_width(
-    decimals: int, whole: int, variables: int, data: st.DataObject
-) -> None:
+def test_each_step_has_the_promised_width(decimals: int, whole: int, variables: int, data: st.DataObject) -> None:
     largest = 10.0**whole - 10.0**-decimals
     values = data.draw(arrays(np.float64, (3, variables), elements=st.floats(0, largest)))
     codec = Codec(decimals, whole)
@@ -86,11 +84,7 @@ pieces = [*"017.-+e_ \n\u0663", "00", "1.2", "0.45", "12.00", *(",;" * 4)]
 near_steps = st.lists(st.sampled_from(pieces), max_size=40).map("".join)
 
 
-@given(
-    st.one_of(st.text(), near_steps),
-    st.builds(Codec, st.integers(0, 2), st.integers(1, 2)),
-    st.integers(1, 2),
-)
+@given(st.one_of(st.text(), near_steps), st.builds(Codec, st.integers(0, 2), st.integers(1, 2)), st.integers(1, 2))
 def test_of_any_text_exactly_the_steps_that_could_have_been_written_are_kept(
     text: str, codec: Codec, variables: int
 ) -> None:
@@ -106,16 +100,7 @@ def test_of_any_text_exactly_the_steps_that_could_have_been_written_are_kept(
 @pytest.mark.parametrize(
     "step",
     [
-        *(
-            "1.23",
-            "1.23,",
-            "1.23,0.45,0.67",
-            "1.2,0.45",
-            "1.234,0.45",
-            ".23,0.45",
-            "01.23,0.45",
-            "-0.00,0.45",
-        ),
+        *("1.23", "1.23,", "1.23,0.45,0.67", "1.2,0.45", "1.234,0.45", ".23,0.45", "01.23,0.45", "-0.00,0.45"),
         *("", "1.23, 0.45", "1.23,0.45\n", "+1.23,0.45", "1.23,nan", "1e9,0.45", "\u0661.23,0.45"),
         "9" * 5000 + ".00,0.45",
     ],

@@ -25,8 +25,7 @@ def parts() -> tuple[Tensor, Linear, Tensor, Tensor]:
     torch.nn.init.normal_(head.weight, std=0.7)
     targets = torch.randint(V, (B, T))
     targets[0, 9:] = targets[1, 13:] = targets[2, 4] = IGNORED
-    return (torch.randn(B, T, E, requires_grad=True), head, targets,
-            torch.randn(V).requires_grad_())
+    return (torch.randn(B, T, E, requires_grad=True), head, targets, torch.randn(V).requires_grad_())
 
 
 def in_float64(hidden: Tensor, head: Linear, targets: Tensor, bias: Tensor | None) -> tuple[Tensor, list[Tensor]]:
@@ -174,7 +173,7 @@ def test_padding_chunking_accumulation_and_order_do_not_change_a_loss(arrangemen
     ids = torch.randint(97, (4, 21))
     targets = ids.roll(-1, 1)
     for row, length in enumerate((21, 12, 5, 17)):
-        targets[row, length - 1:] = IGNORED
+        targets[row, length - 1 :] = IGNORED
 
     def run(batches: list[tuple[Tensor, Tensor]]) -> tuple[float, list[Tensor]]:
         model.zero_grad()

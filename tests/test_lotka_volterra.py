@@ -15,9 +15,7 @@ from data import lotka_volterra
 from data.lotka_volterra import Dataset, load, rebuild
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "data" / "lotka_volterra_data.h5"
-needs_published = pytest.mark.skipif(
-    not PUBLISHED.exists(), reason=f"the published file is not at {PUBLISHED}"
-)
+needs_published = pytest.mark.skipif(not PUBLISHED.exists(), reason=f"the published file is not at {PUBLISHED}")
 
 Writer = Callable[..., Path]
 
@@ -92,9 +90,7 @@ def test_the_published_file_is_named_as_such() -> None:
 
 
 @needs_published
-def test_the_published_and_the_rebuilt_values_round_to_one_digest_with_room_to_spare(
-    rebuilt: Dataset,
-) -> None:
+def test_the_published_and_the_rebuilt_values_round_to_one_digest_with_room_to_spare(rebuilt: Dataset) -> None:
     for series in (load(PUBLISHED).series, rebuilt.series):
         assert lotka_volterra._rounded_digest(series) == lotka_volterra.ROUNDED_DIGEST
         assert tie_margin(series) > 3e-6  # measured 3.85e-6; values move by 1.2e-7
@@ -151,9 +147,7 @@ def test_a_damaged_cached_file_is_refused_with_what_to_do(
     assert str(cached) in message and "delete it" in message
 
 
-def test_an_integrator_that_gives_other_values_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_integrator_that_gives_other_values_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """scipy before 1.12 interpolates LSODA's steps differently and is off by up to 0.01."""
     monkeypatch.setattr(lotka_volterra, "solve_ivp", functools.partial(solve_ivp, rtol=1e-4))
     with pytest.raises(ValueError, match=r"expected scipy 1\.12 or newer"):
@@ -190,11 +184,7 @@ def test_a_folder_that_does_not_exist_cannot_be_written_to(tmp_path: Path, integ
     ids=["one value", "30 series", "scaled", "columns swapped", "reordered", "far away", "last bit"],
 )
 def test_data_near_the_published_ones_are_named_altered(
-    alter: Callable[[NDArray[np.float32]], object],
-    label: str,
-    rebuilt: Dataset,
-    integrated: list[str],
-    write: Writer,
+    alter: Callable[[NDArray[np.float32]], object], label: str, rebuilt: Dataset, integrated: list[str], write: Writer
 ) -> None:
     series = rebuilt.series.copy()
     alter(series)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from qwen_min import Qwen, ops
+from qwen_min.attention import Attention
+from qwen_min.layers import SwiGLU
 
 TOLERANCE = 1e-5
 """Logits are near 1 in size, and float32 rounds each of some hundred sums at 6e-8: 2e-6 was the most seen."""
@@ -52,7 +54,8 @@ def test_greedy_tokens_equal_those_of_transformers(seed, reference, shape_of_see
     folder, theirs = reference(shape, seed)
     ids = batch_of(shape["vocab_size"], seed)
     expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20)
-    assert torch.equal(Qwen.from_pretrained(folder).generate(ids, max_new_tokens=20), expected)
+    got = Qwen.from_pretrained(folder).generate(ids, max_new_tokens=20)
+    assert isinstance(got, Tensor) and torch.equal(got, expected)
 
 
 def swap_norms(model: Qwen, patch) -> None:
@@ -85,17 +88,26 @@ def rotate_backwards(model: Qwen, patch) -> None:
     patch.setattr(ops, "rotate", lambda x, cos, sin: rotate(x, cos, -sin) if x.shape[1] == 6 else rotate(x, cos, sin))
 
 
+def replace_attention(model: Qwen, attend) -> None:
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.attend = attend
+
+
 def group_heads_wrongly(model: Qwen, patch) -> None:
     """Gives query head h the key head h mod K, where it should be h // (H/K)."""
-    for block in model.model.layers:
-        block.self_attn.attend = lambda q, k, v, mask: ops.attend_explicit(
-            q, *(t.repeat(1, q.shape[1] // t.shape[1], 1, 1) for t in (k, v)), mask)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        k, v = (t.repeat(1, q.shape[1] // t.shape[1], 1, 1) for t in (k, v))
+        return ops.attend_explicit(q, k, v, mask)
+
+    replace_attention(model, attend)
 
 
 def forget_the_causal_mask(model: Qwen, patch) -> None:
-    for block in model.model.layers:
-        block.self_attn.attend = lambda q, k, v, mask: ops.attend_explicit(
-            q, k, v, torch.ones(q.shape[2], k.shape[2], dtype=torch.bool))
+    replace_attention(
+        model, lambda q, k, v, mask: ops.attend_explicit(q, k, v, torch.ones(q.shape[2], k.shape[2], dtype=torch.bool))
+    )
 
 
 def assume_the_rope_theta(model: Qwen, patch) -> None:
@@ -104,8 +116,9 @@ def assume_the_rope_theta(model: Qwen, patch) -> None:
 
 
 def swap_gate_and_up(model: Qwen, patch) -> None:
-    for block in model.model.layers:
-        block.mlp.gate_proj, block.mlp.up_proj = block.mlp.up_proj, block.mlp.gate_proj
+    for module in model.modules():
+        if isinstance(module, SwiGLU):
+            module.gate_proj, module.up_proj = module.up_proj, module.gate_proj
 
 
 def forget_the_final_norm(model: Qwen, patch) -> None:
@@ -117,11 +130,17 @@ def untie_the_head(model: Qwen, patch) -> None:
 
 
 PLANTED = {
-    "norms swapped": swap_norms, "q bias dropped": drop_bias("q_proj"), "k bias dropped": drop_bias("k_proj"),
-    "v bias dropped": drop_bias("v_proj"), "rotation interleaved": interleave_rotation,
-    "queries rotated backwards": rotate_backwards, "heads grouped wrongly": group_heads_wrongly,
-    "no causal mask": forget_the_causal_mask, "rope theta assumed": assume_the_rope_theta,
-    "gate and up swapped": swap_gate_and_up, "no final norm": forget_the_final_norm,
+    "norms swapped": swap_norms,
+    "q bias dropped": drop_bias("q_proj"),
+    "k bias dropped": drop_bias("k_proj"),
+    "v bias dropped": drop_bias("v_proj"),
+    "rotation interleaved": interleave_rotation,
+    "queries rotated backwards": rotate_backwards,
+    "heads grouped wrongly": group_heads_wrongly,
+    "no causal mask": forget_the_causal_mask,
+    "rope theta assumed": assume_the_rope_theta,
+    "gate and up swapped": swap_gate_and_up,
+    "no final norm": forget_the_final_norm,
     "another head": untie_the_head,
 }
 

@@ -137,12 +137,8 @@ def test_a_heat_map_is_drawn(tmp_path, drawn, table):
     assert _sensible(tmp_path / "heat.png") and _is_inside(drawn[0])
     texts = [text.get_text() for text in drawn[0].axes[0].texts]
     losses = [loss for loss in table.values() if loss is not None and math.isfinite(loss)]
-    assert sorted(t.split("\n")[0] for t in texts if t != "no result") == sorted(
-        f"{loss:.4f}" for loss in losses
-    )
-    assert [t for t in texts if t.endswith("\nlowest")] == [
-        f"{loss:.4f}\nlowest" for loss in sorted(losses)[:1]
-    ]
+    assert sorted(t.split("\n")[0] for t in texts if t != "no result") == sorted(f"{loss:.4f}" for loss in losses)
+    assert [t for t in texts if t.endswith("\nlowest")] == [f"{loss:.4f}\nlowest" for loss in sorted(losses)[:1]]
 
 
 def test_the_numbers_of_a_heat_map_stand_out_from_their_cells(tmp_path, drawn):
@@ -206,9 +202,7 @@ def test_a_forecast_shows_context_cut_off_truth_and_gaps(tmp_path, drawn):
     assert "4 of 20 steps not parsed" in legend.get_texts()[-1].get_text()
 
 
-@pytest.mark.parametrize(
-    "change", [{"names": ["prey"]}, {"time": [0.0, 1.0]}, {"forecast": np.zeros((2, 2))}]
-)
+@pytest.mark.parametrize("change", [{"names": ["prey"]}, {"time": [0.0, 1.0]}, {"forecast": np.zeros((2, 2))}])
 def test_a_forecast_of_unlike_shapes_is_refused_and_nothing_is_written(tmp_path, change):
     records = {
         "time": np.arange(7.0),
@@ -242,10 +236,6 @@ def test_bars_are_sorted_and_carry_their_shares(tmp_path, drawn):
     (axes,) = drawn[0].axes
     assert [tick.get_text() for tick in axes.get_yticklabels()] == ["down", "q", "norm"]
     assert axes.yaxis_inverted()
-    assert [text.get_text() for text in axes.texts] == [
-        "7.000e2 (70.00 %)",
-        "2.500e2 (25.00 %)",
-        "5.000e1 (5.00 %)",
-    ]
+    assert [text.get_text() for text in axes.texts] == ["7.000e2 (70.00 %)", "2.500e2 (25.00 %)", "5.000e1 (5.00 %)"]
     with pytest.raises(ValueError, match="at least one component"):
         plots.flops_bars({}, tmp_path / "none.png", "FLOPs")

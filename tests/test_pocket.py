@@ -1,6 +1,7 @@
 """The pocket checkpoint: the committed folder, its tokenizer, its data, and the command that makes it."""
 
 import re
+import unicodedata
 
 import numpy as np
 import pytest
@@ -29,8 +30,11 @@ def model():
 def tiny(monkeypatch):
     """Shrink the model, the windows and the held-out set, so that a training takes a second."""
     small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    monkeypatch.setattr(pocket, "CONFIG", QwenConfig(**{n: small.get(n, getattr(pocket.CONFIG, n))
-                                                        for n in QwenConfig.__dataclass_fields__}))
+    monkeypatch.setattr(
+        pocket,
+        "CONFIG",
+        QwenConfig(**{n: small.get(n, getattr(pocket.CONFIG, n)) for n in QwenConfig.__dataclass_fields__}),
+    )
     for name, value in {"CONTEXT": 64, "LONG_CONTEXT": 200, "HELD_OUT": 16, "WARM_UP": 5}.items():
         monkeypatch.setattr(pocket, name, value)
 
@@ -102,10 +106,10 @@ def test_ids_of_single_bytes_are_those_of_the_official_tokenizer(real_checkpoint
 
 
 @given(st.text())
-def test_any_text_comes_back_from_its_bytes(text):
+def test_any_text_comes_back_from_its_bytes_in_normal_form_c(text):
     ids = Tokenizer.from_pretrained(POCKET)
-    assert ids.decode(ids.encode(text)) == text
-    assert len(ids.encode(text)) == len(text.encode())
+    assert ids.decode(ids.encode(text)) == unicodedata.normalize("NFC", text)
+    assert len(ids.encode(text)) == len(unicodedata.normalize("NFC", text).encode())
 
 
 def test_transformers_reads_the_tokenizer_with_its_special_tokens_and_chat_format(tokenizer):
@@ -115,8 +119,9 @@ def test_transformers_reads_the_tokenizer_with_its_special_tokens_and_chat_forma
     assert (theirs.pad_token_id, theirs.eos_token_id) == (256, 258)
     assert theirs("1.23,0.45;é 猫<|im_end|>")["input_ids"] == tokenizer.encode("1.23,0.45;é 猫<|im_end|>")
     messages = [("system", "Be brief."), ("user", "1.23;")]
-    chat = theirs.apply_chat_template([{"role": role, "content": text} for role, text in messages],
-                                      tokenize=False, add_generation_prompt=True)
+    chat = theirs.apply_chat_template(
+        [{"role": role, "content": text} for role, text in messages], tokenize=False, add_generation_prompt=True
+    )
     assert chat == Tokenizer.chat(messages)
 
 

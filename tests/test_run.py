@@ -44,19 +44,43 @@ def test_every_help_shows_an_example_that_parses(verb, capsys):
     example = run._EXAMPLES[verb]
     assert example in printed
     import shlex
+
     assert run._parser().parse_args(shlex.split(example)[3:]).verb == verb
 
 
-@pytest.mark.parametrize("argv", [
-    ["gird"], [], ["grid", "--lr", "fast"], ["grid", "--steps", "0"], ["grid", "--ranks", "0"], ["grid", "--lr", "-1"],
-    ["grid", "--device", "tpu"], ["grid", "--budget", "1.5"], ["grid", "--unknown"], ["train", "--rank", "0"],
-    ["grid", "--preset", "x"], ["grid", "--model", "./nowhere"], ["grid", "--config", "absent.toml"],
-    ["grid", "--data", "absent.h5"], ["evaluate", "--adapter", "absent"], ["flops", "--model", "Qwen2.5-8B"],
-    ["flops", "--batch", "0"], ["flops", "--convention", "paper"], ["budget"], ["forecast"],
-    ["forecast", "--system", "1000"], ["generate", "--prompt", ""], ["generate", "--prompt", "1", "--top-p", "2"],
-    ["generate", "--prompt", "1", "--temperature", "-1"], ["data", "--decimals", "9"],
-    ["doctor", "--device", "tpu"], ["pretrain-pocket", "--steps", "0", "--out", "p"],
-    ["grid", "--model", "Qwen/Qwen2.5-0.5B-Instruct", "--offline"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["gird"],
+        [],
+        ["grid", "--lr", "fast"],
+        ["grid", "--steps", "0"],
+        ["grid", "--ranks", "0"],
+        ["grid", "--lr", "-1"],
+        ["grid", "--device", "tpu"],
+        ["grid", "--budget", "1.5"],
+        ["grid", "--unknown"],
+        ["train", "--rank", "0"],
+        ["grid", "--preset", "x"],
+        ["grid", "--model", "./nowhere"],
+        ["grid", "--config", "absent.toml"],
+        ["grid", "--data", "absent.h5"],
+        ["evaluate", "--adapter", "absent"],
+        ["flops", "--model", "Qwen2.5-8B"],
+        ["flops", "--batch", "0"],
+        ["flops", "--convention", "paper"],
+        ["budget"],
+        ["forecast"],
+        ["forecast", "--system", "1000"],
+        ["generate", "--prompt", ""],
+        ["generate", "--prompt", "1", "--top-p", "2"],
+        ["generate", "--prompt", "1", "--temperature", "-1"],
+        ["data", "--decimals", "9"],
+        ["doctor", "--device", "tpu"],
+        ["pretrain-pocket", "--steps", "0", "--out", "p"],
+        ["grid", "--model", "Qwen/Qwen2.5-0.5B-Instruct", "--offline"],
+    ],
+)
 def test_a_bad_argument_is_one_line_and_exit_code_2_and_nothing_is_written(argv, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
     assert "expected" in refused(capsys, *argv) or argv[0:1] in ([], ["gird"], ["grid"], ["forecast"])
@@ -66,14 +90,19 @@ def damaged_model(tmp_path: Path) -> Path:
     return Path(shutil.copytree(POCKET, tmp_path / "model"))
 
 
-@pytest.mark.parametrize(("file", "damage", "named"), [
-    ("config.json", lambda b: b[:40], "config.json"),
-    ("config.json", lambda b: b.replace(b'"qwen2"', b'"llama"'), "model_type"),
-    ("config.json", lambda b: b.replace(b'"hidden_size": 128', b'"hidden_size": 64'), "misshapen"),
-    ("model.safetensors", lambda b: b[:-7], "model.safetensors"),
-    ("model.safetensors", lambda b: b"", "model.safetensors"),
-    ("model.safetensors", lambda b: b.replace(b"model.norm.weight", b"model.norm.weighs"), "model.norm.weigh"),
-    ("tokenizer.json", lambda b: b[:200], "tokenizer.json"), ("tokenizer.json", lambda b: b"[]", "tokenizer.json")])
+@pytest.mark.parametrize(
+    ("file", "damage", "named"),
+    [
+        ("config.json", lambda b: b[:40], "config.json"),
+        ("config.json", lambda b: b.replace(b'"qwen2"', b'"llama"'), "model_type"),
+        ("config.json", lambda b: b.replace(b'"hidden_size": 128', b'"hidden_size": 64'), "misshapen"),
+        ("model.safetensors", lambda b: b[:-7], "model.safetensors"),
+        ("model.safetensors", lambda b: b"", "model.safetensors"),
+        ("model.safetensors", lambda b: b.replace(b"model.norm.weight", b"model.norm.weighs"), "model.norm.weigh"),
+        ("tokenizer.json", lambda b: b[:200], "tokenizer.json"),
+        ("tokenizer.json", lambda b: b"[]", "tokenizer.json"),
+    ],
+)
 def test_a_damaged_model_is_refused_by_the_name_of_what_is_wrong(tmp_path, capsys, file, damage, named):
     model = damaged_model(tmp_path)
     (model / file).write_bytes(damage((model / file).read_bytes()))
@@ -86,9 +115,15 @@ def hdf5(path: Path, values) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("values", "named"), [
-    (np.full((20, 100, 2), np.nan, np.float32), "nan"), (np.full((20, 100, 2), -1.0), "negative"),
-    (np.ones((20, 100)), "shape"), (np.ones((2, 100, 2)), "systems")])
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        (np.full((20, 100, 2), np.nan, np.float32), "nan"),
+        (np.full((20, 100, 2), -1.0), "negative"),
+        (np.ones((20, 100)), "shape"),
+        (np.ones((2, 100, 2)), "systems"),
+    ],
+)
 def test_bad_data_is_refused_by_what_is_wrong(tmp_path, capsys, values, named):
     path = hdf5(tmp_path / "bad.h5", values)
     error = refused(capsys, "data", "--data", str(path))
@@ -117,7 +152,9 @@ def test_generate_streams_a_greedy_continuation_to_stdout(capsys):
     assert run.main(["generate", "--prompt", "1.00,2.00;1.00,2.00;1.00,2.00;", "--max-new-tokens", "30"]) == 0
     captured = capsys.readouterr()
     assert len(captured.out) == 31 and "toy" in captured.err
-    assert run.main(["generate", "--prompt", "1.00,2.00;", "--chat", "--max-new-tokens", "3", "--temperature", "1"]) == 0
+    assert (
+        run.main(["generate", "--prompt", "1.00,2.00;", "--chat", "--max-new-tokens", "3", "--temperature", "1"]) == 0
+    )
 
 
 def test_data_shows_two_worked_examples(capsys, tmp_path):
@@ -147,8 +184,10 @@ def test_doctor_finds_the_pocket_model_and_says_what_to_do_about_the_rest(capsys
 
 
 def test_help_and_a_mistyped_verb_need_no_torch():
-    code = "import sys; sys.argv = ['run', 'nonsense']\ntry:\n from experiments import run; run.main()\n" \
-           "except SystemExit: print('torch' in sys.modules)"
+    code = (
+        "import sys; sys.argv = ['run', 'nonsense']\ntry:\n from experiments import run; run.main()\n"
+        "except SystemExit: print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "False", done.stderr
 

@@ -12,18 +12,46 @@ def test_settings_written_as_toml_read_back_equal(tmp_path):
     assert Settings.from_toml(path) == settings
 
 
-@pytest.mark.parametrize(("field", "value"), [
-    ("steps", 0), ("batch_size", 0), ("context", 1), ("decimals", 7), ("alpha", -1.0), ("alpha", float("nan")),
-    ("dropout", 1.0), ("seed", 2**32), ("lr", (0.0,)), ("lr", (1e-4, 1e-4)), ("ranks", ()), ("ranks", (0,)),
-    ("ranks", (2, 2)), ("preset", "none"), ("dtype", "int8"), ("device", "tpu"), ("budget", 2**63)])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("steps", 0),
+        ("batch_size", 0),
+        ("context", 1),
+        ("decimals", 7),
+        ("alpha", -1.0),
+        ("alpha", float("nan")),
+        ("dropout", 1.0),
+        ("seed", 2**32),
+        ("lr", (0.0,)),
+        ("lr", (1e-4, 1e-4)),
+        ("ranks", ()),
+        ("ranks", (0,)),
+        ("ranks", (2, 2)),
+        ("preset", "none"),
+        ("dtype", "int8"),
+        ("device", "tpu"),
+        ("budget", 2**63),
+    ],
+)
 def test_a_value_out_of_range_is_refused_in_one_line_that_names_its_field(field, value):
     with pytest.raises(ValueError, match=rf"^{field} is .*: expected [^\n]+$"):
         Settings(**{field: value})
 
 
-@pytest.mark.parametrize(("text", "named"), [
-    ("steps = 'many'", "steps"), ("stepz = 3", "stepz"), ("lr = 1e-4", "lr"), ("ranks = [1.5]", "ranks"),
-    ("offline = 1", "offline"), ("steps = ", "Invalid value"), ("[train]\nsteps = 3", "train"), ("steps = true", "steps")])
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("steps = 'many'", "steps"),
+        ("stepz = 3", "stepz"),
+        ("lr = 1e-4", "lr"),
+        ("ranks = [1.5]", "ranks"),
+        ("offline = 1", "offline"),
+        ("steps = ", "Invalid value"),
+        ("[train]\nsteps = 3", "train"),
+        ("steps = true", "steps"),
+    ],
+)
 def test_a_bad_toml_file_is_refused_in_one_line_that_names_file_and_field(tmp_path, text, named):
     path = tmp_path / "config.toml"
     path.write_text(text)

@@ -49,21 +49,16 @@ def test_a_seed_names_one_split() -> None:
         (100, (0.70, 0.15, 0.15), -1, "seed -1"),
     ],
 )
-def test_a_split_that_cannot_be_made_is_refused(
-    systems: int, fractions: object, seed: int, problem: str
-) -> None:
+def test_a_split_that_cannot_be_made_is_refused(systems: int, fractions: object, seed: int, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         seeded(systems, fractions, seed)  # type: ignore[arg-type]
 
 
 def test_a_window_predicts_the_tokens_one_later() -> None:
     windows = make_windows([[10, 11, 12, 13, 14, 15], [20, 21]], context=4, stride=4, pad_id=PAD)
+    np.testing.assert_array_equal(windows.inputs, [[10, 11, 12, 13], [14, PAD, PAD, PAD], [20, PAD, PAD, PAD]])
     np.testing.assert_array_equal(
-        windows.inputs, [[10, 11, 12, 13], [14, PAD, PAD, PAD], [20, PAD, PAD, PAD]]
-    )
-    np.testing.assert_array_equal(
-        windows.targets,
-        [[11, 12, 13, 14], [15, IGNORED, IGNORED, IGNORED], [21, IGNORED, IGNORED, IGNORED]],
+        windows.targets, [[11, 12, 13, 14], [15, IGNORED, IGNORED, IGNORED], [21, IGNORED, IGNORED, IGNORED]]
     )
     np.testing.assert_array_equal(windows.series, [0, 0, 1])
     np.testing.assert_array_equal(windows.start, [0, 4, 0])
@@ -150,9 +145,7 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
     assert len({tuple(order.tolist()) for order in orders}) == 4
 
 
-@pytest.mark.parametrize(
-    "arguments", [(0, 4, 0, 0), (9, 0, 0, 0), (9, 4, -1, 0), (9, 4, 0, -1), (9, 4, 0, 2**32)]
-)
+@pytest.mark.parametrize("arguments", [(0, 4, 0, 0), (9, 0, 0, 0), (9, 4, -1, 0), (9, 4, 0, -1), (9, 4, 0, 2**32)])
 def test_a_batch_that_cannot_be_drawn_is_refused(arguments: tuple[int, int, int, int]) -> None:
     with pytest.raises(ValueError, match="expected at least"):
         batch_indices(*arguments)
