@@ -190,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Imported behind the parser: --help and a mistyped flag need no torch.
     from experiments.budget import BudgetExceeded
-    from experiments.train import RunFailed
+    from experiments.errors import RunFailed
 
     try:
         _VERBS[args.verb](args)
@@ -376,7 +376,7 @@ def _data(args) -> None:
 
 
 def _flops_verb(args) -> None:
-    from experiments import flops_table, plots
+    from experiments import flops_table
     from experiments.predict import predict
     from qwen_min import QwenConfig
     from qwen_min.load import resolve
@@ -400,6 +400,8 @@ def _flops_verb(args) -> None:
         convention=args.convention,
     )
     if hasattr(args, "plot"):
+        from experiments import plots
+
         plots.flops_bars(meter.by_component(), args.plot, f"{name}: forward of {args.batch} x {args.context} tokens")
     question = {"model": name, "batch": args.batch, "context": args.context, "rank": args.rank, "cache": args.cache}
     if getattr(args, "json", False):

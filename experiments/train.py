@@ -17,6 +17,7 @@ from torch import Tensor
 from data.windows import Windows, batch_indices
 from experiments import files, predict
 from experiments.budget import Ledger
+from experiments.errors import RunFailed
 from experiments.settings import Settings
 from experiments.task import Task
 from lora import add_lora, save_adapter
@@ -28,10 +29,6 @@ whole sequences below it: for the 0.5B model one sequence at a time, which takes
 the pocket model runs its batch whole."""
 
 Progress = Callable[[dict[str, Any]], None]
-
-
-class RunFailed(RuntimeError):
-    """The run cannot go on: its loss or gradient is not finite."""
 
 
 @dataclass(frozen=True)
