@@ -59,8 +59,8 @@ def run_grid(settings: Settings, out: Path, ledger_path: Path, progress: Progres
         run = os.path.relpath(out.resolve(), ledger_path.resolve().parent)
         to_do = [(cell, flops) for cell, flops in cells if not (cell_folder(out, cell) / "result.json").is_file()]
         require_room(ledger, run, to_do)
-        for cell, _ in cells:
-            run_cell(task, cell, cell_folder(out, cell), ledger, run, progress)
+        for cell, flops in cells:
+            run_cell(task, cell, flops, cell_folder(out, cell), ledger, run, progress)
     return write_results(settings, out)
 
 
@@ -200,12 +200,11 @@ def markdown(settings: Settings, results: Sequence[dict[str, Any]], out: Path) -
         "",
     ]
     if not settings.lr:
-        preset = settings.preset or ("pocket" if settings.is_pocket else "reports")
         lines += [
-            f"Learning rates: the preset `{preset}`"
+            f"Learning rates: the preset `{settings.preset_name}`"
             + (
                 ", a hundred times the reports' 1e-5 to 1e-4, which teach so small a model next to nothing."
-                if preset == "pocket"
+                if settings.preset_name == "pocket"
                 else "."
             ),
             "",

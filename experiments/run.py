@@ -219,11 +219,8 @@ def _grid(args) -> None:
 
 
 def _train(args) -> None:
-    from experiments.settings import PRESETS
-
     given = _gather(argparse.Namespace(**{k: v for k, v in vars(args).items() if k not in ("lr", "rank")}))
-    preset = PRESETS[given.preset or ("pocket" if given.is_pocket else "reports")]
-    lr = getattr(args, "lr", given.lr[-1] if given.lr else preset[-1])
+    lr = getattr(args, "lr", given.learning_rates[-1])
     rank = getattr(args, "rank", given.ranks[-1])
     out = Path(getattr(args, "out", "runs/train"))
     results = _run_cells(args, given.updated({"lr": (lr,), "ranks": (rank,)}), out)

@@ -79,8 +79,13 @@ class Settings:
         return "toy: the pocket model" if self.is_pocket else ""
 
     @property
+    def preset_name(self) -> str:
+        """The preset that holds where no learning rates are given: the one asked for, or the model's own."""
+        return self.preset or ("pocket" if self.is_pocket else "reports")
+
+    @property
     def learning_rates(self) -> tuple[float, ...]:
-        return self.lr or PRESETS[self.preset or ("pocket" if self.is_pocket else "reports")]
+        return self.lr or PRESETS[self.preset_name]
 
     @property
     def weight_dtype(self) -> torch.dtype:

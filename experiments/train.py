@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from data.windows import Windows, batch_indices
+from data.windows import IGNORED, Windows, batch_indices
 from experiments import files, predict
 from experiments.budget import Ledger
 from experiments.errors import RunFailed
@@ -101,7 +101,7 @@ def training_step(model: Qwen, windows: Windows, chosen, optimizer: torch.optim.
     """
     model.train()
     optimizer.zero_grad(set_to_none=True)
-    real = int((windows.targets[chosen] != -100).sum())
+    real = int((windows.targets[chosen] != IGNORED).sum())
     total = 0.0
     for inputs, targets in groups(model, windows, chosen):
         loss, _ = model.loss(inputs, targets)
@@ -118,11 +118,13 @@ def training_step(model: Qwen, windows: Windows, chosen, optimizer: torch.optim.
     return total / real, norm
 
 
-def run_cell(task: Task, cell: Cell, folder: Path, ledger: Ledger, run: str, progress: Progress) -> dict[str, Any]:
+def run_cell(
+    task: Task, cell: Cell, expected: dict[str, int], folder: Path, ledger: Ledger, run: str, progress: Progress
+) -> dict[str, Any]:
     """Train and validate one cell in `folder`, from where it stopped; returns its `result.json`.
 
-    A finished cell is left as it is. FLOPs are reserved before the model is loaded, debited as they are spent and
-    settled at the end.
+    A finished cell is left as it is. The FLOPs `expected` of it by stage (see `predicted`) are reserved before the
+    first step, debited as they are spent and settled at the end.
 
     Raises:
         BudgetExceeded: before anything ran. RunFailed: the loss is not finite. KeyboardInterrupt: stopped by a
@@ -137,7 +139,6 @@ def run_cell(task: Task, cell: Cell, folder: Path, ledger: Ledger, run: str, pro
     folder.mkdir(parents=True, exist_ok=True)
     files.recover_folder(folder / "checkpoint")
     model = load_model(settings)
-    expected = predicted(settings, cell, model.config, len(windows))
     state = _State(model, cell, settings)
     metrics = state.resume(folder)
     entry = ledger.reserve(run, cell.name, expected, done=state.flops)

@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lora.layer import add_logit_bias, add_lora, check, lora_layers
+from qwen_min.config import read_object
 from qwen_min.load import listed
 from qwen_min.model import Qwen
 
@@ -157,14 +158,7 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _read_config(path: Path) -> dict:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise ValueError(f"{path}: {e.strerror or e}: expected PEFT's adapter_config.json") from None
-    except (ValueError, RecursionError):
-        raise ValueError(f"{path}: not valid JSON: expected PEFT's adapter_config.json") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: holds {type(config).__name__}: expected a JSON object")
+    config = read_object(path, "PEFT's adapter_config.json")
     for name, value in config.items():
         if value and name not in _HARMLESS and value not in _SUPPORTED.get(name, ()):
             expected = " or ".join(map(repr, _SUPPORTED.get(name, ()))) or "null, false or empty"

@@ -99,14 +99,7 @@ class QwenConfig:
     @classmethod
     def from_file(cls, path: Path) -> "QwenConfig":
         """Read a `config.json`, as transformers 4 or 5 writes it. Errors start with the file's name."""
-        try:
-            fields = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as e:
-            raise ValueError(f"{path}: {e.strerror or e}: expected a model's config.json") from None
-        except (ValueError, RecursionError):
-            raise ValueError(f"{path}: not valid JSON: expected a model's config.json") from None
-        if not isinstance(fields, dict):
-            raise ValueError(f"{path}: holds {type(fields).__name__}: expected a JSON object")
+        fields = read_object(path, "a model's config.json")
         try:
             return cls.from_dict(fields)
         except ValueError as e:
@@ -146,6 +139,19 @@ class QwenConfig:
             "use_sliding_window": False,
             "rope_parameters": {"rope_theta": self.rope_theta, "rope_type": "default"},
         }
+
+
+def read_object(path: str | Path, expected: str) -> dict[str, Any]:
+    """The JSON object in a file; ValueError names the file, what is wrong and what was `expected`."""
+    try:
+        fields = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as e:
+        raise ValueError(f"{path}: {e.strerror or e}: expected {expected}") from None
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path}: not valid JSON: expected {expected}") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path}: holds {type(fields).__name__}: expected a JSON object")
+    return fields
 
 
 def _rope_theta(fields: dict[str, Any]) -> float:

@@ -17,6 +17,11 @@ def _wanted(*tensors: Tensor | None) -> tuple[int, ...]:
     return tuple(int(recording and t is not None and t.requires_grad) for t in tensors)
 
 
+def _width(true: int, coursework: int | None) -> int | Dim:
+    """A layer's output width as it is charged: one number, or two where `coursework` has its own."""
+    return true if coursework is None or coursework == true else Dim(true, coursework)
+
+
 # Coursework adds position vectors to the embeddings, and leaves rotations free; the machine does the reverse.
 POSITIONS = Price("positions", "N E", add="N*E", only=("coursework",))
 EMBEDDING = Price("embedding", "N E gw", d_add="gw*N*E", only=("exact",))
@@ -36,7 +41,7 @@ BIAS = Price("", "N O gb", add="N*O", d_add="gb*O*(N-1)")
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, coursework_out: int | None = None) -> Tensor:
     """x Wᵀ + b for x (..., I), W (O, I), b (O). `coursework_out`: the outputs that convention charges, if not O."""
     n, (o, i) = x.numel() // x.shape[-1], weight.shape
-    out = o if coursework_out in (None, o) else Dim(o, coursework_out)
+    out = _width(o, coursework_out)
     charge(LINEAR, n, i, out, *_wanted(x, weight))
     if bias is not None:
         charge(BIAS, n, out, *_wanted(bias))
@@ -91,7 +96,7 @@ def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, cours
     n, (r, i), o = x.numel() // x.shape[-1], a.shape, b.shape[0]
     low = F.linear(x.to(a.dtype), a)  # (..., R)
     charge(LOW_RANK, n, i, r, *_wanted(x, a))
-    out = o if coursework_out in (None, o) else Dim(o, coursework_out)
+    out = _width(o, coursework_out)
     charge(LOW_RANK_OUT, n, r, out, *_wanted(low, b))
     return torch.add(y, F.linear(low, b), alpha=scale).to(y.dtype)
 
