@@ -114,7 +114,7 @@ def begin(task: Task, out: Path) -> None:
                     f"{config}: {name} is {old!r}, now {new!r}: expected the settings the run began with, "
                     "or another --out"
                 )
-        for name in ("model_sha256", "tokenizer_sha256", "data_sha256"):
+        for name in ("model_sha256", "config_sha256", "tokenizer_sha256", "data_sha256"):
             if was.get(name) != now[name]:
                 raise ValueError(
                     f"{path}: {name} differs from what is there now: expected the same files, or another --out"

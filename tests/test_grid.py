@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -162,6 +163,17 @@ def test_a_run_of_other_settings_or_other_data_in_the_same_folder_is_refused(dat
     assert grid(data, "grid") == 2
     assert "data_sha256" in capsys.readouterr().err
     assert contents(Path("grid")) == before
+
+
+def test_a_run_whose_model_has_another_config_now_is_refused(data, tmp_path, capsys):
+    """Bug: the same weights with another rope theta went on in the old folder."""
+    model = shutil.copytree(ROOT / "weights" / "pocket", tmp_path / "model")
+    assert grid(data, "grid", "--model", str(model)) == 0
+    config = json.loads((model / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] *= 2
+    (model / "config.json").write_text(json.dumps(config))
+    assert grid(data, "grid", "--model", str(model)) == 2
+    assert "config_sha256" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_stops_at_that_step_with_exit_4(data, capsys, monkeypatch):
