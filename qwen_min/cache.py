@@ -1,5 +1,7 @@
 """The key/value cache: preallocated, passed in, written in place."""
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -52,3 +54,17 @@ class KVCache:
     def advance(self, tokens: int) -> None:
         """Count `tokens` as seen, once every layer has them."""
         self.length += tokens
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"the cache holds {self.length} tokens: cannot go back to {length}")
+        self.length = length
+
+    def repeat(self, times: int) -> "KVCache":
+        """A copy in which each sequence stands `times` times, one behind the other."""
+        longer = copy.copy(self)
+        longer.batch = self.batch * times
+        longer.keys = [k.repeat_interleave(times, 0) for k in self.keys]
+        longer.values = [v.repeat_interleave(times, 0) for v in self.values]
+        return longer

@@ -52,6 +52,20 @@ def linear_cross_entropy(
 
     Source: the chunked fused loss of Liger-Kernel (Hsu et al. 2024) and of Cut Your Losses (Wijmans et al. 2024).
     """
+    total, _, counted = _cross_entropy(hidden, head, targets, bias)
+    return total, targets.numel() if targets.is_meta else int(counted.sum())
+
+
+def token_cross_entropy(hidden: Tensor, head: Linear, targets: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Each token's -log softmax(h Wᵀ + bias)[target] in nats, (B, T) float64, 0 where it does not count; no gradient.
+
+    Arguments and errors as in `linear_cross_entropy`, which sums these.
+    """
+    return _cross_entropy(hidden, head, targets, bias)[1]
+
+
+def _cross_entropy(hidden, head, targets, bias) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum, each token's part of it, (B, T), and which tokens count, (B, T)."""
     rows, n = hidden.flatten(0, -2), targets.numel()
     if targets.shape != hidden.shape[:-1]:
         raise ValueError(f"targets are {list(targets.shape)}: expected {list(hidden.shape[:-1])}, one for each token")
@@ -64,14 +78,14 @@ def linear_cross_entropy(
         if bias is not None:
             charge(LOGIT_BIAS, n, head.weight.shape[0], gb)
         charge(CROSS_ENTROPY, n, *head.weight.shape, gh, gw, gb)
-    total = _LinearCrossEntropy.apply(rows, head.weight, targets.flatten(), bias, (gh, gw, gb))
-    return total, n if targets.is_meta else int(counted.sum())
+    total, each = _LinearCrossEntropy.apply(rows, head.weight, targets.flatten(), bias, (gh, gw, gb))
+    return total, each.view(targets.shape), counted
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, weight, targets, bias, wanted):
-        total = torch.zeros((), dtype=torch.float64, device=rows.device)
+        each = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
         wide = weight.to(rows.dtype)
         gradients = [
             torch.zeros_like(t, dtype=torch.float32) if want else None
@@ -91,7 +105,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits.sub_(top).exp_()
             sums = logits.sum(1, keepdim=True)
             losses = sums.double().log() + (top.double() - chosen.double())  # (n, 1)
-            total += (losses[:, 0] * counted).sum()
+            each[part] = losses[:, 0] * counted
             if any(wanted):
                 # d loss / d logits = softmax - one-hot, nothing for a token that does not count
                 logits.mul_(counted[:, None] / sums)
@@ -99,10 +113,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 _accumulate(gradients, part, logits, rows[part], wide)
         ctx.save_for_backward(*(g for g in gradients if g is not None))
         ctx.wanted, ctx.dtypes = wanted, [None if t is None else t.dtype for t in (rows, weight, bias)]
-        return total
+        ctx.mark_non_differentiable(each)
+        return each.sum(), each
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad, _):
         saved = iter(ctx.saved_tensors)
         rows, weight, bias = (
             (next(saved) * grad.float()).to(dtype) if want else None

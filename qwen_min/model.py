@@ -153,14 +153,19 @@ class Qwen(Metered):
         logits = self.lm_head(hidden)
         return logits if self.logit_bias is None else ops.add_logit_bias(logits, self.logit_bias)
 
-    def loss(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, int]:
+    def loss(self, ids: Tensor, targets: Tensor, padding: Tensor | None = None) -> tuple[Tensor, int]:
         """Summed cross-entropy in nats of `targets` (B, T) after `ids` (B, T), and how many targets counted.
 
         Targets of -100 (padding) do not count. The sum is float64; divide by the count for the mean per real token.
-        Not all logits exist at once: see `loss.linear_cross_entropy`.
+        Not all logits exist at once: see `loss.linear_cross_entropy`. `padding` as in `forward`.
         """
-        hidden = self.model(ids)
+        hidden = self.model(ids, padding=padding)
         return loss.linear_cross_entropy(hidden, self.lm_head, targets, self.logit_bias)
+
+    def token_losses(self, ids: Tensor, targets: Tensor, padding: Tensor | None = None) -> Tensor:
+        """What `loss` sums: the cross-entropy of each token in nats, (B, T) float64, without a gradient."""
+        hidden = self.model(ids, padding=padding)
+        return loss.token_cross_entropy(hidden, self.lm_head, targets, self.logit_bias)
 
     def generate(self, ids: "Tensor | Sequence[Sequence[int]]", max_new_tokens: int, **options) -> "Tensor | list":
         """Prompt and up to `max_new_tokens` new tokens; greedy unless told. See `generate.generate`."""

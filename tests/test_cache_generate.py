@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qwen_min import ops
 from qwen_min.cache import KVCache
-from qwen_min.generate import sample
+from qwen_min.generate import Sampling, left_padded, sample
 
 TOLERANCE = 1e-5
 """Logits are near 1; other products' shapes sum in another order: 3e-6 was the most seen."""
@@ -22,14 +22,6 @@ def close(got: Tensor, expected: Tensor) -> None:
 
 def prompts(lengths: list[int], vocabulary: int = 97) -> list[list[int]]:
     return [torch.randint(vocabulary, (n,)).tolist() for n in lengths]
-
-
-def left_padded(rows: list[list[int]], pad: int = 5) -> tuple[Tensor, Tensor]:
-    longest = max(map(len, rows))
-    return (
-        torch.tensor([[pad] * (longest - len(r)) + r for r in rows]),
-        torch.tensor([longest - len(r) for r in rows]),
-    )
 
 
 @torch.inference_mode()
@@ -78,7 +70,7 @@ def test_a_left_padded_batch_equals_each_row_alone(sizes, attention, random_mode
 def test_padding_is_never_looked_at_and_gives_no_nan(random_model):
     model = random_model()
     rows = prompts([3, 9])
-    (one, padding), (other, _) = left_padded(rows, pad=5), left_padded(rows, pad=60)
+    (one, padding), (other, _) = left_padded(rows, pad_id=5), left_padded(rows, pad_id=60)
     assert torch.equal(model(one, padding=padding)[0, -3:], model(other, padding=padding)[0, -3:])
     assert model(one, padding=padding).isfinite().all()
 
@@ -127,6 +119,30 @@ def test_the_cache_counts_a_forward_once_and_returns_views(make_config, random_m
     assert cache.length == 3
     keys, values = cache.append(1, *(torch.zeros(1, 2, 2, 8) for _ in "kv"))
     assert keys.shape == values.shape == (1, 2, 5, 8) and keys.data_ptr() == cache.keys[1].data_ptr()
+
+
+@torch.inference_mode()
+def test_a_cache_goes_back_and_what_follows_takes_the_place_of_what_was_there(random_model):
+    model, ids = random_model(), torch.tensor(prompts([9, 9]))
+    cache = KVCache(model.config, batch=2, capacity=9)
+    model(torch.cat((ids[:, :4], ids[:, :5]), 1), cache)
+    cache.rewind(4)
+    close(model(ids[:, 4:], cache), model(ids)[:, 4:])
+    for length in (-1, 10):
+        with pytest.raises(ValueError, match=f"holds 9 tokens: cannot go back to {length}"):
+            cache.rewind(length)
+
+
+@torch.inference_mode()
+def test_a_repeated_cache_is_a_copy_with_each_sequence_several_times_in_a_row(random_model):
+    model, ids = random_model(), torch.tensor(prompts([6, 6]))
+    cache = KVCache(model.config, batch=2, capacity=6)
+    model(ids[:, :4], cache)
+    longer = cache.repeat(3)
+    assert (longer.batch, longer.length, longer.capacity, cache.batch, cache.length) == (6, 4, 6, 2, 4)
+    close(model(ids[:, 4:].repeat_interleave(3, 0), longer), model(ids)[:, 4:].repeat_interleave(3, 0))
+    assert cache.length == 4
+    close(model(ids[:, 4:], cache), model(ids)[:, 4:])
 
 
 def test_a_context_beyond_the_positions_of_the_model_is_refused(random_model):
@@ -224,7 +240,7 @@ def test_a_temperature_towards_zero_is_greedy(temperature, random_model):
 def draws(logits: list[float], temperature: float, top_p: float, number: int = 20000) -> Tensor:
     """Relative frequency of each token over many samples of the same logits."""
     rows = torch.tensor(logits).expand(number, -1)
-    tokens = sample(rows, temperature, top_p, torch.Generator().manual_seed(1))
+    tokens = sample(rows, Sampling(temperature, top_p=top_p), torch.Generator().manual_seed(1))
     return torch.bincount(tokens, minlength=len(logits)) / number
 
 
@@ -268,6 +284,10 @@ def test_top_p_acts_after_the_temperature():
         ([[1]], {"temperature": float("inf")}, "temperature is inf: expected 0"),
         ([[1]], {"top_p": 0.0}, "top_p is 0.0: expected more than 0"),
         ([[1]], {"top_p": 1.01}, "top_p is 1.01: expected more than 0, at most 1"),
+        ([[1]], {"top_k": -1}, "top_k is -1: expected a whole number, 0"),
+        ([[1]], {"top_k": 2.5}, "top_k is 2.5: expected a whole number, 0"),
+        ([[1]], {"repetition_penalty": 0.0}, "repetition_penalty is 0.0: expected more than 0"),
+        ([[1]], {"repetition_penalty": float("nan")}, "repetition_penalty is nan: expected more than 0"),
     ],
     ids=str,
 )
