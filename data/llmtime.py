@@ -1,4 +1,4 @@
-"""Series as text for a language model: scale rules, and digits of fixed width.
+"""Series as text for a language model: scale rules, and numbers as digits.
 
 Scaled values are x / alpha. "," stands between the variables of a step and ";" after every step. Qwen makes
 one token of each digit, point and separator, so characters are tokens. Source: Gruver et al. 2023, "Large
@@ -69,19 +69,25 @@ class Codec:
     Numbers that need more integer digits get them; with 0 decimals there is no point. What is written reads
     back to half a unit in the last place (and half a spacing of float64). For that a number has at most 15
     digits: rounded, it must be less than 10^(15 - decimals) in size.
+
+    shortest: trailing zeros are dropped, all but the first decimal, as in Python's str() of the rounded number
+        (but never an exponent): "2.0", "1.5", "0.123". So the width of a number varies.
     """
 
     decimals: int = 2
     integer_digits: int = 1
+    shortest: bool = False
 
     def __post_init__(self) -> None:
         whole, decimals = self.integer_digits, self.decimals
         if whole < 1 or decimals < 0 or whole + decimals > FLOAT64_DIGITS:
             rule = f"at least 1 and 0, together at most {FLOAT64_DIGITS}"
             raise ValueError(f"codec: {whole} integer digits and {decimals} decimals; expected {rule}")
+        if self.shortest and decimals == 0:
+            raise ValueError("codec: shortest with 0 decimals; expected at least 1, which is always written")
 
     def step_width(self, variables: int) -> int:
-        """Characters, which are tokens, of one step of numbers that fit and are not negative."""
+        """Characters, which are tokens, of one step of numbers that fit and are not negative (`shortest`: at most)."""
         return variables * (self._fraction_width + self.integer_digits + 1)
 
     def encode(self, values: ArrayLike) -> str:
@@ -119,23 +125,29 @@ class Codec:
         return self.decimals + 1 if self.decimals else 0
 
     @property
-    def _most_integer_digits(self) -> int:
+    def most_integer_digits(self) -> int:
+        """Digits before the point of the largest numbers that can be written."""
         return FLOAT64_DIGITS - self.decimals
 
     @property
     def _grammar(self) -> str:
-        fewest, most = self.integer_digits, self._most_integer_digits
+        fewest, most = self.integer_digits, self.most_integer_digits
         no_minus_zero = r"(?!-[0.]+(?![0-9.]))"
         no_leading_zero = rf"(?!0[0-9]{{{fewest}}})"  # before more digits than `integer_digits`
-        point = rf"\.[0-9]{{{self.decimals}}}" if self.decimals else ""
-        return rf"{no_minus_zero}-?{no_leading_zero}[0-9]{{{fewest},{most}}}{point}"
+        fraction = rf"\.[0-9]{{{self.decimals}}}" if self.decimals else ""
+        if self.shortest:  # behind the first decimal, others that do not end in zero
+            fraction = r"\.[0-9]" + (rf"(?:[0-9]{{0,{self.decimals - 2}}}[1-9])?" if self.decimals > 1 else "")
+        return rf"{no_minus_zero}-?{no_leading_zero}[0-9]{{{fewest},{most}}}{fraction}"
 
     def _number(self, value: float) -> str:
         width = self.integer_digits + self._fraction_width
         digits = f"{abs(value):0{width}.{self.decimals}f}"
-        if len(digits) - self._fraction_width > self._most_integer_digits:
-            limit = f"less than 1e{self._most_integer_digits} in size with {self.decimals} decimals"
+        if len(digits) - self._fraction_width > self.most_integer_digits:
+            limit = f"less than 1e{self.most_integer_digits} in size with {self.decimals} decimals"
             raise ValueError(f"encode: {value} is too large; expected {limit}")
+        if self.shortest:
+            digits = digits.rstrip("0")
+            digits += "0" if digits.endswith(".") else ""
         return f"-{digits}" if value < 0 and digits.strip("0.") else digits
 
 

@@ -114,7 +114,7 @@ def integrate() -> tuple[NDArray[np.float64], NDArray[np.float32]]:
     time = np.linspace(0.0, LAST_TIME, POINTS)
     series = np.empty((SYSTEMS, POINTS, 2), dtype=np.float32)
     for system, (*law, x0, y0) in enumerate(systems.tolist()):
-        solution = solve_ivp(_derivatives, (0.0, LAST_TIME), (x0, y0), method="LSODA", t_eval=time, args=law)
+        solution = solve_ivp(derivatives, (0.0, LAST_TIME), (x0, y0), method="LSODA", t_eval=time, args=law)
         series[system] = solution.y.T  # (2, P) -> (P, 2)
     if _rounded_digest(series) != ROUNDED_DIGEST:
         found = f"scipy {scipy.__version__} integrates the predator-prey law to other values"
@@ -122,9 +122,10 @@ def integrate() -> tuple[NDArray[np.float64], NDArray[np.float32]]:
     return time, series
 
 
-def _derivatives(
+def derivatives(
     t: float, state: NDArray[np.float64], r: float, a: float, m: float, h: float, e: float, K: float
 ) -> tuple[float, float]:
+    """The law: dx/dt and dy/dt at the state (x, y); the time t is not part of it."""
     x, y = state
     # Per predator. The association decides last bits: this one gives the most identical series (measured).
     eaten = a * x / (1 + h * x)

@@ -27,11 +27,24 @@ def in_order(systems: int, fractions: tuple[float, float, float] = FRACTIONS) ->
 
 
 def seeded(systems: int, fractions: tuple[float, float, float] = FRACTIONS, seed: int = 0) -> Split:
-    """As `in_order`, after a permutation that depends on `seed` (0 .. 2^32 - 1) alone."""
+    """As `in_order`, after the permutation that numpy's default generator draws for `seed` (0 .. 2^32 - 1)."""
+    return _cut(np.random.default_rng(_checked(seed)).permutation(systems).astype(np.int64), fractions)
+
+
+def held_out_first(systems: int, fractions: tuple[float, float, float] = FRACTIONS, seed: int = 0) -> Split:
+    """As `seeded`, with the permutation's first systems held out, and the rest to train.
+
+    What is held out is the set that scikit-learn's `train_test_split(range(systems), random_state=seed)` holds out.
+    """
+    order = np.random.RandomState(_checked(seed)).permutation(systems).astype(np.int64)
+    held_out = round((fractions[1] + fractions[2]) * systems)
+    return _cut(np.concatenate([order[held_out:], order[:held_out]]), fractions)
+
+
+def _checked(seed: int) -> int:
     if not 0 <= seed < 2**32:
         raise ValueError(f"split: seed {seed}; expected 0 to 2^32 - 1")
-    # RandomState's stream is frozen (NEP 19), so a seed names the same split under every numpy.
-    return _cut(np.random.RandomState(seed).permutation(systems).astype(np.int64), fractions)
+    return seed
 
 
 def _cut(order: NDArray[np.int64], fractions: tuple[float, float, float]) -> Split:

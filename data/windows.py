@@ -26,6 +26,7 @@ class Windows:
     targets: NDArray[np.int64]
     series: NDArray[np.int64]
     start: NDArray[np.int64]
+    pad_id: int
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -34,6 +35,16 @@ class Windows:
     def real_tokens(self) -> int:
         """Targets that the loss counts."""
         return int((self.targets != IGNORED).sum())
+
+    @property
+    def targets_with_padding(self) -> NDArray[np.int64]:
+        """Targets in which padding is a token to be predicted as well: a loss over them is lower for no good reason."""
+        return np.where(self.targets == IGNORED, self.pad_id, self.targets)
+
+    @property
+    def left_padding(self) -> NDArray[np.int64]:
+        """How many of each window's first places are padding, (W,): all 0 where windows are padded on the right."""
+        return (self.targets != IGNORED).argmax(axis=1)
 
 
 def make_windows(
@@ -73,7 +84,7 @@ def make_windows(
         inputs[window, filled] = tokens[:-1]
         targets[window, filled] = tokens[1:]
     series_of, start_of = np.array(places, dtype=np.int64).reshape(-1, 2).T
-    return Windows(inputs, targets, series_of, start_of)
+    return Windows(inputs, targets, series_of, start_of, pad_id)
 
 
 def batch_indices(count: int, batch_size: int, step: int, seed: int) -> NDArray[np.int64]:

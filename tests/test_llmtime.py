@@ -18,7 +18,9 @@ from data.llmtime import (
     whole_series_percentile,
 )
 
-codecs = st.integers(0, 6).flatmap(lambda d: st.builds(Codec, st.just(d), st.integers(1, 9)))
+codecs = st.integers(0, 6).flatmap(
+    lambda d: st.builds(Codec, st.just(d), st.integers(1, 9), st.booleans() if d else st.just(False))
+)
 
 
 @st.composite
@@ -67,6 +69,35 @@ def test_each_step_has_the_promised_width(decimals: int, whole: int, variables: 
     assert [len(step) + 1 for step in steps[:-1]] == [codec.step_width(variables)] * 3
 
 
+def test_shortest_numbers_drop_trailing_zeros_but_for_the_first_decimal() -> None:
+    codec, values = Codec(3, shortest=True), np.array([[2.0, 1.5], [0.12345, 10.0], [-0.0001, -0.25], [100.05, 0.0]])
+    text = codec.encode(values)
+    assert text == "2.0,1.5;0.123,10.0;0.0,-0.25;100.05,0.0;"
+    np.testing.assert_array_equal(codec.decode(text, 2).values, np.round(values, 3) + 0.0)
+    for step in ("2.00,1.5", "2,1.5", "2.,1.5", "1.50,1.5", "0.1234,1.5", "1.2300,1.5", "-0.0,1.5", "1.000,1.5"):
+        assert codec.decode(step, 2).rejected == 1, step
+    assert codec.decode("1.0,2.5;1.005,0.101", 2).rejected == 0
+
+
+@given(st.integers(1, 4), st.floats(-1e9, 1e9) | st.floats(-20, 20))
+def test_shortest_numbers_are_written_as_python_writes_the_rounded_number(decimals: int, value: float) -> None:
+    """To four decimals: a smaller number Python would write with an exponent."""
+    expected = str(round(value, decimals))
+    assert Codec(decimals, shortest=True).encode([[value]]) == ("0.0" if expected == "-0.0" else expected) + ";"
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 4), st.data())
+def test_no_step_of_shortest_numbers_is_wider_than_promised(
+    decimals: int, whole: int, variables: int, data: st.DataObject
+) -> None:
+    largest = 10.0**whole - 10.0**-decimals
+    values = data.draw(arrays(np.float64, (3, variables), elements=st.floats(0, largest)))
+    codec = Codec(decimals, whole, shortest=True)
+    widest = codec.step_width(variables)
+    assert all(len(step) + 1 <= widest for step in codec.encode(values).split(";"))
+    assert len(codec.encode([[largest] * variables])) == widest
+
+
 def test_ten_tokens_write_a_step_of_two_variables_with_two_decimals() -> None:
     assert Codec(decimals=2).step_width(2) == 10
     assert Codec(decimals=0).step_width(2) == 4
@@ -81,10 +112,11 @@ def could_have_been_written(step: str, codec: Codec, variables: int) -> bool:
 
 
 pieces = [*"017.-+e_ \n\u0663", "00", "1.2", "0.45", "12.00", *(",;" * 4)]
+near_codecs = st.builds(Codec, st.integers(1, 3), st.integers(1, 2), st.booleans()) | st.builds(Codec, st.just(0))
 near_steps = st.lists(st.sampled_from(pieces), max_size=40).map("".join)
 
 
-@given(st.one_of(st.text(), near_steps), st.builds(Codec, st.integers(0, 2), st.integers(1, 2)), st.integers(1, 2))
+@given(st.one_of(st.text(), near_steps), near_codecs, st.integers(1, 2))
 def test_of_any_text_exactly_the_steps_that_could_have_been_written_are_kept(
     text: str, codec: Codec, variables: int
 ) -> None:
@@ -140,6 +172,11 @@ def test_what_cannot_be_written_is_refused_in_one_line(values: Any, problem: str
 def test_a_codec_that_float64_cannot_keep_is_refused(decimals: int, whole: int) -> None:
     with pytest.raises(ValueError, match="together at most 15"):
         Codec(decimals, whole)
+
+
+def test_shortest_numbers_without_decimals_are_refused() -> None:
+    with pytest.raises(ValueError, match="shortest with 0 decimals; expected at least 1"):
+        Codec(0, shortest=True)
 
 
 def test_the_scale_rules_are_their_formulas() -> None:

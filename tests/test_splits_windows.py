@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.splits import Split, in_order, seeded
+from data.splits import Split, held_out_first, in_order, seeded
 from data.windows import IGNORED, batch_indices, make_windows
 
 PAD = 7
@@ -24,7 +24,8 @@ def whole(split: Split) -> list[int]:
 
 @given(st.integers(10, 300), st.integers(0, 2**32 - 1))
 def test_each_system_is_in_exactly_one_part(systems: int, seed: int) -> None:
-    for split in (in_order(systems), seeded(systems, (0.8, 0.1, 0.1), seed)):
+    rules = in_order(systems), seeded(systems, (0.8, 0.1, 0.1), seed), held_out_first(systems, (0.8, 0.1, 0.1), seed)
+    for split in rules:
         assert whole(split) == list(range(systems))
         assert min(len(split.train), len(split.validation), len(split.test)) > 0
 
@@ -34,7 +35,23 @@ def test_a_seed_names_one_split() -> None:
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other) and not np.array_equal(first, np.arange(70))
     # Written down: an adapter's validation systems must be the same under every version of numpy.
-    np.testing.assert_array_equal(seeded(10, (0.6, 0.2, 0.2), seed=442).validation, [1, 5])
+    np.testing.assert_array_equal(seeded(20, seed=3).validation, [4, 9, 14])
+
+
+def test_what_scikit_learn_holds_out_is_held_out() -> None:
+    """Its `train_test_split(range(1000), test_size=.2, random_state=442)` tests these among others (version 1.5)."""
+    split = held_out_first(1000, (0.8, 0.1, 0.1), seed=442)
+    held_out = np.sort(np.random.RandomState(442).permutation(1000)[:200])
+    np.testing.assert_array_equal(np.sort(np.concatenate([split.validation, split.test])), held_out)
+    assert {506, 20, 654, 906} <= set(held_out.tolist())
+
+
+def test_padding_is_a_token_to_predict_only_when_asked_and_the_left_side_is_counted() -> None:
+    left, right = (make_windows([[5, 6, 7, 8]], 5, 5, pad_id=0, pad_side=side) for side in ("left", "right"))
+    np.testing.assert_array_equal(right.targets, [[6, 7, 8, IGNORED, IGNORED]])
+    np.testing.assert_array_equal(right.targets_with_padding, [[6, 7, 8, 0, 0]])
+    np.testing.assert_array_equal(left.targets_with_padding, [[0, 0, 6, 7, 8]])
+    assert left.left_padding.tolist() == [2] and right.left_padding.tolist() == [0]
 
 
 @pytest.mark.parametrize(

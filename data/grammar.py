@@ -1,0 +1,78 @@
+"""Which character may follow in a text of a `Codec`: a finite automaton, for decoding that cannot go wrong.
+
+Source: Willard and Louf 2023, "Efficient Guided Generation for Large Language Models", section 3, where a language
+model's tokens are masked by the automaton's state. Here a token is a character.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.llmtime import Codec
+
+DIGITS = "0123456789"
+
+
+class Grammar:
+    """The steps of numbers, not negative, that `codec` can write with at most `widest` digits before the point.
+
+    states: how many there are. 0 is the start of a step, and what ";" leads back to: `step_ends`.
+    symbols: the characters, in the order of the tables' columns.
+    follows: (states, symbols) bool, which symbol may come next; at least one in each state.
+    next: (states, symbols), the state that a symbol leads to, -1 where it may not come.
+
+    Raises:
+        ValueError: there are no variables, or the codec writes no number so narrow, or none so wide.
+    """
+
+    symbols = (*DIGITS, ".", ",", ";")
+    step_ends = 0
+
+    def __init__(self, codec: Codec, variables: int, widest: int = 1):
+        if variables < 1:
+            raise ValueError(f"grammar: {variables} variables; expected at least 1")
+        if not codec.integer_digits <= widest <= codec.most_integer_digits:
+            fit = f"{codec.integer_digits} to {codec.most_integer_digits}"
+            raise ValueError(f"grammar: at most {widest} digits before the point; expected {fit}")
+        self.codec, self.variables, self.widest = codec, variables, widest
+        places, rows = [_Place(0)], []
+        for place in places:  # which grows as new ones are met
+            met = [self._after(place, symbol) for symbol in self.symbols]
+            places += dict.fromkeys(p for p in met if p is not None and p not in places)
+            rows.append([-1 if p is None else places.index(p) for p in met])
+        self.states = len(places)
+        self.next: NDArray[np.int64] = np.array(rows, dtype=np.int64)
+        self.follows: NDArray[np.bool_] = self.next >= 0
+
+    def _after(self, place: "_Place", symbol: str) -> "_Place | None":
+        """Where `symbol` leads to; None where `Codec.decode` would reject whatever comes behind it."""
+        variable, whole, decimals, zero = place
+        fewest, last = self.codec.integer_digits, self.codec.decimals
+        if symbol in DIGITS and decimals < 0:
+            if whole == (fewest if zero else self.widest):
+                return None
+            return _Place(variable, whole + 1, zero=zero if whole else symbol == "0")
+        if symbol in DIGITS:
+            useless = self.codec.shortest and symbol == "0"  # unless another digit comes behind it, or it is the first
+            if decimals == last or useless and 0 < decimals == last - 1:
+                return None
+            return _Place(variable, 0, decimals + 1, useless and decimals > 0)
+        if symbol == ".":
+            return _Place(variable, 0, 0) if last and decimals < 0 and whole >= fewest else None
+        if last == 0:
+            complete = whole >= fewest
+        else:
+            complete = decimals == last or self.codec.shortest and decimals > 0 and not zero
+        if not complete or (symbol == ";") != (variable == self.variables - 1):
+            return None
+        return _Place((variable + 1) % self.variables)
+
+
+class _Place(NamedTuple):
+    """How much of which number a step holds so far."""
+
+    variable: int
+    whole: int = 0  # digits before the point
+    decimals: int = -1  # behind it; -1 before it
+    zero: bool = False  # before the point: the first digit is 0; behind it: the number may not end here, on a 0

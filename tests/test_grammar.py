@@ -1,0 +1,133 @@
+"""The automaton accepts the texts that a codec writes for numbers that are not negative, and no other."""
+
+import itertools
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from data.grammar import Grammar
+from data.llmtime import Codec
+
+
+def accepts(grammar: Grammar, text: str) -> bool:
+    """Whether the text is whole steps of the grammar."""
+    state = 0
+    for character in text:
+        if character not in grammar.symbols:
+            return False
+        state = grammar.next[state, grammar.symbols.index(character)]
+        if state < 0:
+            return False
+    return state == grammar.step_ends
+
+
+def fits(text: str, codec: Codec, variables: int, widest: int) -> bool:
+    """The same by `Codec.decode`: every step is one that it could have written, none is wide or negative."""
+    numbers = [number.partition(".")[0] for number in re.split("[,;]", text)]
+    narrow = all(len(whole) <= widest and not whole.startswith("-") for whole in numbers)
+    return narrow and (not text or text.endswith(";")) and codec.decode(text, variables).rejected == 0
+
+
+@st.composite
+def grammars(draw: st.DrawFn) -> Grammar:
+    decimals, fewest = draw(st.integers(0, 5)), draw(st.integers(1, 3))
+    codec = Codec(decimals, fewest, shortest=decimals > 0 and draw(st.booleans()))
+    return Grammar(codec, draw(st.integers(1, 3)), draw(st.integers(fewest, 5)))
+
+
+@given(grammars(), st.data())
+def test_every_text_that_is_written_for_numbers_that_fit_is_accepted(grammar: Grammar, data: st.DataObject) -> None:
+    codec, largest = grammar.codec, 10.0**grammar.widest - 10.0**-grammar.codec.decimals
+    numbers = st.floats(0, largest) | st.integers(0, int(largest)).map(float) | st.floats(0, 1)
+    values = data.draw(arrays(np.float64, (3, grammar.variables), elements=numbers))
+    assert accepts(grammar, codec.encode(values))
+
+
+@given(grammars(), st.data())
+def test_every_text_that_is_accepted_is_read_whole(grammar: Grammar, data: st.DataObject) -> None:
+    text, state = "", 0
+    while len(text) < 60 or state != grammar.step_ends:
+        column = data.draw(st.sampled_from(np.flatnonzero(grammar.follows[state]).tolist()))
+        if len(text) >= 60 and grammar.follows[state, -3:].any():  # then to the end: a point or a separator, if it may
+            column = 10 + int(np.flatnonzero(grammar.follows[state, -3:])[0])
+        text, state = text + grammar.symbols[column], grammar.next[state, column]
+    decoded = grammar.codec.decode(text, grammar.variables)
+    assert (decoded.rejected, decoded.steps) == (0, text.count(";"))
+    assert (decoded.values >= 0).all() and (decoded.values < 10.0**grammar.widest).all()
+    assert grammar.codec.encode(decoded.values) == text
+
+
+@pytest.mark.parametrize(
+    ("codec", "variables", "widest"),
+    [
+        (Codec(0), 1, 1),
+        (Codec(0), 2, 2),
+        (Codec(0, 2), 1, 3),
+        (Codec(1), 1, 2),
+        (Codec(1, 2), 1, 2),
+        (Codec(2), 1, 1),
+        (Codec(1, shortest=True), 1, 2),
+        (Codec(2, shortest=True), 1, 1),
+        (Codec(3, shortest=True), 1, 1),
+    ],
+    ids=str,
+)
+def test_of_all_short_texts_exactly_those_that_could_have_been_written_are_accepted(codec, variables, widest) -> None:
+    grammar = Grammar(codec, variables, widest)
+    texts = ("".join(t) for n in range(7) for t in itertools.product("01.,;", repeat=n))
+    for text in texts:
+        assert accepts(grammar, text) == fits(text, codec, variables, widest), text
+
+
+@given(st.text(alphabet="0129.,;-", max_size=24), grammars())
+def test_of_any_text_exactly_what_could_have_been_written_is_accepted(text: str, grammar: Grammar) -> None:
+    assert accepts(grammar, text) == fits(text, grammar.codec, grammar.variables, grammar.widest)
+
+
+def test_two_variables_are_told_apart_and_a_step_has_as_many_as_it_should() -> None:
+    grammar = Grammar(Codec(1), 2)
+    assert accepts(grammar, "1.0,2.0;3.5,0.0;") and accepts(grammar, "")
+    for text in "1.0; 1.0,2.0,3.0; 1.0,2.0 1.0,2.0;3 ,1.0; 1.0,; 1.0,2.0;; -1.0,2.0; 10.0,2.0;".split():
+        assert not accepts(grammar, text)
+
+
+def test_shortest_numbers_end_on_a_zero_only_behind_the_point() -> None:
+    grammar = Grammar(Codec(3, shortest=True), 1, 2)
+    for text in ("1.0;", "10.5;", "0.001;", "0.101;", "1.05;"):
+        assert accepts(grammar, text)
+    for text in ("1.00;", "1.50;", "1.000;", "1.500;", "1.0001;", "1.;", "1;", "01.5;"):
+        assert not accepts(grammar, text)
+
+
+@given(grammars())
+def test_the_tables_agree_and_no_state_is_a_dead_end(grammar: Grammar) -> None:
+    assert grammar.symbols == tuple("0123456789.,;")
+    assert grammar.next.shape == grammar.follows.shape == (grammar.states, 13)
+    np.testing.assert_array_equal(grammar.follows, grammar.next >= 0)
+    assert grammar.next.max() == grammar.states - 1 and grammar.next.min() == -1
+    assert (grammar.next[:, -1] <= 0).all()  # ";" leads to the start, and nothing else does
+    assert (grammar.next[:, :-1] != 0).all()
+    for digit in range(2, 10):  # 1 to 9 are alike
+        np.testing.assert_array_equal(grammar.next[:, digit], grammar.next[:, 1])
+    ends = {0}
+    for _ in range(grammar.states):
+        ends |= {s for s in range(grammar.states) if ends & set(grammar.next[s].tolist())}
+    assert ends == set(range(grammar.states))
+
+
+@pytest.mark.parametrize(
+    ("codec", "variables", "widest", "problem"),
+    [
+        (Codec(), 0, 1, "0 variables; expected at least 1"),
+        (Codec(2, 3), 2, 2, "at most 2 digits before the point; expected 3 to 13"),
+        (Codec(10), 2, 6, "at most 6 digits before the point; expected 1 to 5"),
+    ],
+)
+def test_a_grammar_of_no_text_is_refused_in_one_line(codec, variables, widest, problem) -> None:
+    with pytest.raises(ValueError, match=problem) as caught:
+        Grammar(codec, variables, widest)
+    assert "\n" not in str(caught.value)
