@@ -1,9 +1,7 @@
-"""Naive forecasts that a model has to beat, the errors they are compared by, and an interval for a mean.
+"""Naive forecasts that a model has to beat.
 
 P context points, h forecast points, V variables; values in the units of the data. Everything is float64.
 """
-
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -43,52 +41,6 @@ def period(context: ArrayLike) -> int:
     return min(lags, key=lambda k: float(np.mean((values[k:] - values[:-k]) ** 2)), default=1)
 
 
-def scores(
-    truth: ArrayLike, forecast: ArrayLike, missing: str = "raise", fallback: ArrayLike | None = None
-) -> dict[str, Any]:
-    """Return MSE, RMSE and MAE of a forecast over its horizon, pooled and for each variable.
-
-    `truth`, `forecast` and `fallback` are (..., h, V), in the same units. A step with a NaN in `forecast` was
-    not parsed: with `missing="raise"` that is a ValueError, with `missing="persistence"` the whole step is
-    taken from `fallback` (the persistence forecast) and counted. A step is never dropped, nor moved.
-
-    Returns `{"mse", "rmse", "mae", "missing", "variables": [{"mse", "rmse", "mae"}, ...]}`."""
-    expected, got = np.asarray(truth, np.float64), np.array(forecast, np.float64)
-    if expected.ndim < 2 or got.shape != expected.shape or not expected.size:
-        raise ValueError(f"a forecast has the shape of the truth: expected {expected.shape}, got {got.shape}")
-    unparsed = np.isnan(got).any(axis=-1)  # (..., h)
-    if missing not in ("raise", "persistence"):
-        raise ValueError(f'missing must be "raise" or "persistence", got {missing!r}')
-    if unparsed.any():
-        if missing == "raise" or fallback is None:
-            raise ValueError(f"{unparsed.sum()} of {unparsed.size} forecast steps were not parsed")
-        got[unparsed] = np.broadcast_to(np.asarray(fallback, np.float64), got.shape)[unparsed]
-    if not (np.isfinite(expected).all() and np.isfinite(got).all()):
-        raise ValueError("truth, forecast and fallback must be finite")
-    error = (got - expected).reshape(-1, expected.shape[-1])  # (steps, V)
-    variables = [_errors(column) for column in error.T]
-    return _errors(error) | {"missing": int(unparsed.sum()), "variables": variables}
-
-
-def bootstrap_interval(
-    per_series_values: ArrayLike, seed: int, level: float = 0.95, draws: int = 2000
-) -> tuple[float, float]:
-    """Return (low, high), the percentile bootstrap interval of the mean over series (Efron 1979).
-
-    `per_series_values` (N,): one error for each series. N of them are drawn with replacement `draws` times;
-    the ends are the (1 - level)/2 and (1 + level)/2 quantiles of the means. One series gives an interval of
-    width 0, which says nothing: show N beside it."""
-    values = np.asarray(per_series_values, np.float64)
-    if values.ndim != 1 or not values.size or not np.isfinite(values).all():
-        raise ValueError(f"an interval needs a list of finite values, got shape {values.shape}")
-    if not 0 < level < 1 or draws < 1:
-        raise ValueError(f"expected 0 < level < 1 and draws > 0, got {level} and {draws}")
-    random = np.random.default_rng(seed)
-    means = [values[random.integers(len(values), size=len(values))].mean() for _ in range(draws)]
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
 def _context(context: ArrayLike, horizon: int = 1) -> Array:
     values = np.asarray(context, np.float64)
     if values.ndim != 2 or not values.size or not np.isfinite(values).all():
@@ -96,8 +48,3 @@ def _context(context: ArrayLike, horizon: int = 1) -> Array:
     if horizon < 1:
         raise ValueError(f"a horizon must be at least 1 step, got {horizon}")
     return values
-
-
-def _errors(error: Array) -> dict[str, float]:
-    mse = float(np.mean(error**2))
-    return {"mse": mse, "rmse": mse**0.5, "mae": float(np.mean(np.abs(error)))}

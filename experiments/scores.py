@@ -1,0 +1,229 @@
+"""The measures by which forecasts are judged: errors of one forecast, and scores of many samples of it.
+
+Letters: N series, h forecast steps, V variables, S samples. Only the horizon is ever scored. Errors have the
+units of the data (MSE their square); MAPE, R2, skill and coverage have none. Everything is float64.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+
+EPSILON = float(np.finfo(np.float64).eps)
+QUANTILES = (0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9)
+
+
+def filled(forecast: ArrayLike, fallback: ArrayLike) -> tuple[Array, Mask]:
+    """Take each step that was not parsed from another forecast, persistence as a rule: none is dropped or moved.
+
+    A step with a NaN in any variable was not parsed, and is replaced whole. `forecast`, `fallback` (N, h, V).
+    Returns the forecast without NaN (N, h, V), and which steps were replaced (N, h)."""
+    got, other = _float(forecast), _float(fallback)
+    if got.ndim < 2 or other.shape != got.shape:
+        raise ValueError(f"a fallback has the shape of the forecast: expected {got.shape}, got {other.shape}")
+    if not np.isfinite(other).all():
+        raise ValueError("a fallback must be finite: it stands in for steps that were not parsed")
+    unparsed: Mask = np.any(np.isnan(got), axis=-1)
+    return np.where(unparsed[..., None], other, got), unparsed
+
+
+def errors(truth: ArrayLike, forecast: ArrayLike) -> dict[str, Any]:
+    """Return MSE, RMSE, MAE, MAPE and R2 of a forecast, pooled over everything given. Arguments (..., h, V).
+
+    With e = forecast - y: mse = mean e^2, rmse = sqrt(mse), mae = mean |e|,
+    mape = mean(|e| / max(|y|, machine epsilon)), a fraction, which the values nearest to 0 decide, and
+    r2 = 1 - sum e^2 / sum (y - m)^2, where m is the mean of y over what is given, each variable's own. So two
+    variables of unlike level do not explain each other; where no variable changes, r2 is None.
+
+    Raises ValueError where shapes differ, nothing is given, or a value is not finite.
+    Source: scikit-learn, "Metrics and scoring", regression metrics."""
+    y, got = (values.reshape(-1, values.shape[-1]) for values in _pair(truth, forecast))  # (all steps, V)
+    e = got - y
+    above = y - y[0]  # exactly 0 where a variable is constant, as y less its rounded mean is not
+    spread = float(np.sum((above - above.mean(axis=0)) ** 2))
+    mse = float(np.mean(e**2))
+    return {
+        "mse": mse,
+        "rmse": float(np.sqrt(mse)),
+        "mae": float(np.mean(np.abs(e))),
+        "mape": float(np.mean(np.abs(e) / np.maximum(np.abs(y), EPSILON))),
+        "r2": 1 - float(np.sum(e**2)) / spread if spread else None,
+    }
+
+
+def by_variable(truth: ArrayLike, forecast: ArrayLike, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return `errors` of all variables together, under "all", and of each one under its name.
+
+    `truth`, `forecast` (..., h, V) and V names. R2 of "all" is the sum of squared errors over the sum of squared
+    deviations from each variable's own mean: the variables' R2 weighted by their variances."""
+    y, got = _pair(truth, forecast)
+    if len(names) != y.shape[-1]:
+        raise ValueError(f"each variable has a name: expected {y.shape[-1]} names, got {list(names)}")
+    columns = ((name, [variable]) for variable, name in enumerate(names))
+    return {"all": errors(y, got)} | {name: errors(y[..., column], got[..., column]) for name, column in columns}
+
+
+def per_series(truth: ArrayLike, forecast: ArrayLike, measure: str = "mse") -> Array:
+    """Return the MSE or MAE ("mse" or "mae") of each series (N,), over its steps and variables, from (N, h, V)."""
+    if measure not in ("mse", "mae"):
+        raise ValueError(f'expected the measure "mse" or "mae", got {measure!r}')
+    y, got = _pair(truth, forecast, dimensions=3)
+    e = got - y
+    return np.mean(e**2 if measure == "mse" else np.abs(e), axis=(1, 2))
+
+
+def by_step(truth: ArrayLike, forecast: ArrayLike) -> dict[str, Array]:
+    """Return "mse", "mae" and "running_rmse", each (h,): how the error grows with the step. Arguments (N, h, V).
+
+    mse and mae of step s are means over the series and variables at s alone; `running_rmse` is described there."""
+    y, got = _pair(truth, forecast, dimensions=3)
+    e = got - y
+    mse, mae = np.mean(e**2, axis=(0, 2)), np.mean(np.abs(e), axis=(0, 2))
+    return {"mse": mse, "mae": mae, "running_rmse": np.sqrt(np.cumsum(mse) / np.arange(1, len(mse) + 1))}
+
+
+def running_rmse(truth: ArrayLike, forecast: ArrayLike) -> Array:
+    """Return (h,): the root of the mean squared error over steps 1..s, all series and variables, from (N, h, V)."""
+    return by_step(truth, forecast)["running_rmse"]
+
+
+def interval(per_series_values: ArrayLike, seed: int, level: float = 0.95, draws: int = 2000) -> tuple[float, float]:
+    """Return (low, high), the percentile bootstrap interval of the mean over series.
+
+    `per_series_values` (N,): one value for each series. N of them are drawn with replacement `draws` times;
+    the ends are the (1 - level)/2 and (1 + level)/2 quantiles of the means. One series gives an interval of
+    width 0, which says nothing: show N beside it.
+    Source: Efron 1979, "Bootstrap methods: another look at the jackknife"."""
+    values = _one_for_each_series(per_series_values)
+    if not 0 < level < 1 or draws < 1:
+        raise ValueError(f"expected 0 < level < 1 and draws > 0, got {level} and {draws}")
+    drawn = np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))
+    low, high = np.quantile(values[drawn].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def paired_interval(
+    a: ArrayLike, b: ArrayLike, seed: int, level: float = 0.95, draws: int = 2000
+) -> tuple[float, float]:
+    """Return the bootstrap interval of mean(a - b), where `a` and `b` (N,) are two forecasters' errors.
+
+    Each draw takes the same series from both, so a hard series counts against neither: an interval without 0
+    tells two forecasters apart even where their own intervals overlap."""
+    first, second = _same_series(a, b)
+    return interval(first - second, seed, level, draws)
+
+
+def skill(model_mse: float, reference_mse: float) -> float | None:
+    """Return 1 - model_mse / reference_mse: 1 without error, 0 as good as the reference, None if that has none."""
+    return 1 - model_mse / reference_mse if reference_mse else None
+
+
+def won(model: ArrayLike, reference: ArrayLike) -> int:
+    """Return the number of series whose error is lower with the model. Both (N,); a tie is not won."""
+    first, second = _same_series(model, reference)
+    return int(np.sum(first < second))
+
+
+def quantiles(samples: ArrayLike) -> Array:
+    """Return the QUANTILES of each step and variable over its parsed samples, (len(QUANTILES), N, h, V).
+
+    `samples` (N, S, h, V). A sample's step with a NaN in any variable is left out whole; a step that no sample
+    parsed is NaN. Between order statistics numpy's "linear" rule holds: position q (n - 1) of n.
+    Source: Hyndman & Fan 1996, "Sample quantiles in statistical packages", definition 7."""
+    parsed, count = _parsed(samples)
+    none = (count == 0)[:, None]  # (N, 1, h, 1)
+    found = np.nanquantile(np.where(none, 0.0, parsed), QUANTILES, axis=1)  # numpy warns of a column of NaN
+    return np.where(none[:, 0], np.nan, found)
+
+
+def crps(truth: ArrayLike, samples: ArrayLike) -> Array:
+    """Return the continuous ranked probability score of each step and variable (N, h, V); lower is better.
+
+    mean |x - y| - 1/2 mean |x - x'|, over all pairs x, x' of the n parsed samples: that of the samples' own
+    distribution. With the samples sorted it is 2 / n^2 sum_i |x_i - y| w_i, where w_i = n - i + 1/2 above y and
+    i - 1/2 below: no term is negative. It has the data's units, and for one sample it is |x - y|.
+
+    `truth` (N, h, V), `samples` (N, S, h, V). A sample's step with a NaN in any variable is left out whole; a
+    step that no sample parsed is NaN.
+    Source: Gneiting & Raftery 2007, "Strictly proper scoring rules, prediction, and estimation", section 4.2."""
+    y = _float(truth)
+    parsed, count = _parsed(samples)
+    if y.shape != (expected := parsed[:, 0].shape) or not np.isfinite(y).all():
+        raise ValueError(f"a truth is finite and has the shape of a sample: expected {expected}, got {y.shape}")
+    e = np.sort(parsed - y[:, None], axis=1)  # (N, S, h, V), NaN last
+    rank = np.arange(1, e.shape[1] + 1)[:, None, None]
+    weight = np.where(e > 0, count[:, None] - rank + 0.5, rank - 0.5)
+    return 2 * np.nansum(np.abs(e) * weight, axis=1) / np.where(count, count, np.nan) ** 2
+
+
+def coverage(truth: ArrayLike, low: ArrayLike, high: ArrayLike) -> float | None:
+    """Return the share of true values in [low, high], ends included. All of one shape.
+
+    A step whose bounds are NaN, as no sample was parsed, is ignored here: those are counted elsewhere, and the
+    count belongs beside this share. None where no step has bounds."""
+    below, above = _bounds(low, high)
+    y = _float(truth)
+    if y.shape != below.shape or not np.isfinite(y).all():
+        raise ValueError(f"a truth is finite and has the shape of its bounds: expected {below.shape}, got {y.shape}")
+    known = ~np.isnan(above - below)
+    return float(np.mean(((below <= y) & (y <= above))[known])) if known.any() else None
+
+
+def width(low: ArrayLike, high: ArrayLike) -> float | None:
+    """Return the mean of high - low, in the data's units. Steps whose bounds are NaN as in `coverage`."""
+    below, above = _bounds(low, high)
+    known = ~np.isnan(above - below)
+    return float(np.mean((above - below)[known])) if known.any() else None
+
+
+def _float(values: ArrayLike) -> Array:
+    return np.asarray(values, np.float64)
+
+
+def _pair(truth: ArrayLike, forecast: ArrayLike, dimensions: int | None = None) -> tuple[Array, Array]:
+    y, got = _float(truth), _float(forecast)
+    if y.ndim < 2 or dimensions not in (None, y.ndim) or not y.size:
+        expected = "(..., steps, variables)" if dimensions is None else "(series, steps, variables)"
+        raise ValueError(f"a truth is values {expected}, none empty; got shape {y.shape}")
+    if got.shape != y.shape:
+        raise ValueError(f"a forecast has the shape of the truth: expected {y.shape}, got {got.shape}")
+    if not (np.isfinite(y).all() and np.isfinite(got).all()):
+        bad = int(np.sum(~np.isfinite(y))), int(np.sum(~np.isfinite(got)))
+        raise ValueError(f"truth and forecast must be finite, got {bad[0]} and {bad[1]} values that are not")
+    return y, got
+
+
+def _one_for_each_series(values: ArrayLike) -> Array:
+    found = _float(values)
+    if found.ndim != 1 or not found.size or not np.isfinite(found).all():
+        raise ValueError(f"expected a list of finite values, one for each series, got shape {found.shape}")
+    return found
+
+
+def _same_series(a: ArrayLike, b: ArrayLike) -> tuple[Array, Array]:
+    first, second = _one_for_each_series(a), _one_for_each_series(b)
+    if first.shape != second.shape:
+        raise ValueError(f"expected values of the same series, got {len(first)} and {len(second)}")
+    return first, second
+
+
+def _parsed(samples: ArrayLike) -> tuple[Array, NDArray[np.int64]]:
+    """Samples with each step that was not parsed NaN in all variables (N, S, h, V), and how many are left (N, h, 1)."""
+    found = _float(samples)
+    if found.ndim != 4 or not found.size or np.isinf(found).any():
+        raise ValueError(
+            f"samples are finite, or NaN where not parsed, (series, samples, steps, variables); got shape {found.shape}"
+        )
+    unparsed = np.isnan(found).any(axis=-1, keepdims=True)  # (N, S, h, 1)
+    return np.where(unparsed, np.nan, found), np.sum(~unparsed, axis=1)
+
+
+def _bounds(low: ArrayLike, high: ArrayLike) -> tuple[Array, Array]:
+    below, above = _float(low), _float(high)
+    if below.shape != above.shape or np.isinf([below, above]).any() or (below > above).any():
+        raise ValueError(f"expected bounds low <= high of one shape, finite or NaN, got {below.shape}, {above.shape}")
+    return below, above
