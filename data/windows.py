@@ -5,7 +5,6 @@ Dimension letters: W windows, C context.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,11 +47,7 @@ class Windows:
 
 
 def make_windows(
-    token_lists: Sequence[Sequence[int]],
-    context: int,
-    stride: int,
-    pad_id: int,
-    pad_side: Literal["right", "left"] = "right",
+    token_lists: Sequence[Sequence[int]], context: int, stride: int, pad_id: int, pad_side: str = "right"
 ) -> Windows:
     """Cut each sequence at 0, stride, 2 stride, ... while a window has a target that no earlier one has.
 

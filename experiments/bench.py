@@ -218,7 +218,7 @@ def _train(job: dict[str, Any]) -> dict[str, Any]:
             from data.windows import Windows
             from experiments.train import training_step
 
-            windows = Windows(inputs.numpy(), targets.numpy(), inputs[:, 0].numpy(), inputs[:, 0].numpy())
+            windows = Windows(inputs.numpy(), targets.numpy(), inputs[:, 0].numpy(), inputs[:, 0].numpy(), pad_id=0)
             loss, norm = training_step(model, windows, list(range(job["batch"])), optimizer)
         else:
             optimizer.zero_grad()

@@ -1,176 +1,223 @@
-"""How good a model's forecasts are: over the horizon only, in raw units, beside forecasts that need no model."""
+"""Forecasts of a model: prompts, continuations, and what the model says of the true horizon; priced before they run."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from experiments import baselines, predict
-from experiments.budget import Ledger
+from data.windows import IGNORED
+from experiments import predict
+from experiments.constrain import Constrained
+from experiments.scores import QUANTILES, quantiles
 from experiments.settings import Settings
 from experiments.task import Task
-from experiments.train import load_model, validation_loss
+from experiments.train import load_model
 from lora import load_adapter
 from lora.layer import lora_layers
 from qwen_min import FlopMeter, Qwen, Tokenizer
+from qwen_min.generate import continuation_losses, decode, prefill
 from qwen_min.load import resolve
 
-SERIES_AT_ONCE = 16
+ROWS_AT_ONCE = 16  # sequences that are decoded together; samples of one series count
 
 
 @dataclass(frozen=True)
 class Forecasts:
-    """Forecasts of several systems: truth and values (N, horizon, V) raw, NaN where a step did not parse."""
+    """Forecasts of N systems in raw units; a step that did not parse is NaN.
 
-    systems: NDArray[np.int64]
-    context: NDArray[np.float64]  # (N, points, V)
+    context (N, P, V), truth and values (N, h, V); samples (N, S, h, V) where several were drawn, whose median is
+    `values`; `losses`: for each system the nats of every token of its true horizon; `cut`, `cut_mean` (N,): the
+    probability that free text would have left the grammar on the way, and the mass cut off per token, if constrained.
+    """
+
+    systems: list[int]
+    context: NDArray[np.float64]
     truth: NDArray[np.float64]
     values: NDArray[np.float64]
-    texts: list[str]  # the new text of each
-    unparsed: list[int]  # steps of each that did not parse
+    samples: NDArray[np.float64] | None
+    losses: list[NDArray[np.float64]]
+    cut: NDArray[np.float64] | None
+    cut_mean: NDArray[np.float64] | None
+    flops: dict[str, int]  # validation (scoring the true horizon), inference
+
+    @property
+    def quantiles(self) -> NDArray[np.float64] | None:
+        """(Q, N, h, V) at `QUANTILES`, of the samples."""
+        return None if self.samples is None else quantiles(self.samples)
+
+    def of(self, systems: Sequence[int]) -> "Forecasts":
+        """Those of some of the systems, in their order."""
+        rows = [self.systems.index(system) for system in systems]
+        chosen: dict[str, Any] = {
+            name: None if getattr(self, name) is None else getattr(self, name)[rows]
+            for name in ("context", "truth", "values", "samples", "cut", "cut_mean")
+        }
+        return replace(self, systems=list(systems), losses=[self.losses[row] for row in rows], **chosen)
 
 
 def prepare(settings: Settings, adapter: str | Path | None) -> tuple[Task, Qwen]:
     """The task and the model of a run, with an adapter if one is named."""
     folder = resolve(settings.model, settings.revision or None, settings.offline)
-    task = Task.prepare(settings, Tokenizer(folder / "tokenizer.json"))
+    return Task.prepare(settings, Tokenizer(folder / "tokenizer.json")), trained_model(settings, adapter)
+
+
+def trained_model(settings: Settings, adapter: str | Path | None) -> Qwen:
+    """The base model, with an adapter if one is named."""
     model = load_model(settings)
-    return task, load_adapter(model, adapter).eval() if adapter else model
+    return load_adapter(model, adapter).eval() if adapter else model.eval()
 
 
 def forecast(task: Task, model: Qwen, systems: Sequence[int]) -> Forecasts:
-    """Greedy forecasts of `horizon` points after the first `points` of each system, batched by sequences.
+    """Forecast `horizon` points after the first `points` of each system, and score the true ones on the way.
+
+    A prompt's prefill runs once: its true continuation and all its samples go on from there.
 
     Raises:
         ValueError: there is no such system.
     """
     task.check(systems)
     settings, series = task.settings, task.dataset.series.astype(np.float64)
-    prompts = [task.tokens(int(system), settings.points) for system in systems]
-    new: list[list[int]] = []
-    for start in range(0, len(prompts), SERIES_AT_ONCE):
-        part = prompts[start : start + SERIES_AT_ONCE]
-        longer = model.generate(part, task.tokens_to_forecast)
-        new += [ids[len(prompt) :] for ids, prompt in zip(longer, part, strict=True)]
-    values, unparsed = zip(*(task.read_forecast(ids) for ids in new), strict=True)
-    chosen, cut = series[np.asarray(systems, int)], settings.points
+    samples = np.full((len(systems), settings.num_samples, settings.horizon, series.shape[2]), np.nan)
+    losses: list[NDArray[np.float64]] = [np.empty(0)] * len(systems)
+    cut = np.zeros((2, len(systems), settings.num_samples))
+    flops = {"validation": 0, "inference": 0}
+    for batch in _batches(task, systems):
+        ids, padding, targets = (t.to(model.device) for t in (batch.ids, batch.padding, batch.targets))
+        rows = len(batch.places) * settings.num_samples
+        constraint = _constraint(task, model, rows) if settings.constrained else None
+        with FlopMeter() as meter:
+            # A true number can be wider than any of the training part.
+            room = max(task.tokens_to_forecast, targets.shape[1])
+            prompts = prefill(model, ids, room, padding if padding.any() else None)
+        with FlopMeter() as scoring:
+            nats = continuation_losses(model, prompts, targets).cpu().numpy()
+        flops["validation"] += scoring.total
+        with meter:
+            new = _continue(task, model, prompts, constraint, seed=settings.seed + batch.places[0])
+        flops["inference"] += meter.total
+        for row, place in enumerate(batch.places):
+            losses[place] = nats[row, : batch.lengths[row]]
+            for sample in range(settings.num_samples):
+                ids_of = new[row * settings.num_samples + sample]
+                samples[place, sample] = task.read_forecast(ids_of, systems[place])
+        if constraint is not None:
+            for kind, values in enumerate((constraint.cut, constraint.cut_mean)):
+                cut[kind, batch.places] = np.asarray(values).reshape(len(batch.places), -1)
+    chosen, points = series[np.asarray(systems, int)], settings.points
+    several = settings.num_samples > 1
     return Forecasts(
-        np.asarray(systems, np.int64),
-        chosen[:, :cut],
-        chosen[:, cut : cut + settings.horizon],
-        np.stack(values),
-        [task.tokenizer.decode(ids) for ids in new],
-        list(unparsed),
+        systems=list(systems),
+        context=chosen[:, :points],
+        truth=chosen[:, points : points + settings.horizon],
+        values=quantiles(samples)[QUANTILES.index(0.5)] if several else samples[:, 0],
+        samples=samples if several else None,
+        losses=losses,
+        cut=cut[0].mean(1) if settings.constrained else None,
+        cut_mean=cut[1].mean(1) if settings.constrained else None,
+        flops=flops,
     )
 
 
-def predicted(task: Task, model: Qwen, systems: Sequence[int], loss: bool = True) -> dict[str, int]:
-    """FLOPs of an evaluation by ledger stage, before it runs; batches whose prompts differ in length are padded."""
-    rank = next((layer.rank for _, layer in lora_layers(model)), 0)
-    lengths = [len(task.tokens(int(system), task.settings.points)) for system in systems]
-    inference = 0
-    for start in range(0, len(lengths), SERIES_AT_ONCE):
-        part = lengths[start : start + SERIES_AT_ONCE]
-        inference += predict.generation(model.config, len(part), max(part), task.tokens_to_forecast, rank=rank)
-    validation = (
-        predict.training_run(
-            model.config,
-            steps=0,
-            batch=1,
-            context=task.settings.context,
-            rank=rank,
-            validations=1,
-            validation_windows=len(task.validation_windows),
-        )
-        if loss
-        else {}
+@dataclass(frozen=True)
+class _Batch:
+    places: list[int]  # of the systems among those asked for
+    ids: torch.Tensor  # (B, T) prompts, padded on the left
+    padding: torch.Tensor  # (B)
+    targets: torch.Tensor  # (B, n) tokens of the true horizon, IGNORED behind a shorter one
+    lengths: list[int]  # of the true horizons, in tokens
+
+
+def _batches(task: Task, systems: Sequence[int]) -> Iterator[_Batch]:
+    """Prompts and true horizons, a few systems at a time, those of like length together."""
+    settings = task.settings
+    prompts = [task.tokens(system, settings.points) for system in systems]
+    wholes = [task.tokens(system, settings.points + settings.horizon) for system in systems]
+    order = sorted(range(len(systems)), key=lambda place: len(prompts[place]))
+    at_once = max(1, ROWS_AT_ONCE // settings.num_samples)
+    for start in range(0, len(order), at_once):
+        places = order[start : start + at_once]
+        longest = max(len(prompts[place]) for place in places)
+        padding = [longest - len(prompts[place]) for place in places]
+        ids = [[0] * pad + prompts[place] for place, pad in zip(places, padding, strict=True)]
+        true = [wholes[place][len(prompts[place]) :] for place in places]
+        lengths = [len(tokens) for tokens in true]
+        targets = [tokens + [IGNORED] * (max(lengths) - len(tokens)) for tokens in true]
+        yield _Batch(places, torch.tensor(ids), torch.tensor(padding), torch.tensor(targets), lengths)
+
+
+def _constraint(task: Task, model: Qwen, rows: int) -> Constrained:
+    variables = task.dataset.series.shape[2]
+    return Constrained.for_tokenizer(
+        task.tokenizer,
+        task.codec,
+        variables,
+        task.widest,
+        rows=rows,
+        steps=task.settings.horizon,
+        vocabulary=model.config.vocab_size,
+        device=model.device,
     )
-    return {"validation": 0} | validation | {"training": 0, "inference": inference}
 
 
-def evaluate(task: Task, model: Qwen, systems: Sequence[int], ledger: Ledger, run: str) -> tuple[dict, Forecasts]:
-    """Validation loss, and forecasts scored beside persistence, the context's mean and a seasonal repeat.
-
-    Returns:
-        What `evaluate --json` prints, and the forecasts themselves. A step that did not parse is scored as
-        persistence and counted.
-    """
-    task.check(systems)
-    expected = predicted(task, model, systems)
-    entry = ledger.reserve(run, "evaluate", expected)
-    with FlopMeter() as meter:
-        loss = validation_loss(model, task.validation_windows)
-    ledger.spend(entry, "validation", meter.total)
-    flops = {"validation": meter.total}
-    with FlopMeter() as meter:
-        forecasts = forecast(task, model, systems)
-    ledger.spend(entry, "inference", meter.total)
-    ledger.settle(entry)
-    flops["inference"] = meter.total
-    return {
-        "model": task.settings.model,
-        "label": task.settings.label,
-        "data": str(task.dataset.path),
-        "data_source": task.dataset.source,
-        "data_sha256": task.dataset.digest,
-        "validation_loss": loss,
-        "validation_tokens": task.validation_windows.real_tokens,
-        "systems": [int(s) for s in systems],
-        "points": task.settings.points,
-        "horizon": task.settings.horizon,
-        "unparsed_steps": sum(forecasts.unparsed),
-        "forecast_steps": len(systems) * task.settings.horizon,
-        "scores": scores(task, forecasts),
-        "flops": flops,
-        "predicted_flops": expected,
-        "convention": "coursework",
-    }, forecasts
+def _continue(task: Task, model: Qwen, prompts, constraint, seed: int) -> list[list[int]]:
+    """New tokens of every sample, until each has written `horizon` steps or the most tokens that they can take."""
+    settings, separator = task.settings, task.tokenizer.encode(";")[0]
+    steps = decode(
+        model,
+        prompts,
+        task.tokens_to_forecast,
+        samples=settings.num_samples,
+        temperature=settings.sampling_temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        repetition_penalty=settings.repetition_penalty,
+        seed=seed,
+        constraint=constraint,
+    )
+    new: list[torch.Tensor] = []
+    written: Any = 0
+    for tokens in steps:
+        new.append(tokens)
+        written = written + (tokens == separator).long()  # (rows,)
+        if bool((written >= settings.horizon).all()):
+            break
+    return torch.stack(new, 1).tolist()
 
 
-def scores(task: Task, forecasts: Forecasts) -> dict[str, dict[str, Any]]:
-    """MSE, RMSE and MAE in raw units over the horizon, by forecaster, with a bootstrap interval of the MSE.
-
-    The interval is of the mean over series, 95 %, from 2000 draws.
-    """
-    horizon = task.settings.horizon
-    naive = {
-        name: np.stack([rule(context, horizon) for context in forecasts.context])
-        for name, rule in (
-            ("persistence", baselines.persistence),
-            ("context mean", baselines.context_mean),
-            ("seasonal repeat", baselines.seasonal_repeat),
+def predicted(task: Task, config, systems: Sequence[int], rank: int, logit_bias: bool = False) -> dict[str, int]:
+    """The most FLOPs that forecasts of these systems take, by ledger stage; text that ends early takes less."""
+    settings = task.settings
+    flops = {"training": 0, "validation": 0, "inference": 0}
+    for batch in _batches(task, systems):
+        b, prompt, scored = len(batch.places), batch.ids.shape[1], batch.targets.shape[1]
+        alone, both = (
+            predict.generation(
+                config,
+                b,
+                prompt,
+                task.tokens_to_forecast,
+                rank=rank,
+                samples=settings.num_samples,
+                scored=n,
+                logit_bias=logit_bias,
+            )
+            for n in (0, scored)
         )
-    }
-    found = {}
-    for name, values in {"model": forecasts.values, **naive}.items():
-        score = baselines.scores(forecasts.truth, values, missing="persistence", fallback=naive["persistence"])
-        filled = np.where(np.isnan(values).any(-1, keepdims=True), naive["persistence"], values)
-        each = ((filled - forecasts.truth) ** 2).mean((1, 2))
-        score["mse_interval"] = list(baselines.bootstrap_interval(each, task.settings.seed))
-        score["variables"] = dict(zip(task.dataset.names, score["variables"], strict=True))
-        found[name] = score
-    return found
+        flops["inference"] += alone
+        flops["validation"] += both - alone
+    return flops
 
 
-def table(report: dict[str, Any]) -> str:
-    """The scores as aligned text."""
-    lines = []
-    if report["label"]:
-        lines.append(f"({report['label']})")
-    lines += [
-        f"validation loss {report['validation_loss']:.4f} nats per token, of {report['validation_tokens']:,}",
-        f"forecasts of {len(report['systems'])} series, {report['points']} points -> {report['horizon']}, "
-        f"in raw units; {report['unparsed_steps']} of {report['forecast_steps']} steps did not parse "
-        "(scored as persistence)",
-        "",
-        f"{'':16} {'MSE':>8} {'95 % interval':>17} {'RMSE':>8} {'MAE':>8}",
-    ]
-    for name, score in report["scores"].items():
-        low, high = score["mse_interval"]
-        lines.append(f"{name:16} {score['mse']:8.4f} {low:8.4f}-{high:8.4f} {score['rmse']:8.4f} {score['mae']:8.4f}")
-    flops = report["flops"]
-    lines += ["", f"FLOPs (coursework): validation {flops['validation']:,}, inference {flops['inference']:,}"]
-    return "\n".join(lines)
+def predicted_loss(task: Task, config, rank: int, logit_bias: bool = False) -> int:
+    """FLOPs of one pass over the validation windows."""
+    windows, context = len(task.validation_windows), task.settings.context
+    return windows * predict.predict(config, 1, context, rank=rank, logit_bias=logit_bias).total
+
+
+def rank_of(model: Qwen) -> int:
+    """The LoRA rank of a model, 0 for none."""
+    return next((layer.rank for _, layer in lora_layers(model)), 0)

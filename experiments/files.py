@@ -4,12 +4,15 @@ A write goes to a temporary sibling, is fsynced, and takes its name by `os.repla
 old content or the new, also after a kill or a power cut. One process at a time may write a given path.
 """
 
+import csv
 import hashlib
+import io
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+import tomllib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -65,9 +68,56 @@ def append_jsonl(path: str | Path, record: dict[str, Any]) -> None:
             raise OSError(f"{path}: a record could not be written whole")
 
 
+def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows of equal keys as CSV atomically: a header, "\\n" line ends, floats in full, an empty cell for None.
+
+    Raises ValueError for NaN or infinity, and for a row of other keys than the first."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        for key, value in row.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{path}: not written, {key} is {value}; expected a finite number or nothing")
+        writer.writerow(row)
+    write_text(path, text.getvalue())
+
+
 def read_json(path: str | Path) -> Any:
     """Return the value in a JSON file. Raises a one-line ValueError naming file and fault (NaN is one)."""
     return _read(path, lambda data: _loads(data, f"{path}: "))
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """Return the tables of a TOML file. Raises a one-line ValueError that starts with its name."""
+
+    def parse(data: bytes) -> dict[str, Any]:
+        try:
+            return tomllib.loads(data.decode())
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: {' '.join(str(error).split())}: expected a TOML file") from None
+
+    return _read(path, parse)
+
+
+def read_csv(path: str | Path) -> tuple[list[str], list[dict[str, str]]]:
+    """Return the columns and the rows of a CSV file, all as text. Raises a one-line ValueError naming the file."""
+
+    def parse(data: bytes) -> tuple[list[str], list[dict[str, str]]]:
+        try:
+            lines = list(csv.reader(io.StringIO(data.decode(), newline=""), strict=True))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: byte {error.start} is not UTF-8: expected UTF-8 text") from None
+        except csv.Error as error:
+            raise ValueError(f"{path}: {error}: expected comma-separated values") from None
+        if not lines or len(set(lines[0])) < len(lines[0]):
+            raise ValueError(f"{path}: expected a first line that names each column once")
+        for at, line in enumerate(lines[1:], 2):
+            if len(line) != len(lines[0]):
+                raise ValueError(f"{path}: line {at} has {len(line)} values: expected {len(lines[0])}, as columns")
+        return lines[0], [dict(zip(lines[0], line, strict=True)) for line in lines[1:]]
+
+    return _read(path, parse)
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
@@ -169,7 +219,7 @@ def _read(path: str | Path, parse: Callable[[bytes], Any]) -> Any:
     try:
         data = Path(path).read_bytes()
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from error
+        raise ValueError(f"{path}: cannot be read ({error.strerror or error}): expected a file") from error
     return parse(data)
 
 

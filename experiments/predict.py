@@ -1,8 +1,10 @@
 """FLOPs before anything runs: the model's own forward on the meta device, so the prediction is the model."""
 
+from functools import cache, partial
+
 import torch
 
-from lora import add_lora
+from lora import add_logit_bias, add_lora
 from qwen_min import FlopMeter, Qwen, QwenConfig
 from qwen_min.cache import KVCache
 from qwen_min.flops import unmetered
@@ -18,6 +20,7 @@ def predict(
     training: bool = False,
     convention: str = "coursework",
     last_only: bool = False,
+    logit_bias: bool = False,
 ) -> FlopMeter:
     """A meter that has seen one forward of (batch, tokens) after `cached` tokens, without weights or memory.
 
@@ -26,10 +29,13 @@ def predict(
         rank: of LoRA on q and v; 0 for none.
         training: record the gradients that a LoRA step would need (all parameters' where rank is 0), and the loss.
         last_only: run the head for the last token alone, as generation does.
+        logit_bias: with a trainable bias on the logits.
     """
     with torch.device("meta"):
         model = Qwen(config)
         ids = torch.empty(batch, tokens, dtype=torch.int64)
+    if logit_bias:
+        add_logit_bias(model)
     if rank:
         add_lora(model, rank)
     cache = None
@@ -46,25 +52,56 @@ def predict(
     return meter
 
 
-def generation(config: QwenConfig, batch: int, prompt: int, new: int, *, rank: int = 0) -> int:
-    """Coursework FLOPs of `new` tokens after a prompt of `prompt`, for `batch` sequences.
+@cache
+def generation(
+    config: QwenConfig,
+    batch: int,
+    prompt: int,
+    new: int,
+    *,
+    rank: int = 0,
+    logit_bias: bool = False,
+    samples: int = 1,
+    scored: int = 0,
+) -> int:
+    """Coursework FLOPs of `new` tokens after a prompt of `prompt`, for `batch` sequences, `samples` times each.
 
-    The prefill yields the first token and each later one is a forward of one token, whose cost is affine in the
-    tokens attended; so the sum over steps is that of an arithmetic progression.
+    The prefill runs once and yields the first token; each later one is a forward of one token, whose cost is affine
+    in the tokens attended; so the sum over steps is that of an arithmetic progression.
+
+    Args:
+        rank, logit_bias: as in `predict`.
+        samples: continuations of each sequence.
+        scored: tokens of each sequence's true continuation whose loss is taken, over the same prefill.
     """
-    if new < 1:
+    if new < 1 and scored < 1:
         return 0
-    prefill = predict(config, batch, prompt, rank=rank, last_only=True).total
-    if new == 1:
-        return prefill
-    first, last = (predict(config, batch, 1, rank=rank, cached=c).total for c in (prompt, prompt + new - 2))
-    return prefill + (first + last) * (new - 1) // 2
+    one = partial(predict, config, rank=rank, logit_bias=logit_bias)
+    prefill = one(batch, prompt, last_only=True)
+    parts = prefill.by_component()
+    head = parts["head"] + parts.get("logit_bias", 0)  # of the prompts' last token, for each of the two uses
+    total = prefill.total - head + head * ((new > 0) + (scored > 0))
+    if scored > 1:
+        total += one(batch, scored - 1, cached=prompt).total
+    if new > 1:
+        first, last = (one(batch * samples, 1, cached=c).total for c in (prompt, prompt + new - 2))
+        total += (first + last) * (new - 1) // 2
+    return total
 
 
+@cache
 def training_run(
-    config: QwenConfig, *, steps: int, batch: int, context: int, rank: int, validations: int, validation_windows: int
+    config: QwenConfig,
+    *,
+    steps: int,
+    batch: int,
+    context: int,
+    rank: int,
+    validations: int,
+    validation_windows: int,
+    logit_bias: bool = False,
 ) -> dict[str, int]:
     """Coursework FLOPs of a cell by ledger stage: `steps` updates, and `validations` passes over the windows."""
-    update = predict(config, batch, context, rank=rank).training if steps else 0
-    window = predict(config, 1, context, rank=rank).total
+    update = predict(config, batch, context, rank=rank, logit_bias=logit_bias).training if steps else 0
+    window = predict(config, 1, context, rank=rank, logit_bias=logit_bias).total
     return {"training": steps * update, "validation": validations * validation_windows * window}

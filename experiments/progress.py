@@ -13,12 +13,12 @@ class Report:
     """Called with a record after each step (see `train.run_cell`); shows loss, tokens/s and FLOPs so far.
 
     Args:
-        tokens_per_step: of a training step, for the rate.
+        batch_size: windows of a training step, for the rate.
         label: what stands before every line, "toy: the pocket model" or nothing.
     """
 
-    def __init__(self, tokens_per_step: int, label: str = ""):
-        self.tokens_per_step, self.label = tokens_per_step, label
+    def __init__(self, batch_size: int, label: str = ""):
+        self.batch_size, self.label = batch_size, label
         self.cell, self.bar = "", None
         self.first, self.began, self.shown = 0, 0.0, 0.0
         self.loss, self.validation = float("nan"), float("nan")
@@ -28,7 +28,12 @@ class Report:
             self._begin(record)
         self.loss = record.get("loss", self.loss)
         self.validation = record.get("validation_loss", self.validation)
-        rate = (record["step"] - self.first) * self.tokens_per_step / max(1e-9, time.monotonic() - self.began)
+        rate = (
+            (record["step"] - self.first)
+            * self.batch_size
+            * record["context"]
+            / max(1e-9, time.monotonic() - self.began)
+        )
         # format, not :g: a total is read as an order of magnitude here and stands exactly in result.json
         numbers = {
             "loss": f"{self.loss:.4f}",

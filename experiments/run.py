@@ -10,181 +10,27 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-LEDGER = "ledger.sqlite"
-
-_EXAMPLES = {
-    "grid": "python -m experiments.run grid --model Qwen/Qwen2.5-0.5B-Instruct --steps 300 --dry-run",
-    "train": "python -m experiments.run train --lr 5e-3 --rank 8 --steps 200 --out runs/one",
-    "evaluate": "python -m experiments.run evaluate --adapter runs/grid/cells/lr0.01-r8/adapter",
-    "forecast": "python -m experiments.run forecast --system 906 --adapter runs/grid/cells/lr0.01-r8/adapter",
-    "data": "python -m experiments.run data --decimals 3",
-    "flops": "python -m experiments.run flops --model Qwen2.5-7B --batch 4 --context 512 --rank 8 --train",
-    "budget": "python -m experiments.run budget",
-    "doctor": "python -m experiments.run doctor --model Qwen/Qwen2.5-0.5B-Instruct",
-    "generate": "python -m experiments.run generate --prompt '1.00,0.50;1.20,0.60;' --max-new-tokens 50",
-    "bench": "python -m experiments.run bench --model weights/pocket --what train generate",
-    "pretrain-pocket": "python -m experiments.run pretrain-pocket --out weights/pocket",
-}
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {' '.join(message.split())}: see --help\n")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="experiments.run",
-        description="Fine-tune Qwen2.5 to forecast series written as digits, "
-        "under a budget of 10^17 FLOPs. Every verb has a --help with an example.",
-    )
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-
-    def verb(name: str, text: str) -> argparse.ArgumentParser:
-        p = verbs.add_parser(
-            name, help=text, description=text, epilog=f"example: {_EXAMPLES[name]}", argument_default=argparse.SUPPRESS
-        )
-        p.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        return p
-
-    p = verb("grid", "train every learning rate x rank, then the table and figures")
-    _settings(p, "data", "train", "lists")
-    p.add_argument("--out", help="the run's folder (runs/grid)")
-    p.add_argument("--dry-run", action="store_true", help="show cells, FLOPs and time; run nothing")
-
-    p = verb("train", "train one learning rate and rank")
-    _settings(p, "data", "train")
-    p.add_argument("--lr", type=float, help="learning rate (1e-4; for the pocket model 1e-2)")
-    p.add_argument("--rank", type=int, help="LoRA rank (8)")
-    p.add_argument("--out", help="the run's folder (runs/train)")
-    p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    p.add_argument("--dry-run", action="store_true", help="show FLOPs and time; run nothing")
-
-    p = verb("evaluate", "validation loss, and forecasts scored beside naive ones")
-    _settings(p, "data", "forecast")
-    p.add_argument("--adapter", help="an adapter folder; none is the untrained model")
-    p.add_argument("--out", help="a folder for evaluation.json and the figures of the first four forecasts")
-    p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-
-    p = verb("forecast", "forecast one system and draw it")
-    _settings(p, "data", "forecast")
-    p.add_argument("--adapter", help="an adapter folder; none is the untrained model")
-    p.add_argument("--system", type=int, required=True, help="number of the series, from 0")
-    p.add_argument("--out", help="the PNG to write (forecast-SYSTEM.png)")
-
-    p = verb("data", "make or check the data set; two worked examples: raw, scaled, text, token ids")
-    _settings(p, "data")
-
-    p = verb("flops", "what a forward or a training step costs, formula by formula, without weights")
-    p.add_argument("--model", help="Qwen2.5-0.5B ... Qwen2.5-72B, a folder or a hub id (Qwen2.5-0.5B)")
-    p.add_argument("--batch", type=int, default=4, help="sequences (4)")
-    p.add_argument("--context", type=int, default=512, help="new tokens of each (512)")
-    p.add_argument("--rank", type=int, default=0, help="LoRA rank on q and v (0: no LoRA)")
-    p.add_argument("--cache", type=int, default=0, help="tokens already in the KV cache (0)")
-    p.add_argument("--train", action="store_true", help="the backward pass too")
-    p.add_argument("--convention", default="coursework", help="coursework, exact or matmul (coursework)")
-    p.add_argument("--per-layer", action="store_true", help="list every module")
-    p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    p.add_argument("--plot", help="draw the components' shares into this PNG")
-    p.add_argument("--offline", action="store_true", help="never open a connection")
-
-    p = verb("budget", "what the ledger of this folder holds: spent, reserved, left")
-    p.add_argument("--ledger", help=f"the ledger ({LEDGER})")
-    p.add_argument("--budget", type=_flops, help="FLOPs (1e17)")
-    p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-
-    p = verb("doctor", "what is installed, cached and reachable, and what to do")
-    _settings(p)
-
-    p = verb("generate", "continue a prompt: the model as a model")
-    _settings(p)
-    p.add_argument("--prompt", required=True, help="the text to continue, or to answer with --chat")
-    p.add_argument("--chat", action="store_true", help="put the prompt into Qwen's chat format")
-    p.add_argument("--max-new-tokens", type=int, default=200, help="(200)")
-    p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (0)")
-    p.add_argument("--top-p", type=float, default=1.0, help="nucleus of sampling (1)")
-    p.add_argument("--sample-seed", type=int, default=0, help="of the samples (0)")
-    p.add_argument("--adapter", help="an adapter folder")
-
-    p = verb("bench", "training, evaluation, generation and loading beside transformers + PEFT, in fresh processes")
-    p.add_argument("--model", help="a model's folder or hub id (weights/pocket)")
-    p.add_argument("--what", nargs="+", default=["train"], help="train, evaluate, generate, load (train)")
-    p.add_argument("--batch", type=int, default=4, help="sequences of a step (4)")
-    p.add_argument("--context", type=int, default=512, help="tokens of each (512)")
-    p.add_argument("--repeats", type=int, default=2, help="fresh processes of each side (2)")
-    p.add_argument("--dtype", default="float32", help="that our weights are kept in: float32 or bfloat16 (float32)")
-    p.add_argument("--no-peer", action="store_true", help="measure this project alone")
-    p.add_argument("--offline", action="store_true", help="never open a connection")
-    p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-
-    p = verb("pretrain-pocket", "train the pocket checkpoint from scratch on synthetic series")
-    p.add_argument("--out", help="the folder (weights/pocket)")
-    p.add_argument("--steps", type=int, help="training steps")
-    p.add_argument("--seed", type=int, help="of data and weights")
-    return parser
-
-
-def _settings(p: argparse.ArgumentParser, *groups: str) -> None:
-    """Flags that change `Settings`; without a flag the TOML file or the default holds."""
-    add = p.add_argument
-    add("--model", help="a model's folder or hub id (weights/pocket)")
-    add("--revision", help="of the hub's model: branch, tag or commit")
-    add("--offline", action="store_true", help="never open a connection")
-    add("--device", help="cpu or cuda (cpu)")
-    add("--dtype", help="that the weights are kept in: float32 or bfloat16 (float32)")
-    add("--config", help="a TOML file of settings, such as a run's config.toml; flags win over it")
-    if "data" in groups or not groups:
-        add("--data", help="an HDF5 file with /trajectories (systems, points, variables); rebuilt by its law if absent")
-    if "data" in groups:
-        add("--decimals", type=int, help="digits behind the point (2)")
-        add("--alpha", type=float, help="series are divided by this (maximum of the training part / 9.99)")
-    if "train" in groups:
-        add("--steps", type=int, help="training steps of a cell (120)")
-        add("--batch-size", type=int, help="windows of a step (4)")
-        add("--val-every", type=int, help="steps between validations and checkpoints (30)")
-        add("--dropout", type=float, help="on LoRA's input (0)")
-        add("--preset", help="learning rates by name: reports or pocket")
-    if "train" in groups or "forecast" in groups:
-        add("--context", type=int, help="tokens of a window (512)")
-        add("--val-series", type=int, help="series of the validation part that are used (20)")
-        add("--seed", type=int, help="of data order, LoRA and dropout (0)")
-        add("--budget", type=_flops, help="FLOPs of the whole ledger (1e17)")
-        add("--ledger", help=f"the ledger of FLOPs ({LEDGER})")
-    if "forecast" in groups:
-        add("--points", type=int, help="points that a forecast sees (80)")
-        add("--horizon", type=int, help="points that it makes (20)")
-    if "lists" in groups:
-        add("--lr", type=float, nargs="+", help="learning rates (1e-5 5e-5 1e-4; pocket's are 1e-3 5e-3 1e-2)")
-        add("--ranks", type=int, nargs="+", help="LoRA ranks (2 4 8)")
-
-
-def _flops(text: str) -> int:
-    """A number of FLOPs, "100000000000000000" or "1e17", as the exact integer it names."""
-    from decimal import Decimal, InvalidOperation
-
-    try:
-        number = Decimal(text)
-        if number == number.to_integral_value() and 0 < number < 2**63:
-            return int(number)
-    except InvalidOperation:
-        pass
-    raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of FLOPs, such as 1e17")
+from experiments.arguments import LEDGER, parser
 
 
 def _gather(args: argparse.Namespace):
     """The `Settings` of a command line."""
+    from experiments import protocols
     from experiments.settings import Settings
 
     given = vars(args)
-    settings = Settings.from_toml(given["config"]) if "config" in given else Settings()
+    settings = protocols.load(given["protocol"]).settings if "protocol" in given else Settings()
+    if "config" in given:
+        settings = Settings.from_toml(given["config"], settings)
     names = Settings.__dataclass_fields__.keys() & given.keys()
-    return settings.updated({name: given[name] for name in names})
+    settings = settings.updated({name: given[name] for name in names})
+    return settings.shorten(given["scale"]) if "scale" in given else settings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     # Threads that wait should sleep: spinning, which is OpenMP's default, two busy processes on two cores made each
     # other ten times slower (889 for 10,380 tokens/s, pocket model). Read when torch is imported, below.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -207,6 +53,76 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(" ".join(str(e).split()), file=sys.stderr)
         return 3 if isinstance(e, BudgetExceeded) else 4 if isinstance(e, RunFailed) else 2
+
+
+def _study(args) -> None:
+    from experiments.study import STAGES
+
+    _stages(args, STAGES)
+
+
+def _stage(args) -> None:
+    _stages(args, (args.verb,))
+
+
+def _stages(args, stages: Sequence[str]) -> None:
+    """Run stages of a study in its folder; its page is made behind the last."""
+    from experiments import report
+    from experiments.progress import Report
+    from experiments.study import run_stages
+
+    if not hasattr(args, "protocol"):
+        args.protocol = "default"  # under what a --config says
+    settings = _gather(args)
+    if getattr(args, "dry_run", False):
+        _price(settings, stages, getattr(args, "json", False))
+        return
+    out = Path(getattr(args, "out", f"runs/study-{settings.protocol}"))
+    progress = Report(settings.batch_size, settings.label)
+    try:
+        run_stages(settings, out, Path(getattr(args, "ledger", LEDGER)), progress, stages)
+    finally:
+        progress.close()
+    print(report.build(out) if stages[-1] == "final" else f"{out}; its page: python -m experiments.run report {out}")
+
+
+def _price(settings, stages: Sequence[str], as_json: bool) -> None:
+    """What every stage costs, whether all fits the budget, and if not how long a final run would."""
+    from experiments import study
+
+    rows, left = study.prices(settings, stages)
+    total = sum(row["total"] for row in rows)
+    rate = _product_rate(settings)
+    fits = total <= settings.budget
+    if as_json:
+        _print_json(
+            {"stages": rows, "total": total, "budget": settings.budget, "fits": fits, "final_steps_that_fit": left}
+        )
+        return
+    print(f"{'stage':10} {'runs':>4} {'steps':>7} {'training':>24} {'validation':>22} {'inference':>22}")
+    for row in rows:
+        amounts = f"{row['training']:24,} {row['validation']:22,} {row['inference']:22,}"
+        print(f"{row['stage']:10} {row['runs']:4} {row['steps']:7,} {amounts}")
+    print(
+        f"together {total:,} FLOPs (coursework), {total / settings.budget:.2%} of the budget of {settings.budget:.3g}, "
+        f"if the largest rank and context are carried forward: {'it fits' if fits else 'IT DOES NOT FIT'}"
+    )
+    if left is not None:
+        print(f"final run: {settings.final_steps:,} steps planned, {max(0, left):,} would fit beside the other stages")
+    if left is not None and left < 1:
+        print(f"the other stages alone do not fit: --scale {settings.budget / total:.2g} shortens all of them")
+    print(
+        f"about {total / rate / 60:.0f} minutes here, if products run at the {rate / 1e9:.0f} GFLOP/s that one of "
+        "1024 x 1024 just did; small models take longer. Nothing was run."
+    )
+
+
+def _report(args) -> None:
+    from experiments import report
+
+    if not (Path(args.run) / "config.toml").is_file():
+        raise ValueError(f"{args.run}: has no config.toml: expected the folder of a study or a grid")
+    print(report.build(Path(args.run)))
 
 
 def _grid(args) -> None:
@@ -236,17 +152,21 @@ def _train(args) -> None:
 
 
 def _run_cells(args, settings, out: Path) -> list[dict[str, Any]]:
-    from experiments.grid import plan, run_grid
+    from experiments.grid import write_results
     from experiments.progress import Report
+    from experiments.study import prepare, price, run_stages, runs_of
 
     if getattr(args, "dry_run", False):
-        _dry_run(settings, plan(settings)[1], as_json=getattr(args, "json", False))
+        task, config = prepare(settings)
+        cells = [(run.cell, price(task, config, run)["training"]) for run in runs_of(settings, "grid")]
+        _dry_run(settings, cells, as_json=getattr(args, "json", False))
         return []
-    report = Report(settings.batch_size * settings.context, settings.label)
+    report = Report(settings.batch_size, settings.label)
     try:
-        return run_grid(settings, out, Path(getattr(args, "ledger", LEDGER)), report)
+        run_stages(settings, out, Path(getattr(args, "ledger", LEDGER)), report, ("grid",))
     finally:
         report.close()
+    return write_results(settings, out)
 
 
 def _dry_run(settings, cells, as_json: bool) -> None:
@@ -288,88 +208,132 @@ def _product_rate(settings) -> float:
 
 
 def _evaluate(args) -> None:
-    from experiments import evaluate, files
+    from experiments import evaluate, judge, naive
     from experiments.budget import Ledger
+    from experiments.train import validation_loss
+    from qwen_min import FlopMeter
 
-    settings = _gather(args)
-    task, model = evaluate.prepare(settings, getattr(args, "adapter", None))
+    settings, adapter = _gather(args), getattr(args, "adapter", None)
+    if args.part not in ("validation", "test"):
+        raise ValueError(f"--part is {args.part!r}: expected validation or test")
+    task, model = evaluate.prepare(settings, adapter)
+    parts = {part: task.forecast_systems(part) for part in (args.part, "shown")}
+    systems = list(dict.fromkeys([*parts[args.part], *parts["shown"]]))
+    task.check(systems)
+    rank, bias = evaluate.rank_of(model), model.logit_bias is not None
+    expected = evaluate.predicted(task, model.config, systems, rank, bias)
+    expected["validation"] += evaluate.predicted_loss(task, model.config, rank, bias)
     with Ledger(getattr(args, "ledger", LEDGER), settings.budget) as ledger:
-        run = f"evaluate {getattr(args, 'adapter', settings.model)}"
-        report, forecasts = evaluate.evaluate(task, model, task.validation_systems.tolist(), ledger, run)
+        entry = ledger.reserve(f"evaluate {adapter or settings.model}", "evaluate", expected)
+        with FlopMeter() as meter:
+            losses = validation_loss(model, task.validation_windows, settings.count_padding)
+        ledger.spend(entry, "validation", meter.total)
+        made = evaluate.forecast(task, model, systems)
+        for stage, flops in made.flops.items():
+            ledger.spend(entry, stage, flops)
+        ledger.settle(entry)
+    made.flops["validation"] += meter.total
+    plain = naive.forecasts(task, systems)
+    rows = {part: [systems.index(system) for system in chosen] for part, chosen in parts.items()}
+    by_part = {part: {name: values[rows[part]] for name, values in plain.items()} for part in parts}
+    result = losses | {"validation_tokens": task.validation_windows.real_tokens}
+    tables = judge.tables(task, made, by_part, parts, result, expected, Path(adapter) if adapter else None)
+    evaluation = tables["evaluation.json"]
+    scores = [row for row in tables["scores.csv"] if (row["part"], row["unit"]) == (args.part, "raw")]
     if hasattr(args, "out"):
-        out = Path(args.out)
-        files.write_json(out / "evaluation.json", report)
-        for i in range(min(4, len(forecasts.systems))):
-            _draw(task, forecasts, i, out / "figures" / f"forecast-{forecasts.systems[i]}.png")
-    _print_json(report) if getattr(args, "json", False) else print(evaluate.table(report))
+        judge.write(Path(args.out) / "evaluation", tables)
+        _draw(task, made.of(parts["shown"]), Path(args.out) / "figures" / "forecasts.png")
+    if getattr(args, "json", False):
+        _print_json(evaluation | {"scores": scores})
+    else:
+        print(judge.table(evaluation, scores, args.part))
 
 
 def _forecast(args) -> None:
-    from experiments import evaluate
+    from experiments import evaluate, naive, scores
     from experiments.budget import Ledger
-    from qwen_min import FlopMeter
 
     settings = _gather(args)
     task, model = evaluate.prepare(settings, getattr(args, "adapter", None))
     task.check([args.system])
     adapter, path = getattr(args, "adapter", None), Path(getattr(args, "out", f"forecast-{args.system}.png"))
     with Ledger(getattr(args, "ledger", LEDGER), settings.budget) as ledger:
-        expected = evaluate.predicted(task, model, [args.system], loss=False)
+        rank, bias = evaluate.rank_of(model), model.logit_bias is not None
+        expected = evaluate.predicted(task, model.config, [args.system], rank, bias)
         entry = ledger.reserve(f"forecast {adapter or settings.model}", f"system {args.system}", expected)
-        with FlopMeter() as meter:
-            forecasts = evaluate.forecast(task, model, [args.system])
-        ledger.spend(entry, "inference", meter.total)
+        made = evaluate.forecast(task, model, [args.system])
+        for stage, flops in made.flops.items():
+            ledger.spend(entry, stage, flops)
         ledger.settle(entry)
-    _draw(task, forecasts, 0, path)
-    scores = evaluate.scores(task, forecasts)
+    _draw(task, made, path)
+    plain = naive.forecasts(task, [args.system])
+    values, unparsed = scores.filled(made.values, plain["persistence"])
     print(
-        f"{settings.label + ': ' if settings.label else ''}system {args.system}, {settings.points} points -> "
-        f"{settings.horizon}, raw units; {forecasts.unparsed[0]} steps did not parse"
+        f"{settings.label + ': ' if settings.label else ''}system {args.system} ({task.shape_of(args.system)}), "
+        f"{settings.points} points -> {settings.horizon}, raw units, {settings.judged}; "
+        f"{unparsed.sum()} steps did not parse"
     )
-    for name, score in scores.items():
-        print(f"{name:16} MSE {score['mse']:.4f}  MAE {score['mae']:.4f}")
-    print(f"{path}; {meter.total:,} FLOPs (coursework)")
+    for name, guess in {"model": values, **plain}.items():
+        errors = scores.errors(made.truth, guess)
+        print(f"{name:16} MSE {errors['mse']:.4f}  MAE {errors['mae']:.4f}")
+    print(f"{path}; {sum(made.flops.values()):,} FLOPs (coursework)")
 
 
-def _draw(task, forecasts, i: int, path: Path) -> None:
+def _draw(task, made, path: Path) -> None:
+    """Every forecast in one figure, with bands where several were drawn."""
     from experiments import plots
+    from experiments.scores import QUANTILES
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    settings = task.settings
-    plots.forecast(
-        task.dataset.time[: settings.points + settings.horizon],
-        forecasts.context[i],
-        forecasts.truth[i],
-        forecasts.values[i],
-        task.dataset.names,
-        path,
-        f"System {forecasts.systems[i]}",
-        settings.label,
-    )
+    settings, bands = task.settings, made.quantiles
+    systems = [
+        {
+            "title": f"system {system} ({task.shape_of(system)})",
+            "time": task.dataset.time[: settings.points + settings.horizon],
+            "context": made.context[i],
+            "truth": made.truth[i],
+            "forecast": made.values[i],
+            "quantiles": None if bands is None else dict(zip(QUANTILES, bands[:, i], strict=True)),
+        }
+        for i, system in enumerate(made.systems)
+    ]
+    names, title = task.dataset.names, f"Forecasts, {settings.judged}"
+    if len(systems) > 1:
+        plots.forecast_grid(systems, names, path, title, settings.label)
+    else:
+        one = systems[0]
+        shown = {key: one[key] for key in ("time", "context", "truth", "forecast", "title", "quantiles")}
+        plots.forecast(**shown, names=names, path=path, label=settings.label)
 
 
 def _data(args) -> None:
+    from experiments.preprocessing import preprocessing
     from experiments.task import Task
     from qwen_min import Tokenizer
 
     settings = _gather(args)
     tokenizer = Tokenizer.from_pretrained(settings.model, settings.revision or None, settings.offline)
     task = Task.prepare(settings, tokenizer)
-    dataset, shown = task.dataset, 4
+    dataset, worked = task.dataset, preprocessing(task)
     print(f"{dataset.path}: {dataset.source}; series {dataset.series.shape}; sha256 {dataset.digest}")
     print(
         f"train {len(task.split.train)} / validation {len(task.split.validation)} / test {len(task.split.test)} "
-        f"systems, in order; alpha {task.alpha:.6g}; {settings.decimals} decimals"
+        f"systems, {settings.split}; {worked['alpha_rule']}; {settings.decimals} decimals"
     )
-    for system in (int(task.split.train[0]), int(task.split.train[1])):
-        text = task.text(system, shown)
-        print(f"\nsystem {system}, first {shown} of {dataset.series.shape[1]} points ({', '.join(dataset.names)})")
-        for name, values in (("raw    ", dataset.series[system]), ("scaled ", task.scaled(system))):
-            print(name, "  ".join("(" + ", ".join(f"{v:.4f}" for v in row) + ")" for row in values[:shown]))
-        print("text   ", text)
-        print("tokens ", tokenizer.encode(text))
-    width = task.codec.step_width(dataset.series.shape[2])
-    print(f"\na step is {width} tokens, a series {len(task.tokens(int(task.split.train[0])))}")
+    for example in worked["examples"]:
+        print(
+            f"\nsystem {example['system']}, first {example['points']} of {dataset.series.shape[1]} points "
+            f"({', '.join(example['names'])})"
+        )
+        for name in ("raw", "scaled"):
+            print(f"{name:7}", "  ".join("(" + ", ".join(f"{v:.4f}" for v in row) + ")" for row in example[name]))
+        print("text   ", example["text"])
+        print("tokens ", example["ids"])
+    trip, tokens = worked["round_trip"], len(task.tokens(int(task.split.train[0])))
+    print(
+        f"\nround trip of {trip['series']} series: largest error {trip['max_abs_error_scaled']:.3g} scaled (half a "
+        f"unit is {trip['half_unit_scaled']:g}), {trip['max_abs_error_raw']:.3g} raw; a series is {tokens} tokens"
+    )
 
 
 def _flops_verb(args) -> None:
@@ -509,6 +473,12 @@ def _print_json(value: dict[str, Any]) -> None:
 
 
 _VERBS = {
+    "study": _study,
+    "baseline": _stage,
+    "default": _stage,
+    "context": _stage,
+    "final": _stage,
+    "report": _report,
     "grid": _grid,
     "train": _train,
     "evaluate": _evaluate,

@@ -1,20 +1,28 @@
 """What a run is told: one frozen record, from defaults, a TOML file and the command line, in that order."""
 
 import dataclasses
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import torch
 
 from experiments.budget import BUDGET
+from experiments.files import read_toml
 
 POCKET = Path(__file__).parent.parent / "weights" / "pocket"
 
 PRESETS = {"reports": (1e-5, 5e-5, 1e-4), "pocket": (1e-3, 5e-3, 1e-2)}
 """Learning rates by name. The three reports' grid; and the same, a hundred times larger, for the pocket model: at
 1e-4 LoRA moves so small a model by less than .01 nats in the default run (measured)."""
+
+SPLITS = ("in order", "shuffled", "held out first")
+SCALINGS = ("training maximum", "context percentile", "series percentile")
+"""What a series is divided by: the training part's largest value / 9.99, for all; or the larger of its variables' 95th
+percentiles / 10, of the points that a forecast sees, or of all: the horizon that it is to forecast included."""
+
+_CHOICES = {"split": SPLITS, "scaling": SCALINGS, "pad_side": ("right", "left")}
+FEWEST_SERIES = 20  # that a shortened study still judges by, where the part has as many
 
 
 @dataclass(frozen=True)
@@ -25,41 +33,110 @@ class Settings:
         ValueError: a value is out of its range; the message names the field, the value and the range.
     """
 
+    protocol: str = ""  # a file of experiments/protocols; "" for the default's way, at sizes that take minutes
     model: str = str(POCKET)  # a folder, or a hub id
     revision: str = ""  # of the hub's model; "" for its newest
     offline: bool = False
+    device: str = "cpu"
+    dtype: str = "float32"  # that the frozen weights are kept in
+    seed: int = 0
+    budget: int = BUDGET  # FLOPs
+
+    # the data as text
     data: str = ""  # an HDF5 file; "" for the data set rebuilt by its law
+    split: str = "in order"  # of SPLITS
+    split_seed: int = 0
+    fractions: tuple[float, float, float] = (0.7, 0.15, 0.15)  # of the systems: training, validation, test
+    scaling: str = "training maximum"  # of SCALINGS: what series are divided by
+    alpha: float = 0.0  # series are divided by this instead, unless it is 0
+    decimals: int = 2
+    trailing_zeros: bool = True  # False: as Python's str(), so that the width of a number varies
+
+    # windows and the loss
+    stride: float = 0.5  # between training windows: tokens, or a part of the window if at most 1
+    pad_side: str = "right"
+    count_padding: bool = False  # padding as tokens to be predicted
+
+    # a training run, and the grid
     preset: str = ""  # learning rates by name, where lr is empty; "" for the model's own
     lr: tuple[float, ...] = ()
     ranks: tuple[int, ...] = (2, 4, 8)
+    skip: tuple[str, ...] = ()  # cells of the grid that are left out, by name
     steps: int = 120
     batch_size: int = 4
     context: int = 512  # tokens of a training window
     dropout: float = 0.0  # on LoRA's input
-    decimals: int = 2
-    alpha: float = 0.0  # series are divided by this; 0 for the training part's maximum / 9.99
-    val_every: int = 30  # steps between validations, each with a checkpoint
-    val_series: int = 20  # series of the validation part that are used
+    logit_bias: bool = False  # train a bias on the logits too
+    val_every: int = 30  # steps between validations; 0 for one after training
+    checkpoint_every: int = 100  # steps between checkpoints, besides those of the validations
+    val_series: int = 20  # series of the validation part whose loss is taken; 0 for all
+
+    # the other stages of a study
+    default_lr: float = 0.0  # of the run before the grid; 0 for the least learning rate
+    default_rank: int = 4
+    default_steps: int = 120
+    contexts: tuple[int, ...] = (128, 512, 768)
+    context_steps: int = 120
+    final_steps: int = 240
+    best_lr: float = 0.0  # what the context sweep and the final run take; 0 for the grid's best
+    best_rank: int = 0
+    best_context: int = 0  # what the final run takes; 0 for the sweep's best
+
+    # forecasts
     points: int = 80  # of a series that a forecast sees
     horizon: int = 20  # points that it forecasts
-    seed: int = 0
-    device: str = "cpu"
-    dtype: str = "float32"  # that the frozen weights are kept in
-    budget: int = BUDGET  # FLOPs
+    forecast_series: int = 20  # of a part that are forecast; 0 for all
+    forecast_cells: bool = False  # forecast the shown series with each cell and context of a study too
+    shown: tuple[int, ...] = ()  # systems drawn one by one; none for the first of each class
+    shown_series: int = 0  # or so many of the validation part's first
+    constrained: bool = True  # only text that is a valid encoding
+    num_samples: int = 1  # continuations of a series; with more than one the forecast is their median
+    temperature: float = 0.0  # 0 is greedy; several samples are drawn at 1 unless this is set
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+
+    shortened: float = 1.0  # part of the steps and series that a study was cut to
 
     def __post_init__(self) -> None:
-        for name in ("steps", "val_series", "points", "horizon", "batch_size", "context", "val_every", "budget"):
+        for name in (
+            *("steps", "default_steps", "context_steps", "final_steps", "points", "horizon", "batch_size"),
+            *("checkpoint_every", "default_rank", "num_samples", "budget"),
+        ):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in (
+            *("val_every", "val_series", "forecast_series", "shown_series", "best_rank", "top_k"),
+            *("best_context", "alpha", "temperature", "default_lr", "best_lr"),
+        ):
+            _require(0 <= getattr(self, name) < float("inf"), name, getattr(self, name), "0 or more")
         _require(self.budget < 2**63, "budget", self.budget, "less than 2^63")
-        _require(self.context >= 2, "context", self.context, "at least 2 tokens")
+        for name in ("context", "contexts"):
+            values = getattr(self, name)
+            least = min(values, default=0) if isinstance(values, tuple) else values
+            _require(least >= 2, name, values, "at least 2 tokens")
+        for name, allowed in _CHOICES.items():
+            _require(getattr(self, name) in allowed, name, getattr(self, name), f"one of {', '.join(allowed)}")
+        whole = self.stride == int(self.stride) if abs(self.stride) < float("inf") else False
+        holds = 0 < self.stride <= 1 or (self.stride > 1 and whole)
+        _require(holds, "stride", self.stride, "a part of the window up to 1, or whole tokens")
+        parts = self.fractions
+        holds = len(parts) == 3 and min(parts) > 0 and abs(sum(parts) - 1) < 1e-9
+        _require(holds, "fractions", parts, "three positive numbers that add up to 1")
         _require(0 <= self.decimals <= 6, "decimals", self.decimals, "0 to 6")
-        _require(0 <= self.alpha < float("inf"), "alpha", self.alpha, "a positive number, or 0 for the training part's")
+        _require(
+            self.trailing_zeros or self.decimals > 0, "decimals", self.decimals, "at least 1 without trailing zeros"
+        )
         _require(0 <= self.dropout < 1, "dropout", self.dropout, "at least 0, less than 1")
-        _require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2^32 - 1")
-        _require(all(0 < lr < 10 for lr in self.lr), "lr", self.lr, "positive numbers below 10")
+        _require(0 < self.top_p <= 1, "top_p", self.top_p, "more than 0, at most 1")
+        _require(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "a positive number")
+        _require(0 < self.shortened <= 1, "shortened", self.shortened, "more than 0, at most 1")
+        for name in ("seed", "split_seed"):
+            _require(0 <= getattr(self, name) < 2**32, name, getattr(self, name), "0 to 2^32 - 1")
+        rates = (*self.lr, *((rate,) if (rate := self.default_lr or self.best_lr) else ()))
+        _require(all(0 < lr < 10 for lr in rates), "lr", rates, "positive numbers below 10")
         _require(bool(self.ranks) and all(r >= 1 for r in self.ranks), "ranks", self.ranks, "whole numbers from 1")
-        _require(len(set(self.lr)) == len(self.lr), "lr", self.lr, "each once")
-        _require(len(set(self.ranks)) == len(self.ranks), "ranks", self.ranks, "each once")
+        for name in ("lr", "ranks", "contexts", "shown"):
+            _require(len(set(getattr(self, name))) == len(getattr(self, name)), name, getattr(self, name), "each once")
         _require(self.preset in ("", *PRESETS), "preset", self.preset, f"one of {', '.join(PRESETS)}")
         _require(self.dtype in ("float32", "bfloat16"), "dtype", self.dtype, "float32 or bfloat16")
         _require(
@@ -96,6 +173,44 @@ class Settings:
         """Products run in the weights' own type on a GPU, in float32 on a CPU, which is slow at anything else."""
         return torch.float32 if self.device == "cpu" else self.weight_dtype
 
+    @property
+    def judged(self) -> str:
+        """How forecasts are made, in words."""
+        if self.num_samples == 1 and not self.temperature:
+            how = "greedy"
+        else:
+            how = f"temperature {self.sampling_temperature:g}"
+            how += f", top_k {self.top_k}" if self.top_k else ""
+            how += f", top_p {self.top_p:g}" if self.top_p < 1 else ""
+        how += f", repetition penalty {self.repetition_penalty:g}" if self.repetition_penalty != 1 else ""
+        how += f", the median of {self.num_samples} samples" if self.num_samples > 1 else ""
+        return how + (", constrained to valid text" if self.constrained else "")
+
+    @property
+    def sampling_temperature(self) -> float:
+        """The temperature that tokens are drawn at: several greedy samples would all be the same."""
+        return self.temperature or (1.0 if self.num_samples > 1 else 0.0)
+
+    @property
+    def default_rate(self) -> float:
+        """The learning rate of the run before the grid."""
+        return self.default_lr or min(self.learning_rates)
+
+    def series_of(self, part: int, wanted: int) -> int:
+        """How many of a part's series are used where `wanted` are asked for (0 for all) and the study is shortened."""
+        whole = min(wanted or part, part)
+        return min(whole, max(FEWEST_SERIES, round(whole * self.shortened)))
+
+    def shorten(self, fraction: float) -> "Settings":
+        """The same study in little: every stage's steps times `fraction`, at least one; series as `series_of` says."""
+        if not 0 < fraction <= 1:
+            raise ValueError(f"scale is {fraction!r}: expected more than 0, at most 1")
+        stages = ("steps", "default_steps", "context_steps", "final_steps")
+        fewer = {name: max(1, round(getattr(self, name) * fraction)) for name in stages}
+        if self.val_every:
+            fewer["val_every"] = max(1, round(self.val_every * fraction))
+        return dataclasses.replace(self, **fewer, shortened=self.shortened * fraction)
+
     def updated(self, changes: dict[str, Any]) -> "Settings":
         """A copy with `changes`; a name that is unknown or a value of the wrong kind is refused by name."""
         kinds = {f.name: f.type for f in dataclasses.fields(self)}
@@ -105,14 +220,15 @@ class Settings:
         return dataclasses.replace(self, **{n: _converted(n, kinds[n], v) for n, v in changes.items()})
 
     @classmethod
-    def from_toml(cls, path: str | Path) -> "Settings":
-        """Read a TOML file of settings, such as a run's `config.toml`. Errors start with the file's name."""
+    def from_toml(cls, path: str | Path, base: "Settings | None" = None) -> "Settings":
+        """Settings with what a TOML file says, such as a run's `config.toml`; the rest is `base`'s or the default.
+
+        Errors start with the file's name.
+        """
         try:
-            return cls().updated(tomllib.loads(Path(path).read_text(encoding="utf-8")))
-        except OSError as e:
-            raise ValueError(f"{path}: {e.strerror or e}: expected a TOML file of settings") from None
-        except (ValueError, RecursionError) as e:
-            raise ValueError(f"{path}: {' '.join(str(e).split())}: expected a TOML file of settings") from None
+            return (base or cls()).updated(read_toml(path))
+        except ValueError as e:
+            raise ValueError(e if str(e).startswith(f"{path}: ") else f"{path}: {e}") from None
 
     def to_toml(self) -> str:
         """The settings as TOML, every one of them; `from_toml` reads it back equal."""
@@ -127,10 +243,9 @@ def _require(holds: bool, name: str, value: Any, expected: str) -> None:
 
 def _converted(name: str, kind: Any, value: Any) -> Any:
     """`value` as the field's type: a list becomes a tuple, a whole number may stand for a float."""
-    if kind in (tuple[float, ...], tuple[int, ...]):
-        one = float if kind == tuple[float, ...] else int
+    if get_origin(kind) is tuple:
         if isinstance(value, (list, tuple)):
-            return tuple(_converted(name, one, v) for v in value)
+            return tuple(_converted(name, get_args(kind)[0], v) for v in value)
     elif kind is float and type(value) is int:
         return float(value)
     elif type(value) is kind:

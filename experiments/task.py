@@ -1,7 +1,7 @@
 """The forecasting task as tokens: data set, split, scale, encoding and tokenizer of one run."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from data.llmtime import Codec
 from data.lotka_volterra import Dataset
 from data.windows import Windows, make_windows
 from experiments.settings import Settings
+from experiments.shapes import shape, stratified
 from qwen_min import Tokenizer
 
 
@@ -20,27 +21,43 @@ from qwen_min import Tokenizer
 class Task:
     """Series of a data set, as text and token ids and back.
 
-    series[i] / alpha, written by `codec`, is what the model sees; `split` says which systems train.
+    series[i] / alphas[i], written by `codec`, is what the model sees; `split` says which systems train.
     """
 
     settings: Settings
     dataset: Dataset
     split: splits.Split
-    alpha: float
+    alphas: NDArray[np.float64]  # (S,)
     codec: Codec
     tokenizer: Tokenizer
+    _tokens: dict[tuple[int, int | None], list[int]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def prepare(cls, settings: Settings, tokenizer: Tokenizer) -> "Task":
-        """Read or rebuild the data, split it in order 70/15/15, and take the scale from the training part alone.
+        """Read or rebuild the data, split it by systems, and scale it as the settings say.
 
         Raises:
             ValueError: the data is bad, or a number in it cannot be written.
         """
         dataset = lotka_volterra.load(Path(settings.data) if settings.data else None)
-        split = splits.in_order(len(dataset.series))
-        alpha = settings.alpha or llmtime.training_maximum(dataset.series[split.train])
-        return cls(settings, dataset, split, llmtime.fixed(alpha), Codec(settings.decimals), tokenizer)
+        split = _split(settings, len(dataset.series))
+        alphas = _alphas(settings, dataset.series, split.train)
+        codec = Codec(settings.decimals, shortest=not settings.trailing_zeros)
+        return cls(settings, dataset, split, alphas, codec, tokenizer)
+
+    @property
+    def alpha_rule(self) -> str:
+        """What series are divided by, in words."""
+        if self.settings.alpha or self.settings.scaling == "training maximum":
+            rule = "as given" if self.settings.alpha else "the training part's maximum / 9.99"
+            return f"alpha = {self.alphas[0]:.6g} for all series, {rule}"
+        in_context = self.settings.scaling == "context percentile"
+        seen = f"its first {self.settings.points} points" if in_context else "all its points, the horizon's too"
+        return f"alpha of each series = the largest of its variables' 95th percentiles / 10, from {seen}"
+
+    def under(self, settings: Settings) -> "Task":
+        """The same data and text under settings that differ in the training alone: steps, context, learning rate."""
+        return replace(self, settings=settings)
 
     def check(self, systems: Sequence[int]) -> None:
         """Raise ValueError for a system that the data set lacks, or a forecast that is longer than its series."""
@@ -55,46 +72,93 @@ class Task:
                 raise ValueError(f"{self.dataset.path}: has no system {system}: expected 0 to {last}")
 
     def scaled(self, system: int) -> NDArray[np.float64]:
-        """Series `system` divided by alpha, (P, V)."""
-        return self.dataset.series[system].astype(np.float64) / self.alpha
+        """Series `system` divided by its alpha, (P, V)."""
+        return self.dataset.series[system].astype(np.float64) / self.alphas[system]
 
     def text(self, system: int, points: int | None = None) -> str:
         """The LLMTIME text of the first `points` steps of a series (all unless told)."""
         return self.codec.encode(self.scaled(system)[:points])
 
     def tokens(self, system: int, points: int | None = None) -> list[int]:
-        return self.tokenizer.encode(self.text(system, points))
+        """Their ids, kept: windows of several contexts are cut from the same."""
+        if (system, points) not in self._tokens:
+            self._tokens[system, points] = self.tokenizer.encode(self.text(system, points))
+        return self._tokens[system, points]
 
     @cached_property
     def train_windows(self) -> Windows:
-        """Windows of the training part, overlapping by half."""
-        return self._windows(self.split.train, max(1, self.settings.context // 2))
+        """Windows of the training part; they overlap by half unless told."""
+        return self._windows(self.split.train, self.settings.stride)
 
     @cached_property
     def validation_windows(self) -> Windows:
-        """Windows of the first `val_series` of the validation part, in which each token is predicted once."""
-        return self._windows(self.validation_systems, self.settings.context)
+        """Windows of the validation part's first series, in which each token is predicted once."""
+        return self._windows(self.validation_systems, stride=1.0)
 
     @property
     def validation_systems(self) -> NDArray[np.int64]:
-        return self.split.validation[: self.settings.val_series]
+        """Those whose loss is taken."""
+        part = self.split.validation
+        return part[: self.settings.series_of(len(part), self.settings.val_series)]
+
+    def forecast_systems(self, part: str) -> list[int]:
+        """Those of a part ("validation", "test") that are forecast, or those that are drawn one by one ("shown")."""
+        settings, validation = self.settings, self.split.validation
+        if part != "shown":
+            systems = getattr(self.split, part)
+            return systems[: settings.series_of(len(systems), settings.forecast_series)].tolist()
+        if settings.shown or settings.shown_series:
+            return list(settings.shown) or validation[: settings.shown_series].tolist()
+        return list(stratified([self.shape_of(s) for s in validation.tolist()], validation.tolist()).values())
+
+    def shape_of(self, system: int) -> str:
+        """The class of a system's whole course: "growing", "decaying", "oscillating" or "settled"."""
+        return shape(self.dataset.series[system])
+
+    @cached_property
+    def widest(self) -> int:
+        """The most digits before the point in any number of the training part."""
+        series = self.dataset.series[self.split.train].astype(np.float64)
+        largest = np.round((series / self.alphas[self.split.train, None, None]).max(), self.codec.decimals)
+        return len(str(int(largest)))
 
     @property
     def tokens_to_forecast(self) -> int:
-        """How many tokens the horizon takes when every number fits its width."""
-        return self.settings.horizon * self.codec.step_width(self.dataset.series.shape[2])
+        """How many tokens the horizon takes at most, when no number is wider than those of the training part."""
+        variables = self.dataset.series.shape[2]
+        return self.settings.horizon * Codec(self.codec.decimals, self.widest).step_width(variables)
 
-    def read_forecast(self, ids: Sequence[int]) -> tuple[NDArray[np.float64], int]:
-        """New tokens as raw values (horizon, V), NaN where a step did not parse, and how many did not.
+    def read_forecast(self, ids: Sequence[int], system: int) -> NDArray[np.float64]:
+        """New tokens as raw values (horizon, V), NaN where a step did not parse.
 
         A step keeps its place: one that is malformed is a gap, and never shifts what follows.
         """
         decoded = self.codec.decode(self.tokenizer.decode(ids), self.dataset.series.shape[2])
         values = np.full((self.settings.horizon, self.dataset.series.shape[2]), np.nan)
         within = decoded.index < self.settings.horizon
-        values[decoded.index[within]] = decoded.values[within] * self.alpha
-        return values, int(np.isnan(values).any(1).sum())
+        values[decoded.index[within]] = decoded.values[within] * self.alphas[system]
+        return values
 
-    def _windows(self, systems: NDArray[np.int64], stride: int) -> Windows:
+    def _windows(self, systems: NDArray[np.int64], stride: float) -> Windows:
+        settings = self.settings
         tokens = [self.tokens(int(system)) for system in systems]
-        return make_windows(tokens, self.settings.context, stride, pad_id=self.tokenizer.token_id("<|endoftext|>"))
+        # A stride in tokens is cut to the window: beyond it tokens would be skipped.
+        step = max(1, int(stride * settings.context)) if stride <= 1 else min(int(stride), settings.context)
+        pad_id = self.tokenizer.token_id("<|endoftext|>")
+        return make_windows(tokens, settings.context, step, pad_id, settings.pad_side)
+
+
+def _split(settings: Settings, systems: int) -> splits.Split:
+    if settings.split == "in order":
+        return splits.in_order(systems, settings.fractions)
+    rule = splits.seeded if settings.split == "shuffled" else splits.held_out_first
+    return rule(systems, settings.fractions, settings.split_seed)
+
+
+def _alphas(settings: Settings, series: NDArray[np.float32], train: NDArray[np.int64]) -> NDArray[np.float64]:
+    """What each series is divided by, (S,)."""
+    if settings.alpha or settings.scaling == "training maximum":
+        return np.full(len(series), llmtime.fixed(settings.alpha or llmtime.training_maximum(series[train])))
+    if settings.scaling == "context percentile":
+        return np.array([llmtime.context_percentile(one, settings.points) for one in series])
+    return np.array([llmtime.whole_series_percentile(one) for one in series])

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -21,6 +21,7 @@ from experiments.errors import RunFailed
 from experiments.settings import Settings
 from experiments.task import Task
 from lora import add_lora, save_adapter
+from lora.layer import add_logit_bias, lora_layers
 from qwen_min import FlopMeter, Qwen
 
 FEED_FORWARD_AT_ONCE = 2**22
@@ -31,16 +32,21 @@ the pocket model runs its batch whole."""
 Progress = Callable[[dict[str, Any]], None]
 
 
+GRADIENT_RECORDS = 400
+"""At most how often a run writes the gradient norm of every LoRA matrix: a line has one number for each of 96."""
+
+
 @dataclass(frozen=True)
 class Cell:
-    """One run of the grid: a learning rate and a rank. Rank 0 is the untrained model, validated once."""
+    """One training run: a learning rate and a rank, and a name. Rank 0 is the untrained model, validated once."""
 
     lr: float
     rank: int
+    called: str = ""
 
     @property
     def name(self) -> str:
-        return f"lr{self.lr:g}-r{self.rank}" if self.rank else "untrained"
+        return self.called or (f"lr{self.lr:g}-r{self.rank}" if self.rank else "untrained")
 
 
 def load_model(settings: Settings) -> Qwen:
@@ -65,57 +71,78 @@ def predicted(settings: Settings, cell: Cell, config, validation_windows: int) -
         batch=settings.batch_size,
         context=settings.context,
         rank=cell.rank,
-        validations=max(1, math.ceil(steps / settings.val_every)),
+        logit_bias=bool(cell.rank and settings.logit_bias),
+        validations=max(1, math.ceil(steps / settings.val_every)) if settings.val_every else 1,
         validation_windows=validation_windows,
     )
 
 
-def groups(model: Qwen, windows: Windows, chosen) -> Iterator[tuple[Tensor, Tensor]]:
-    """The chosen windows as (inputs, targets), each (B, T) on the model's device, a few sequences at a time."""
+class Batch(NamedTuple):
+    """A few windows on the model's device, (B, T) each but `padding`."""
+
+    inputs: Tensor
+    targets: Tensor
+    real: Tensor  # bool: not padding
+    padding: Tensor | None  # (B) how many of a window's first tokens are padding
+
+
+def groups(model: Qwen, windows: Windows, chosen, count_padding: bool = False) -> Iterator[Batch]:
+    """The chosen windows, a few sequences at a time; with `count_padding` targets have padding as a token."""
     tokens = windows.inputs.shape[1]
     rows = max(1, FEED_FORWARD_AT_ONCE // (tokens * model.config.intermediate_size))
+    targets = windows.targets_with_padding if count_padding else windows.targets
+    arrays = windows.inputs, targets, windows.targets != IGNORED, windows.left_padding
     for start in range(0, len(chosen), rows):
         part = chosen[start : start + rows]
-        inputs, targets = (torch.from_numpy(a[part]).to(model.device) for a in (windows.inputs, windows.targets))
-        yield inputs, targets
+        inputs, wanted, real, left = (torch.from_numpy(a[part]).to(model.device) for a in arrays)
+        yield Batch(inputs, wanted, real, left if left.any() else None)
 
 
 @torch.no_grad()
-def validation_loss(model: Qwen, windows: Windows) -> float:
-    """Mean cross-entropy in nats per real token over all windows."""
+def validation_loss(model: Qwen, windows: Windows, count_padding: bool = False) -> dict[str, float]:
+    """Mean cross-entropy in nats over all windows: `validation_loss`, per real token.
+
+    With `count_padding` also `validation_loss_with_padding`: over every place, padding as a token to be predicted.
+    """
     model.eval()
-    total, count = 0.0, 0
-    for inputs, targets in groups(model, windows, range(len(windows))):
-        loss, real = model.loss(inputs, targets)
-        total, count = total + loss.item(), count + real
-    return total / count
+    real, total = 0.0, 0.0
+    for batch in groups(model, windows, range(len(windows)), count_padding):
+        each = model.token_losses(batch.inputs, batch.targets, batch.padding)  # (B, T)
+        real += each[batch.real].sum().item()
+        total += each.sum().item()
+    losses = {"validation_loss": real / windows.real_tokens}
+    return losses | ({"validation_loss_with_padding": total / windows.targets.size} if count_padding else {})
 
 
-def training_step(model: Qwen, windows: Windows, chosen, optimizer: torch.optim.Optimizer) -> tuple[float, float]:
-    """One update; returns the mean loss per real token of the batch and the norm of its gradient.
+def training_step(
+    model: Qwen, windows: Windows, chosen, optimizer: torch.optim.Optimizer, count_padding: bool = False
+) -> tuple[float, float]:
+    """One update; returns the mean loss per token of the batch and the norm of its gradient.
 
-    Gradients accumulate over groups of sequences, each weighted by its share of the batch's real tokens.
+    Gradients accumulate over groups of sequences, each weighted by its share of the batch's real tokens (of all, with
+    `count_padding`). They are left in place.
 
     Raises:
         RunFailed: the loss or the gradient is not finite; the parameters are then as they were.
     """
     model.train()
     optimizer.zero_grad(set_to_none=True)
-    real = int((windows.targets[chosen] != IGNORED).sum())
+    targets = windows.targets[chosen]
+    tokens = targets.size if count_padding else int((targets != IGNORED).sum())
     total = 0.0
-    for inputs, targets in groups(model, windows, chosen):
-        loss, _ = model.loss(inputs, targets)
-        (loss / real).backward()
+    for batch in groups(model, windows, chosen, count_padding):
+        loss, _ = model.loss(batch.inputs, batch.targets, batch.padding)
+        (loss / tokens).backward()
         total += loss.item()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).item()
     if not (math.isfinite(total) and math.isfinite(norm)):
         raise RunFailed(
-            f"the loss is {total / real:g} and the norm of its gradient {norm:g}: expected finite "
+            f"the loss is {total / tokens:g} and the norm of its gradient {norm:g}: expected finite "
             "numbers; a lower learning rate may help"
         )
     optimizer.step()
-    return total / real, norm
+    return total / tokens, norm
 
 
 def run_cell(
@@ -133,6 +160,12 @@ def run_cell(
     result = folder / "result.json"
     if result.is_file():
         summary = files.read_json(result)
+        for name, wanted in (("lr", cell.lr), ("rank", cell.rank), ("context", task.settings.context)):
+            if summary[name] != wanted:
+                raise ValueError(
+                    f"{result}: {name} is {summary[name]!r}, now {wanted!r}: expected the run that was asked for; "
+                    "delete its folder to run it again, or choose another --out"
+                )
         ledger.settle_finished(run, cell.name, summary["flops"])
         return summary
     settings, windows = task.settings, task.validation_windows
@@ -146,15 +179,20 @@ def run_cell(
     def note(record: dict[str, Any]) -> None:
         metrics.append(record)
         files.append_jsonl(folder / "metrics.jsonl", record)
-        progress({"cell": cell.name, "steps": state.steps} | record)
+        progress({"cell": cell.name, "steps": state.steps, "context": settings.context} | record)
 
     try:
         with stoppable() as stopped:
             while state.validated_at < state.steps:
                 if state.step < state.steps:
                     note(state.train(task, ledger, entry))
-                if state.step % settings.val_every == 0 or state.step == state.steps:
+                    if (state.step - 1) % state.norms_every == 0:
+                        files.append_jsonl(folder / "gradients.jsonl", state.gradient_norms())
+                last = state.step == state.steps
+                if last or (settings.val_every and state.step % settings.val_every == 0):
                     note(state.validate(windows, ledger, entry))
+                    state.save(folder)
+                elif state.step % settings.checkpoint_every == 0:
                     state.save(folder)
                 if stopped() and state.step < state.steps:
                     state.save(folder)
@@ -178,18 +216,21 @@ class _State:
         self.model, self.step, self.steps = model, 0, settings.steps if cell.rank else 0
         self.validated_at = -1
         self.flops = {"training": 0, "validation": 0}
-        self.batch, self.seed = settings.batch_size, settings.seed
+        self.settings, self.norms_every = settings, math.ceil(self.steps / GRADIENT_RECORDS) or 1
         torch.manual_seed(settings.seed)
         if cell.rank:
+            if settings.logit_bias:
+                add_logit_bias(model)
             add_lora(model, cell.rank, dropout=settings.dropout, seed=settings.seed)
             trainable = [p for p in model.parameters() if p.requires_grad]
             self.optimizer = torch.optim.Adam(trainable, lr=cell.lr)
 
     def train(self, task: Task, ledger: Ledger, entry: int) -> dict[str, Any]:
         """One step; returns its line of `metrics.jsonl`."""
-        chosen = batch_indices(len(task.train_windows), self.batch, self.step, self.seed)
+        settings = self.settings
+        chosen = batch_indices(len(task.train_windows), settings.batch_size, self.step, settings.seed)
         with FlopMeter() as meter:
-            loss, norm = training_step(self.model, task.train_windows, chosen, self.optimizer)
+            loss, norm = training_step(self.model, task.train_windows, chosen, self.optimizer, settings.count_padding)
         self._spend(ledger, entry, "training", meter.training)
         self.step += 1
         return {"step": self.step, "loss": loss, "gradient_norm": norm} | self.flops
@@ -197,10 +238,19 @@ class _State:
     def validate(self, windows: Windows, ledger: Ledger, entry: int) -> dict[str, Any]:
         """One pass over the validation windows; returns its line of `metrics.jsonl`."""
         with FlopMeter() as meter:
-            loss = validation_loss(self.model, windows)
+            losses = validation_loss(self.model, windows, self.settings.count_padding)
         self._spend(ledger, entry, "validation", meter.total)
         self.validated_at = self.step
-        return {"step": self.step, "validation_loss": loss} | self.flops
+        return {"step": self.step} | losses | self.flops
+
+    def gradient_norms(self) -> dict[str, Any]:
+        """The norm of the last gradient of every LoRA matrix: a line of `gradients.jsonl`."""
+        norms = {}
+        for name, layer in lora_layers(self.model):
+            short = name.removeprefix("model.").replace("self_attn.", "")
+            for half, matrix in (("A", layer.lora_a), ("B", layer.lora_b)):
+                norms[f"{short}.{half}"] = 0.0 if matrix.grad is None else matrix.grad.norm().item()
+        return {"step": self.step, "norms": norms}
 
     def _spend(self, ledger: Ledger, entry: int, stage: str, flops: int) -> None:
         self.flops[stage] += flops
@@ -212,19 +262,24 @@ class _State:
             return
         with files.atomic_folder(folder / "checkpoint") as new:
             save_file(self._tensors(), new / "state.safetensors")
-            files.write_json(new / "state.json", {"step": self.step, "flops": self.flops})
+            state = {"step": self.step, "validated_at": self.validated_at, "flops": self.flops}
+            files.write_json(new / "state.json", state)
 
     def resume(self, folder: Path) -> list[dict[str, Any]]:
         """Go back to the last checkpoint, if there is one; returns the metrics up to it, and drops later ones."""
-        checkpoint, path = folder / "checkpoint", folder / "metrics.jsonl"
+        checkpoint, path, gradients = folder / "checkpoint", folder / "metrics.jsonl", folder / "gradients.jsonl"
         metrics: list[dict[str, Any]] = []
+        norms: list[dict[str, Any]] = []
         if self.steps and checkpoint.is_dir():
             saved = files.read_json(checkpoint / "state.json")
             self._load(checkpoint / "state.safetensors")
-            self.step, self.flops = saved["step"], saved["flops"]
-            self.validated_at = self.step  # the last step's checkpoint is written behind its validation
+            self.step, self.validated_at, self.flops = saved["step"], saved["validated_at"], saved["flops"]
+            if gradients.is_file():
+                norms = [line for line in files.read_jsonl(gradients) if line["step"] <= self.step]
             metrics = [m for m in files.read_jsonl(path) if m["training"] + m["validation"] <= sum(self.flops.values())]
         files.write_jsonl(path, metrics)
+        if self.steps:
+            files.write_jsonl(gradients, norms)
         return metrics
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -266,8 +321,10 @@ def _summary(task: Task, cell: Cell, model: Qwen, metrics, flops, expected) -> d
         "lr": cell.lr,
         "rank": cell.rank,
         "steps": len(losses),
+        "context": task.settings.context,
         "label": task.settings.label,
         "validation_loss": validation[-1]["validation_loss"],
+        "validation_loss_with_padding": validation[-1].get("validation_loss_with_padding"),
         "best_validation_loss": best["validation_loss"],
         "best_step": best["step"],
         "first_loss": losses[0] if losses else None,

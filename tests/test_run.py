@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 import pytest
 
-from experiments import run
+from experiments import arguments, run
 
 ROOT = Path(__file__).parents[1]
 POCKET = ROOT / "weights" / "pocket"
@@ -35,17 +35,17 @@ def refused(capsys, *argv: str) -> str:
     return captured.err
 
 
-@pytest.mark.parametrize("verb", run._EXAMPLES)
+@pytest.mark.parametrize("verb", arguments.EXAMPLES)
 def test_every_help_shows_an_example_that_parses(verb, capsys):
     with pytest.raises(SystemExit) as e:
         run.main([verb, "--help"])
     assert e.value.code == 0
     printed = " ".join(capsys.readouterr().out.split())
-    example = run._EXAMPLES[verb]
+    example = arguments.EXAMPLES[verb]
     assert example in printed
     import shlex
 
-    assert run._parser().parse_args(shlex.split(example)[3:]).verb == verb
+    assert arguments.parser().parse_args(shlex.split(example)[3:]).verb == verb
 
 
 @pytest.mark.parametrize(
@@ -79,11 +79,30 @@ def test_every_help_shows_an_example_that_parses(verb, capsys):
         ["doctor", "--device", "tpu"],
         ["pretrain-pocket", "--steps", "0", "--out", "p"],
         ["grid", "--model", "Qwen/Qwen2.5-0.5B-Instruct", "--offline"],
+        ["grid", "--protocol", "gauss"],
+        ["study", "--protocol", "gauss"],
+        ["study", "--scale", "0"],
+        ["study", "--scale", "2"],
+        ["study", "--best-lr", "-1"],
+        ["study", "--data", "absent.h5", "--dry-run"],
+        ["final", "--points", "90", "--horizon", "20"],
+        ["baseline", "--num-samples", "0"],
+        ["context", "--top-p", "0"],
+        ["default", "--model", "./nowhere"],
+        ["report"],
+        ["report", "absent"],
+        ["report", "."],
+        ["evaluate", "--part", "train"],
+        ["evaluate", "--repetition-penalty", "0"],
     ],
 )
 def test_a_bad_argument_is_one_line_and_exit_code_2_and_nothing_is_written(argv, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
-    assert "expected" in refused(capsys, *argv) or argv[0:1] in ([], ["gird"], ["grid"], ["forecast"])
+    assert (
+        "expected" in refused(capsys, *argv)
+        or argv[0:1] in ([], ["gird"], ["grid"], ["forecast"])
+        or argv == ["report"]
+    )
 
 
 def damaged_model(tmp_path: Path) -> Path:
@@ -161,8 +180,9 @@ def test_data_shows_two_worked_examples(capsys, tmp_path):
     path = hdf5(tmp_path / "d.h5", np.linspace(0.5, 2, 4000).reshape(20, 100, 2))
     assert run.main(["data", "--data", str(path), "--alpha", "1"]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("0.50,0.50;0.50,0.50;0.50,0.50;0.50,0.50;") == 1
-    assert "[15, 13, 20, 15, 11, 15, 13, 20, 15, 26" in printed and "a step is 10 tokens, a series 1000" in printed
+    assert printed.count("text    0.50,0.50;0.50,0.50;\n") == 1
+    assert "[15, 13, 20, 15, 11, 15, 13, 20, 15, 26" in printed and "a series is 1000 tokens" in printed
+    assert "round trip of 3 series" in printed
 
 
 def test_forecast_draws_one_system_and_prints_its_scores(capsys, tmp_path):

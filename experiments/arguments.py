@@ -1,0 +1,219 @@
+"""The flags of the command line: every verb with its help and an example.
+
+A flag that is not given is absent from the result, so that a protocol, a TOML file or a default can hold instead.
+"""
+
+import argparse
+from typing import NoReturn
+
+LEDGER = "ledger.sqlite"
+
+EXAMPLES = {
+    "study": "python -m experiments.run study --protocol default --scale 0.02",
+    "baseline": "python -m experiments.run baseline --protocol default --out runs/study",
+    "default": "python -m experiments.run default --protocol default --out runs/study",
+    "context": "python -m experiments.run context --protocol default --out runs/study",
+    "final": "python -m experiments.run final --protocol default --out runs/study --best-lr 1e-4 --best-rank 8",
+    "report": "python -m experiments.run report runs/grid",
+    "grid": "python -m experiments.run grid --model Qwen/Qwen2.5-0.5B-Instruct --steps 300 --dry-run",
+    "train": "python -m experiments.run train --lr 5e-3 --rank 8 --steps 200 --out runs/one",
+    "evaluate": "python -m experiments.run evaluate --adapter runs/grid/cells/lr0.01-r8/adapter",
+    "forecast": "python -m experiments.run forecast --system 906 --adapter runs/grid/cells/lr0.01-r8/adapter",
+    "data": "python -m experiments.run data --decimals 3",
+    "flops": "python -m experiments.run flops --model Qwen2.5-7B --batch 4 --context 512 --rank 8 --train",
+    "budget": "python -m experiments.run budget",
+    "doctor": "python -m experiments.run doctor --model Qwen/Qwen2.5-0.5B-Instruct",
+    "generate": "python -m experiments.run generate --prompt '1.00,0.50;1.20,0.60;' --max-new-tokens 50",
+    "bench": "python -m experiments.run bench --model weights/pocket --what train generate",
+    "pretrain-pocket": "python -m experiments.run pretrain-pocket --out weights/pocket",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}: see --help\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    top = _Parser(
+        prog="experiments.run",
+        description="Fine-tune Qwen2.5 to forecast series written as digits, "
+        "under a budget of 10^17 FLOPs. Every verb has a --help with an example.",
+    )
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, text: str) -> argparse.ArgumentParser:
+        p = verbs.add_parser(
+            name, help=text, description=text, epilog=f"example: {EXAMPLES[name]}", argument_default=argparse.SUPPRESS
+        )
+        p.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        return p
+
+    p = verb("study", "a whole report: baseline, default run, grid, context sweep, final run, evaluation, page")
+    _study_flags(p)
+    p.add_argument("--dry-run", action="store_true", help="price every stage; run nothing")
+    p.add_argument("--json", action="store_true", help="with --dry-run: print one JSON object and nothing else")
+
+    for name, text in (
+        ("baseline", "a study's first stage: the untrained model, validated and judged"),
+        ("default", "a study's second stage: the run with the protocol's default learning rate and rank"),
+        ("context", "a study's fourth stage, behind the grid: the best cell at several contexts"),
+        ("final", "a study's last stage: the best cell and context, trained longest, judged on the test part too"),
+    ):
+        _study_flags(verb(name, text))
+
+    p = verb("report", "the page of a run folder: report.html, report.md, figures, tables")
+    p.add_argument("run", metavar="RUN", help="the run's folder")
+
+    p = verb("grid", "train every learning rate x rank, then the table and figures; a study's third stage")
+    _settings(p, "data", "train", "forecast", "lists")
+    _scale(p)
+    p.add_argument("--out", help="the run's folder (runs/grid)")
+    p.add_argument("--dry-run", action="store_true", help="show cells, FLOPs and time; run nothing")
+
+    p = verb("train", "train one learning rate and rank")
+    _settings(p, "data", "train")
+    p.add_argument("--lr", type=float, help="learning rate (1e-4; for the pocket model 1e-2)")
+    p.add_argument("--rank", type=int, help="LoRA rank (8)")
+    p.add_argument("--out", help="the run's folder (runs/train)")
+    p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    p.add_argument("--dry-run", action="store_true", help="show FLOPs and time; run nothing")
+
+    p = verb("evaluate", "validation loss, and forecasts scored beside naive ones")
+    _settings(p, "data", "forecast")
+    p.add_argument("--adapter", help="an adapter folder; none is the untrained model")
+    p.add_argument("--part", default="validation", help="whose series are forecast: validation or test (validation)")
+    p.add_argument("--out", help="a folder for evaluation.json, forecasts.csv, scores.csv and more, and a figure")
+    p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+
+    p = verb("forecast", "forecast one system and draw it")
+    _settings(p, "data", "forecast")
+    p.add_argument("--adapter", help="an adapter folder; none is the untrained model")
+    p.add_argument("--system", type=int, required=True, help="number of the series, from 0")
+    p.add_argument("--out", help="the PNG to write (forecast-SYSTEM.png)")
+
+    p = verb("data", "make or check the data set; two worked examples: raw, scaled, text, token ids")
+    _settings(p, "data")
+
+    p = verb("flops", "what a forward or a training step costs, formula by formula, without weights")
+    p.add_argument("--model", help="Qwen2.5-0.5B ... Qwen2.5-72B, a folder or a hub id (Qwen2.5-0.5B)")
+    p.add_argument("--batch", type=int, default=4, help="sequences (4)")
+    p.add_argument("--context", type=int, default=512, help="new tokens of each (512)")
+    p.add_argument("--rank", type=int, default=0, help="LoRA rank on q and v (0: no LoRA)")
+    p.add_argument("--cache", type=int, default=0, help="tokens already in the KV cache (0)")
+    p.add_argument("--train", action="store_true", help="the backward pass too")
+    p.add_argument("--convention", default="coursework", help="coursework, exact or matmul (coursework)")
+    p.add_argument("--per-layer", action="store_true", help="list every module")
+    p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    p.add_argument("--plot", help="draw the components' shares into this PNG")
+    p.add_argument("--offline", action="store_true", help="never open a connection")
+
+    p = verb("budget", "what the ledger of this folder holds: spent, reserved, left")
+    p.add_argument("--ledger", help=f"the ledger ({LEDGER})")
+    p.add_argument("--budget", type=_flops, help="FLOPs (1e17)")
+    p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+
+    p = verb("doctor", "what is installed, cached and reachable, and what to do")
+    _settings(p)
+
+    p = verb("generate", "continue a prompt: the model as a model")
+    _settings(p)
+    p.add_argument("--prompt", required=True, help="the text to continue, or to answer with --chat")
+    p.add_argument("--chat", action="store_true", help="put the prompt into Qwen's chat format")
+    p.add_argument("--max-new-tokens", type=int, default=200, help="(200)")
+    p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (0)")
+    p.add_argument("--top-p", type=float, default=1.0, help="nucleus of sampling (1)")
+    p.add_argument("--sample-seed", type=int, default=0, help="of the samples (0)")
+    p.add_argument("--adapter", help="an adapter folder")
+
+    p = verb("bench", "training, evaluation, generation and loading beside transformers + PEFT, in fresh processes")
+    p.add_argument("--model", help="a model's folder or hub id (weights/pocket)")
+    p.add_argument("--what", nargs="+", default=["train"], help="train, evaluate, generate, load (train)")
+    p.add_argument("--batch", type=int, default=4, help="sequences of a step (4)")
+    p.add_argument("--context", type=int, default=512, help="tokens of each (512)")
+    p.add_argument("--repeats", type=int, default=2, help="fresh processes of each side (2)")
+    p.add_argument("--dtype", default="float32", help="that our weights are kept in: float32 or bfloat16 (float32)")
+    p.add_argument("--no-peer", action="store_true", help="measure this project alone")
+    p.add_argument("--offline", action="store_true", help="never open a connection")
+    p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+
+    p = verb("pretrain-pocket", "train the pocket checkpoint from scratch on synthetic series")
+    p.add_argument("--out", help="the folder (weights/pocket)")
+    p.add_argument("--steps", type=int, help="training steps")
+    p.add_argument("--seed", type=int, help="of data and weights")
+    return top
+
+
+def _study_flags(p: argparse.ArgumentParser) -> None:
+    _settings(p, "data", "train", "forecast", "lists", "best")
+    _scale(p)
+    p.add_argument("--out", help="the study's folder (runs/study-PROTOCOL)")
+
+
+def _scale(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--scale",
+        type=float,
+        help="shorten every stage to this part of its steps and series, at least one step and 20 series (1)",
+    )
+
+
+def _settings(p: argparse.ArgumentParser, *groups: str) -> None:
+    """Flags that change `Settings`; without a flag the TOML file, the protocol or the default holds."""
+    add = p.add_argument
+    add(
+        "--protocol", help="default, fung, liu or rai: how a whole report goes about it; --config and flags win over it"
+    )
+    add("--model", help="a model's folder or hub id (weights/pocket)")
+    add("--revision", help="of the hub's model: branch, tag or commit")
+    add("--offline", action="store_true", help="never open a connection")
+    add("--device", help="cpu or cuda (cpu)")
+    add("--dtype", help="that the weights are kept in: float32 or bfloat16 (float32)")
+    add("--config", help="a TOML file of settings, such as a run's config.toml; flags win over it")
+    if "data" in groups or not groups:
+        add("--data", help="an HDF5 file with /trajectories (systems, points, variables); rebuilt by its law if absent")
+    if "data" in groups:
+        add("--decimals", type=int, help="digits behind the point (2)")
+        add("--alpha", type=float, help="series are divided by this (maximum of the training part / 9.99)")
+    if "train" in groups:
+        add("--steps", type=int, help="training steps of a cell (120)")
+        add("--batch-size", type=int, help="windows of a step (4)")
+        add("--val-every", type=int, help="steps between validations (30); 0 for one after training")
+        add("--dropout", type=float, help="on LoRA's input (0)")
+        add("--preset", help="learning rates by name: reports or pocket")
+    if "train" in groups or "forecast" in groups:
+        add("--context", type=int, help="tokens of a window (512)")
+        add("--val-series", type=int, help="series of the validation part whose loss is taken (20); 0 for all")
+        add("--seed", type=int, help="of data order, LoRA and dropout (0)")
+        add("--budget", type=_flops, help="FLOPs of the whole ledger (1e17)")
+        add("--ledger", help=f"the ledger of FLOPs ({LEDGER})")
+    if "forecast" in groups:
+        add("--points", type=int, help="points that a forecast sees (80)")
+        add("--horizon", type=int, help="points that it makes (20)")
+        add("--forecast-series", type=int, help="series of a part that are forecast (20); 0 for all")
+        add("--constrained", action=argparse.BooleanOptionalAction, help="only text that is a valid encoding (on)")
+        add("--num-samples", type=int, help="continuations of a series: quantiles, and their median as forecast (1)")
+        add("--temperature", type=float, help="of drawing tokens; 0 is greedy (0; with several samples 1)")
+        add("--top-k", type=int, help="draw among the likeliest so many (0: all)")
+        add("--top-p", type=float, help="draw among the likeliest that together have this probability (1)")
+        add("--repetition-penalty", type=float, help="on tokens that were there before (1: none)")
+    if "lists" in groups:
+        add("--lr", type=float, nargs="+", help="learning rates (1e-5 5e-5 1e-4; pocket's are 1e-3 5e-3 1e-2)")
+        add("--ranks", type=int, nargs="+", help="LoRA ranks (2 4 8)")
+    if "best" in groups:
+        add("--best-lr", type=float, help="carry this learning rate forward, not that of the lowest validation loss")
+        add("--best-rank", type=int, help="carry this rank forward")
+        add("--best-context", type=int, help="carry this context forward to the final run")
+
+
+def _flops(text: str) -> int:
+    """A number of FLOPs, "100000000000000000" or "1e17", as the exact integer it names."""
+    from decimal import Decimal, InvalidOperation
+
+    try:
+        number = Decimal(text)
+        if number == number.to_integral_value() and 0 < number < 2**63:
+            return int(number)
+    except InvalidOperation:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of FLOPs, such as 1e17")

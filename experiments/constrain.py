@@ -1,0 +1,119 @@
+"""Constrained decoding: a model that can write nothing but series, and how much of its probability that cuts off."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from data.grammar import Grammar
+from data.llmtime import Codec
+from qwen_min import Tokenizer
+
+
+class Constrained:
+    """A `generate.Constraint`: each row follows the grammar for `steps` steps, and is free behind them.
+
+    Rows start where a step does: prompts end behind a ";".
+
+    Args:
+        grammar: of the text.
+        symbol_ids: the token of each of `grammar.symbols`.
+        vocabulary: how many tokens the model has, V.
+        rows: how many sequences, samples included.
+        steps: after so many a row is done.
+
+    Raises:
+        ValueError: a symbol has no token of its own, or a number is out of its range.
+    """
+
+    def __init__(
+        self,
+        grammar: Grammar,
+        symbol_ids: Sequence[int],
+        vocabulary: int,
+        rows: int,
+        steps: int,
+        device: torch.device | str = "cpu",
+    ):
+        ids, count = list(symbol_ids), len(grammar.symbols)
+        if len(ids) != count or len(set(ids)) != count or not all(0 <= i < vocabulary for i in ids):
+            raise ValueError(f"symbol tokens are {ids}: expected {count} different ones, 0 to {vocabulary - 1}")
+        if rows < 1 or steps < 1:
+            raise ValueError(f"constraint has {rows} rows of {steps} steps: expected at least 1 of each")
+        self.steps = steps
+        # One more state than the grammar has, which is never left: done. One more symbol: every other token.
+        self._start, self._done = grammar.step_ends, grammar.states
+        allowed = torch.zeros(grammar.states + 1, vocabulary, dtype=torch.bool)
+        allowed[:-1, ids] = torch.from_numpy(grammar.follows)
+        allowed[-1] = True
+        follow = torch.full((grammar.states + 1, count + 1), -1)
+        follow[:-1, :-1] = torch.from_numpy(grammar.next)
+        follow[-1] = self._done
+        symbols = torch.full((vocabulary,), count)
+        symbols[ids] = torch.arange(count)
+        self._allowed, self._next, self._symbols = (t.to(device) for t in (allowed, follow, symbols))
+        self._state = torch.full((rows,), self._start, device=device)
+        self._written, self._tokens = torch.zeros_like(self._state), torch.zeros_like(self._state)
+        self._kept = torch.ones(rows, dtype=torch.float64, device=device)
+        self._cut = torch.zeros_like(self._kept)
+
+    @classmethod
+    def for_tokenizer(
+        cls,
+        tokenizer: Tokenizer,
+        codec: Codec,
+        variables: int,
+        widest: int,
+        rows: int,
+        steps: int,
+        vocabulary: int,
+        device: torch.device | str = "cpu",
+    ) -> "Constrained":
+        """For a tokenizer that makes one token of each digit, point and separator; ValueError for another."""
+        grammar, ids = Grammar(codec, variables, widest), []
+        for symbol in grammar.symbols:
+            tokens = tokenizer.encode(symbol)
+            if len(tokens) != 1:
+                raise ValueError(f"{tokenizer.path}: {symbol!r} is the tokens {tokens}: expected a single one")
+            ids += tokens
+        return cls(grammar, ids, vocabulary, rows, steps, device)
+
+    def allowed(self) -> Tensor:
+        """(rows, V) bool: the tokens that may come next; every one in a row that is done."""
+        return self._allowed[self._state]
+
+    def advance(self, new: Tensor, kept: Tensor) -> None:
+        """Take the chosen tokens (rows), and the probability (rows) that the model gave to all that were allowed.
+
+        Raises:
+            ValueError: a token was not allowed.
+        """
+        live = ~self.done
+        state = self._next[self._state, self._symbols[new]]
+        if (state < 0).any():
+            row = int((state < 0).nonzero()[0])
+            raise ValueError(f"row {row}: token {int(new[row])} may not come here: expected one that is allowed")
+        kept = kept.double().where(live, 1)
+        self._kept *= kept
+        self._cut += 1 - kept
+        self._tokens += live
+        self._written += live & (state == self._start)
+        self._state = state.masked_fill(self._written == self.steps, self._done)
+
+    @property
+    def done(self) -> Tensor:
+        """(rows) bool: which have written all their steps."""
+        return self._state == self._done
+
+    @property
+    def cut(self) -> Tensor:
+        """(rows) float64: 1 - the product over tokens of what was kept.
+
+        It is the probability that free decoding, had it come the same way, would have left the grammar on it.
+        """
+        return 1 - self._kept
+
+    @property
+    def cut_mean(self) -> Tensor:
+        """(rows) float64: the mean over the tokens of a row's steps of the probability that was cut off."""
+        return self._cut / self._tokens.clamp(min=1)

@@ -1,0 +1,243 @@
+"""The judgement of a run: its forecasts beside naive ones, scored over the horizon, as tables in a folder.
+
+FOLDER/evaluation.json  forecasts.csv  history.csv  scores.csv  systems.csv  systems_scaled.csv  horizon.csv  tokens.csv
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from experiments import files, scores
+from experiments.evaluate import Forecasts
+from experiments.naive import SEASONAL
+from experiments.task import Task
+
+Parts = Mapping[str, list[int]]
+Row = dict[str, Any]
+BANDS = (("coverage50", "width50", 0.25, 0.75), ("coverage80", "width80", 0.1, 0.9))
+
+
+def tables(
+    task: Task,
+    made: Forecasts,
+    naive: Mapping[str, Mapping[str, NDArray[np.float64]]],
+    parts: Parts,
+    result: Mapping[str, Any],
+    expected: Mapping[str, int],
+    adapter: Path | None,
+) -> dict[str, Any]:
+    """Every file of an evaluation by name.
+
+    Args:
+        naive: the naive forecasts of each part by forecaster, (N, h, V).
+        parts: the systems of each part; "shown" is always one.
+        result: of the run: its `result.json`, or its losses alone.
+        expected: FLOPs as predicted.
+        adapter: the run's, None for the untrained model.
+    """
+    of = {part: made.of(systems) for part, systems in parts.items()}
+    guesses = {part: {"model": of[part].values, **naive[part]} for part in parts}
+    settings, loss = task.settings, result["validation_loss"]
+    horizon_loss = {part: float(np.concatenate(of[part].losses).mean()) for part in parts}
+    return {
+        "evaluation.json": {
+            "label": settings.label,
+            "points": settings.points,
+            "horizon": settings.horizon,
+            "parts": dict(parts),
+            "shown_names": {str(system): task.shape_of(system) for system in parts["shown"]},
+            "validation_loss": loss,
+            "validation_loss_with_padding": result.get("validation_loss_with_padding"),
+            "validation_tokens": result["validation_tokens"],
+            "perplexity": math.exp(loss),
+            "horizon_loss": horizon_loss,
+            "horizon_perplexity": {part: math.exp(nats) for part, nats in horizon_loss.items()},
+            "sampling": settings.judged,
+            "temperature": settings.sampling_temperature,
+            "top_k": settings.top_k,
+            "top_p": settings.top_p,
+            "repetition_penalty": settings.repetition_penalty,
+            "num_samples": settings.num_samples,
+            "constrained": settings.constrained,
+            "unparsed_steps": {part: int(np.isnan(of[part].values).any(-1).sum()) for part in parts},
+            "forecast_steps": {part: len(systems) * settings.horizon for part, systems in parts.items()},
+            "flops": made.flops,
+            "predicted_flops": dict(expected),
+            "convention": "coursework",
+            "data_sha256": task.dataset.digest,
+            "adapter_sha256": adapter and files.file_digest(adapter / "adapter_model.safetensors"),
+        },
+        "forecasts.csv": list(_forecasts(task, made)),
+        "history.csv": list(_history(task, of["shown"])),
+        "scores.csv": [row for part in parts for row in _scores(task, part, of[part], guesses[part])],
+        "systems.csv": _systems(task, of, guesses, parts),
+        "systems_scaled.csv": _systems(task, of, guesses, {"shown": parts["shown"]}, scaled=True),
+        "horizon.csv": [row for part in parts for row in _horizon(task, part, of[part], guesses[part])],
+        "tokens.csv": list(_tokens(task, of["shown"])),
+    }
+
+
+def write(folder: Path, tables: Mapping[str, Any]) -> None:
+    """Write every table into `folder`, which then holds these or, if that fails, what it held before."""
+    with files.atomic_folder(folder) as new:
+        for name, content in tables.items():
+            (files.write_json if name.endswith(".json") else files.write_csv)(new / name, content)
+
+
+def _scores(task: Task, part: str, made: Forecasts, guesses: Mapping[str, NDArray[np.float64]]) -> Iterator[Row]:
+    names, seed = task.dataset.names, task.settings.seed
+    for unit in ("raw", "scaled"):
+        by = task.alphas[made.systems][:, None, None] if unit == "scaled" else np.ones((len(made.systems), 1, 1))
+        truth, fallback = made.truth / by, guesses["persistence"] / by
+        reference = guesses[SEASONAL] / by
+        for forecaster, values in guesses.items():
+            full, unparsed = scores.filled(values / by, fallback)
+            every = scores.by_variable(truth, full, names)
+            for v, (variable, errors) in enumerate(every.items()):
+                of = slice(v - 1, v) if v else slice(None)
+                squared, plain = (scores.per_series(truth[..., of], full[..., of], m) for m in ("mse", "mae"))
+                repeated = scores.per_series(truth[..., of], reference[..., of])
+                row: Row = {"part": part, "unit": unit, "forecaster": forecaster, "variable": variable}
+                row |= {"series": len(truth), "steps": unparsed.size, "unparsed_steps": int(unparsed.sum())}
+                row |= dict(zip(("mse_low", "mse_high"), scores.interval(squared, seed), strict=True))
+                row |= dict(zip(("mae_low", "mae_high"), scores.interval(plain, seed), strict=True))
+                row |= errors
+                row["skill"] = scores.skill(errors["mse"], float(repeated.mean()))
+                row["won"] = scores.won(squared, repeated)
+                low, high = scores.paired_interval(squared, repeated, seed)
+                row |= {"difference_low": low, "difference_high": high}
+                yield row | _probabilistic(made, forecaster, by, of)
+
+
+def _probabilistic(made: Forecasts, forecaster: str, by, of: slice) -> Row:
+    """CRPS, coverage and width of the samples' bands; nothing but for a model that was sampled."""
+    row: Row = dict.fromkeys(("crps", "coverage50", "coverage80", "width50", "width80"))
+    if forecaster != "model" or made.samples is None:
+        return row
+    truth, bands = made.truth[..., of] / by, scores.quantiles(made.samples[..., of] / by[:, None])
+    parsed = ~np.isnan(bands[0])
+    if not parsed.any():
+        return row
+    row["crps"] = float(np.nanmean(scores.crps(truth, made.samples[..., of] / by[:, None])))
+    for coverage, width, low, high in BANDS:
+        lower, upper = (bands[scores.QUANTILES.index(q)] for q in (low, high))
+        row[coverage], row[width] = scores.coverage(truth, lower, upper), scores.width(lower, upper)
+    return row
+
+
+def _systems(task: Task, of, guesses, parts: Parts, scaled: bool = False) -> list[Row]:
+    """A row for each system, forecaster and variable; a system of several parts once."""
+    rows: dict[tuple, Row] = {}
+    for part, systems in parts.items():
+        for i, system in enumerate(systems):
+            by = task.alphas[system] if scaled else 1.0
+            for forecaster, values in guesses[part].items():
+                full, unparsed = scores.filled(values[i] / by, guesses[part]["persistence"][i] / by)
+                for variable, errors in scores.by_variable(of[part].truth[i] / by, full, task.dataset.names).items():
+                    row = rows.setdefault(
+                        (system, forecaster, variable),
+                        {"unique_id": system, "class": task.shape_of(system), "parts": part}
+                        | {"forecaster": forecaster, "variable": variable}
+                        | errors
+                        | {"unparsed_steps": int(unparsed.sum())}
+                        | _cut(of[part], i, forecaster),
+                    )
+                    if part not in row["parts"].split():
+                        row["parts"] += f" {part}"
+    return list(rows.values())
+
+
+def _cut(made: Forecasts, i: int, forecaster: str) -> Row:
+    if forecaster != "model" or made.cut is None or made.cut_mean is None:
+        return {"cut_mass": None, "cut_mass_mean": None}
+    return {"cut_mass": float(made.cut[i]), "cut_mass_mean": float(made.cut_mean[i])}
+
+
+def _horizon(task: Task, part: str, made: Forecasts, guesses) -> Iterator[Row]:
+    for forecaster, values in guesses.items():
+        full, _ = scores.filled(values, guesses["persistence"])
+        for v, variable in enumerate(("all", *task.dataset.names)):
+            of = slice(v - 1, v) if v else slice(None)
+            by_step = scores.by_step(made.truth[..., of], full[..., of])
+            for step in range(task.settings.horizon):
+                row = {"part": part, "forecaster": forecaster, "variable": variable, "step": step + 1}
+                yield row | {name: float(values[step]) for name, values in by_step.items()}
+
+
+def _forecasts(task: Task, made: Forecasts) -> Iterator[Row]:
+    """In the long form of the forecasting ecosystem: unique_id, ds, y, y_hat, and quantiles."""
+    time = task.dataset.time[task.settings.points :]
+    parsed: NDArray[np.bool_] = ~np.isnan(made.values.sum(axis=2))  # (N, h)
+    bands = made.quantiles
+    for i, system in enumerate(made.systems):
+        for v, variable in enumerate(task.dataset.names):
+            for step in range(task.settings.horizon):
+                row: Row = {"unique_id": system, "ds": float(time[step]), "variable": variable}
+                row["y"] = float(made.truth[i, step, v])
+                row["y_hat"] = _number(made.values[i, step, v])
+                for q, level in enumerate(scores.QUANTILES):
+                    row[f"q{level:g}"] = None if bands is None else _number(bands[q, i, step, v])
+                yield row | {"parsed": int(parsed[i, step])}
+
+
+def _history(task: Task, made: Forecasts) -> Iterator[Row]:
+    for i, system in enumerate(made.systems):
+        for v, variable in enumerate(task.dataset.names):
+            for point, value in enumerate(made.context[i, :, v]):
+                row = {"unique_id": system, "ds": float(task.dataset.time[point]), "variable": variable}
+                yield row | {"y": float(value)}
+
+
+def _tokens(task: Task, made: Forecasts) -> Iterator[Row]:
+    """The true horizon token by token, with what each cost the model."""
+    settings = task.settings
+    separator = task.tokenizer.encode(";")
+    for system, losses in zip(made.systems, made.losses, strict=True):
+        whole = task.tokens(system, settings.points + settings.horizon)
+        step = 0
+        for position, (token, nats) in enumerate(zip(whole[-len(losses) :], losses, strict=True)):
+            text = task.tokenizer.decode([token])
+            row = {"unique_id": system, "position": position, "step": step, "token": token, "text": text}
+            yield row | {"nats": float(nats)}
+            step += [token] == separator
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else float(value)
+
+
+def table(evaluation: Mapping[str, Any], rows: Sequence[Row], part: str) -> str:
+    """The scores of one part in raw units as aligned text."""
+    lines = [f"({evaluation['label']})"] if evaluation["label"] else []
+    series, steps = len(evaluation["parts"][part]), evaluation["forecast_steps"][part]
+    lines += [
+        f"validation loss {evaluation['validation_loss']:.4f} nats per real token "
+        f"(perplexity {evaluation['perplexity']:.3f}), of {evaluation['validation_tokens']:,}; "
+        f"of the true horizon {evaluation['horizon_loss'][part]:.4f}",
+        f"forecasts of {series} series ({part}), {evaluation['points']} points -> {evaluation['horizon']}, "
+        f"raw units, {evaluation['sampling']}; "
+        f"{evaluation['unparsed_steps'][part]} of {steps} steps did not parse (scored as persistence)",
+        "",
+        f"{'':16} {'MSE':>8} {'95 % interval':>17} {'RMSE':>8} {'MAE':>8} {'R2':>8} {'skill':>8} {'won':>5}",
+    ]
+    for row in rows:
+        if (row["part"], row["unit"], row["variable"]) == (part, "raw", "all"):
+            lines.append(
+                f"{row['forecaster']:16} {row['mse']:8.4f} {row['mse_low']:8.4f}-{row['mse_high']:8.4f} "
+                f"{row['rmse']:8.4f} {row['mae']:8.4f} {_shown(row['r2'])} {_shown(row['skill'])} {row['won']:5}"
+            )
+    flops = evaluation["flops"]
+    lines += [
+        "",
+        f"skill: 1 - MSE / MSE of the seasonal repeat; won: series with a lower MSE than its, of {series}",
+        f"FLOPs (coursework): validation {flops['validation']:,}, inference {flops['inference']:,}",
+    ]
+    return "\n".join(lines)
+
+
+def _shown(value: float | None) -> str:
+    return f"{'':8}" if value is None else f"{value:8.3f}"

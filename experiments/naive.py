@@ -1,0 +1,76 @@
+"""Forecasts that need no model, of a study's systems: made once, kept in the run folder, read back."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from experiments import baselines, files
+from experiments.law_fit import law_fits
+from experiments.task import Task
+
+SEASONAL = "seasonal repeat"  # the reference of every skill
+RULES = {
+    "persistence": baselines.persistence,
+    "context mean": baselines.context_mean,
+    SEASONAL: baselines.seasonal_repeat,
+}
+Forecasts = dict[str, NDArray[np.float64]]
+
+
+def forecasts(task: Task, systems: Sequence[int]) -> Forecasts:
+    """Persistence, the context's mean, a seasonal repeat, and for predator and prey a fit of their law, (N, h, V)."""
+    settings, dataset = task.settings, task.dataset
+    series = dataset.series[np.asarray(systems, int)].astype(np.float64)
+    context = series[:, : settings.points]
+    found = {name: np.stack([rule(one, settings.horizon) for one in context]) for name, rule in RULES.items()}
+    if dataset.names == ("prey", "predator"):
+        found["law fit"] = law_fits(dataset.time[: settings.points + settings.horizon], context)
+    return found
+
+
+def kept(task: Task, systems: Sequence[int], path: Path) -> Forecasts:
+    """The forecasts of `systems`, from the CSV at `path`, or made and written there.
+
+    Raises:
+        ValueError: the file is not what this wrote for these systems.
+    """
+    settings, names = task.settings, task.dataset.names
+    end = settings.points + settings.horizon
+    time = task.dataset.time[settings.points : end]
+    if not path.is_file():
+        made = forecasts(task, systems)
+        files.write_csv(
+            path,
+            [
+                {
+                    "forecaster": name,
+                    "unique_id": system,
+                    "ds": float(time[step]),
+                    "variable": variable,
+                    "y": float(task.dataset.series[system, settings.points + step, v]),
+                    "y_hat": float(values[i, step, v]),
+                }
+                for name, values in made.items()
+                for i, system in enumerate(systems)
+                for v, variable in enumerate(names)
+                for step in range(settings.horizon)
+            ],
+        )
+        return made
+    try:
+        _, rows = files.read_csv(path)
+        found: Forecasts = {}
+        shape = len(systems), len(names), settings.horizon
+        for name in dict.fromkeys(row["forecaster"] for row in rows):
+            mine = [row for row in rows if row["forecaster"] == name]
+            if [int(row["unique_id"]) for row in mine] != np.repeat(systems, shape[1] * shape[2]).tolist():
+                raise ValueError("forecasts of other systems")
+            values = np.array([float(row["y_hat"]) for row in mine]).reshape(shape)
+            found[name] = values.transpose(0, 2, 1)  # (N, h, V)
+        if SEASONAL not in found:
+            raise ValueError(f"no {SEASONAL}")
+    except (ValueError, KeyError) as e:
+        raise ValueError(f"{path}: {e}: expected the forecasts of this run; delete it, and it is made again") from None
+    return found

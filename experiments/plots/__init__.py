@@ -1,0 +1,22 @@
+"""Figures from plain records, written as PNG atomically; no window, no global state, colour-blind safe."""
+
+from experiments.plots.flops import budget_bar, flops_bars
+from experiments.plots.forecasts import forecast, forecast_grid, phase_plane
+from experiments.plots.gradients import gradient_norms
+from experiments.plots.scores import horizon_error, running_rmse, score_bars, token_loss
+from experiments.plots.training import heat_map, loss_curves
+
+__all__ = [
+    "budget_bar",
+    "flops_bars",
+    "forecast",
+    "forecast_grid",
+    "gradient_norms",
+    "heat_map",
+    "horizon_error",
+    "loss_curves",
+    "phase_plane",
+    "running_rmse",
+    "score_bars",
+    "token_loss",
+]

@@ -1,0 +1,156 @@
+"""The page of a run: report.html, one self-contained file, and report.md, from the records of its folder alone.
+
+`records` reads a file strictly, `study` and `evaluation` say what is where, `document` is what a page is made of;
+the other modules make its sections, and templates/ its two forms.
+"""
+
+import base64
+import struct
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from experiments import files
+from experiments.report import accounting, claims, forecasts, overview, sampling, scoring, training
+from experiments.report.document import Block, Facts, Figure, Inline, Section, Table
+from experiments.report.records import Fields, short
+from experiments.report.study import Study
+
+SECTIONS: tuple[Callable[[Study], Section], ...] = (
+    *(overview.summary, scoring.by_stage, overview.preprocessing, training.curves, training.grid, training.context),
+    *(training.gradients, forecasts.forecasts, scoring.scores, sampling.sampling, claims.figures),
+    *(accounting.accounting, overview.settings),
+)
+
+ABOUT = {
+    **dict.fromkeys(("preprocessing", "scaling", "split"), "preprocessing"),
+    **dict.fromkeys(("loss", "figures"), "training"),
+    **{name: name for name in ("forecasts", "scores", "accounting", "sampling", "grid", "context")},
+    "final": "stages",
+}
+"""The section that a footnote stands in, by what it is about."""
+
+
+def build(run: Path) -> Path:
+    """Write report.html, report.md, figures/*.png and tables/*.csv into a run's folder; return the HTML file.
+
+    Nothing but the records in the folder is read. Each file is written atomically, and none before all are made.
+
+    Raises:
+        ValueError: a record is missing or broken; one line names the file, the fault and what was expected.
+            Nothing is written then.
+    """
+    run = Path(run)
+    if not run.is_dir():
+        raise ValueError(f"{run}: no such folder: expected that of a study or a grid")
+    study = Study(run)
+    sections = annotated(study)
+    images = drawn(sections)
+    html, markdown = rendered(study, sections, images)
+    for name, png in images.items():
+        files.write_bytes(run / "figures" / f"{name}.png", png)
+    for table in tables(sections):
+        files.write_text(run / "tables" / f"{table.name}.csv", table.csv(study.label))
+    files.write_text(run / "report.md", markdown)
+    files.write_text(run / "report.html", html)
+    return run / "report.html"
+
+
+def annotated(study: Study) -> list[Section]:
+    """The sections of the page, each with its footnotes, numbered over the whole page, and the digests at the end."""
+    notes = Fields(str(study.root / "protocol.toml"), {"footnote": study.protocol.get("footnote", [])})
+    by_section: dict[str, list[str]] = {}
+    for note in notes.objects("footnote"):
+        if note.text("about") not in ABOUT:
+            raise ValueError(f"{note.where}: about is {note.text('about')!r}: expected one of {', '.join(ABOUT)}")
+        by_section.setdefault(ABOUT[note.text("about")], []).append(note.text("text"))
+    number, sections = 0, []
+    for make in SECTIONS:
+        section = make(study)
+        texts = by_section.get(section.id, [])
+        numbered = list(enumerate(texts, number + 1))
+        number += len(texts)
+        blocks = [*section.blocks, overview.records_read(study)] if make is SECTIONS[-1] else section.blocks
+        sections.append(Section(section.id, section.title, blocks, numbered))
+    return sections
+
+
+def blocks(sections: list[Section]) -> Iterator[Block]:
+    return (block for section in sections for block in section.blocks)
+
+
+def tables(sections: list[Section]) -> list[Table]:
+    return [block for block in blocks(sections) if isinstance(block, Table)]
+
+
+def drawn(sections: list[Section]) -> dict[str, bytes]:
+    """Every figure of the page as PNG, by name."""
+    with tempfile.TemporaryDirectory() as folder:
+        images = {}
+        for figure in blocks(sections):
+            if isinstance(figure, Figure):
+                path = Path(folder, "figure.png")
+                figure.draw(path)
+                images[figure.name] = path.read_bytes()
+    return images
+
+
+def rendered(study: Study, sections: list[Section], images: dict[str, bytes]) -> tuple[str, str]:
+    """The page as HTML, with its figures inside, and as Markdown, with links to them."""
+
+    def again(block: Table | Figure | Facts) -> list[str]:
+        """The commands that make a block's records and then the block."""
+        known = study.commands
+        made = [known.get(stage, known["study"]) for stage in block.stages or ("study",)]
+        return list(dict.fromkeys([*made, known["report"]]))
+
+    def sources(block: Table | Figure | Facts) -> list[tuple[str, str]]:
+        return [(name, short(study.records.digests[name])) for name in dict.fromkeys(block.sources)]
+
+    values: dict[str, Any] = {
+        "title": study.title,
+        "label": study.label,
+        "report": study.commands["report"],
+        "sections": sections,
+        "again": again,
+        "sources": sources,
+        "kind": lambda block: type(block).__name__,
+        "image": lambda figure: base64.b64encode(images[figure.name]).decode(),
+        "size": lambda figure: struct.unpack(">II", images[figure.name][16:24]),  # of a PNG: width and height
+    }
+    html, markdown = (_environment().get_template(f"report.{name}.jinja").render(values) for name in ("html", "md"))
+    return html, markdown
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=lambda name: name is not None and name.endswith(".html.jinja"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["inline"] = inline
+    environment.filters["cell"] = escaped
+    environment.tests["text"] = lambda part: isinstance(part, str)
+    return environment
+
+
+def inline(parts: Inline) -> str:
+    """Parts of a text as plain text."""
+    return "".join(part if isinstance(part, str) else part.shown for part in parts)
+
+
+_ESCAPES: dict[str, str | int | None] = {c: f"\\{c}" for c in "\\`*_[]|"}
+_ESCAPES |= {"<": "&lt;", "&": "&amp;", "\n": "↵", "\r": ""}
+
+
+def escaped(text: str) -> str:
+    """A text that Markdown shows as it stands, in one line, so in a table's cell too."""
+    return text.translate(str.maketrans(_ESCAPES))

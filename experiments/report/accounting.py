@@ -1,0 +1,100 @@
+"""What it cost: FLOPs by stage beside the prediction and the budget, and a report's own totals beside the exact."""
+
+from collections import defaultdict
+
+from experiments import plots
+from experiments.report.document import (
+    Block,
+    Column,
+    Figure,
+    Inline,
+    Items,
+    Number,
+    Section,
+    Table,
+    Text,
+    not_run,
+    paragraph,
+    without_empty,
+)
+from experiments.report.records import Row
+from experiments.report.study import PARTS, Study
+
+
+def accounting(study: Study) -> Section:
+    """FLOPs by stage; predicted beside spent; claimed beside exact, with the mistakes."""
+    blocks: list[Block] = [_spent(study) if study.runs else not_run("Every stage")]
+    return Section("accounting", "FLOPs and the budget", blocks + _claimed(study))
+
+
+def total(study: Study) -> Row:
+    """The row of everything that was spent."""
+    found = [row for row in study.flops if (row["stage"], row["part"]) == ("all", "total")]
+    if len(found) != 1:
+        raise ValueError(f"{study.root / study.flops_file}: {len(found)} rows of all, total: expected one")
+    return found[0]
+
+
+def budget_bar(study: Study) -> Figure:
+    """FLOPs by stage and part beside the budget; the summary shows it."""
+    stages: dict[str, dict[str, int]] = defaultdict(dict)
+    for row in study.flops:
+        if row["stage"] != "all" and row["part"] in PARTS:
+            stages[row["stage"]][row["part"]] = row["flops"]
+    budget, label, title = study.budget, study.label, "FLOPs by stage beside the budget"
+    return Figure(
+        "budget",
+        "FLOPs spent by stage on training, validation and inference, beside the budget.",
+        lambda path: plots.budget_bar(dict(stages), budget, path, title, label),
+        [study.flops_file, *(["study.json"] if study.plan else ["config.toml"])],
+        list(stages),
+    )
+
+
+def _spent(study: Study) -> Table:
+    rows = []
+    for row in study.flops:
+        spent, predicted = row["flops"], row["predicted"]
+        more = spent - predicted if predicted is not None else None
+        rows.append([row["stage"], row["part"], spent, predicted, more, row["share_of_budget"]])
+    columns = [
+        *(Column("stage", "stage", "text"), Column("part", "part", "text"), Column("flops", "spent", "flops")),
+        *(Column("predicted", "predicted", "flops"), Column("difference", "spent - predicted", "flops")),
+        Column("share_of_budget", "share of the budget", "share"),
+    ]
+    caption = "FLOPs by stage, convention coursework: counted where each op ran, beside what was predicted."
+    stages = [stage for stage in dict.fromkeys(row["stage"] for row in study.flops) if stage != "all"]
+    return Table("flops", caption, columns, rows, [study.flops_file], stages, heads=2)
+
+
+def _claimed(study: Study) -> list[Block]:
+    """The report's own totals, what its formulas give, and the exact count of the same plan."""
+    if not study.records.has("accounting.csv"):
+        return []
+    counts = dict.fromkeys(("claimed", "reproduced", "exact"), "count or nothing")
+    counts |= {"share_of_exact": "number or nothing", "label": "text?", "note": "text?"}
+    rows = study.records.csv("accounting.csv", stage="text", part="text", **counts)
+    columns = [
+        *(Column("stage", "stage", "text"), Column("part", "part", "text"), Column("called", "its own name", "text")),
+        *(Column("claimed", "the report", "flops"), Column("reproduced", "by its own formulas", "flops")),
+        *(Column("exact", "exact", "flops"), Column("share_of_exact", "claimed / exact", "share")),
+        Column("note", "note", "text"),
+    ]
+    about = study.records.json("accounting.json")
+    said = str(about.values.get("title") or "FLOPs that the report claims, beside the exact count of the same plan")
+    caption = f"{said[0].upper()}{said[1:].rstrip('.')}."
+    notes: list[Block] = [paragraph(about.text("note"))] if about.values.get("note") else []
+    rows = [row | {"called": row["label"]} for row in rows]  # a column "label" is the page's own
+    columns, values = without_empty(columns, [[row[column.name] for column in columns] for row in rows])
+    heads = 3 if any(column.name == "called" for column in columns) else 2
+    table = Table("accounting", caption, columns, values, ["accounting.csv", "accounting.json"], heads=heads)
+    mistakes: list[Inline] = [[mistake] for mistake in about.texts("mistakes")]
+    heading = Text(["Claimed beside exact"], "heading")
+    return [heading, *notes, table, paragraph("Mistakes of that accounting:"), Items(mistakes)]
+
+
+def spent_of_budget(study: Study) -> Inline:
+    """What was spent, as a line of the summary."""
+    row = total(study)
+    spent, budget = Number(row["flops"], "flops"), Number(study.budget, "flops")
+    return [Number(row["share_of_budget"], "share"), " of the budget: ", spent, " of ", budget, " FLOPs"]

@@ -1,0 +1,195 @@
+"""What a page is made of: sections of tables, figures and text; and how a number is shown.
+
+A number keeps its exact value beside the digits that are shown: 4 significant ones, FLOPs in scientific notation.
+"""
+
+import csv
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+Kind = Literal["text", "code", "number", "integer", "flops", "share", "rate", "interval"]
+NOTHING = "–"
+"""What is shown where a value is not defined."""
+
+
+@dataclass(frozen=True)
+class Number:
+    """A value of a record, within a text or a cell of a table; None where it is not defined."""
+
+    value: Any
+    kind: Kind = "number"
+
+    @property
+    def shown(self) -> str:
+        return shown(self.value, self.kind)
+
+    @property
+    def exact(self) -> str:
+        """The value as the record has it, or an interval's mean; empty where it is not defined."""
+        return plain(self.value[0] if self.kind == "interval" else self.value)
+
+    @property
+    def is_numeric(self) -> bool:
+        return self.kind not in ("text", "code")
+
+
+Inline = Sequence[str | Number]
+
+
+@dataclass(frozen=True)
+class Column:
+    """`name` heads the column in the CSV file, `title` on the page."""
+
+    name: str
+    title: str
+    kind: Kind = "number"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of values under columns, shown on the page and written to tables/`name`.csv.
+
+    An interval is (mean, low, high), three columns of the CSV file. `sources` are records of the run's folder and
+    `stages` those whose commands make them. `marks` says of a cell (row, column) what is special about it. The first
+    `heads` columns name their row. A table that is `folded` shows its caption until it is opened."""
+
+    name: str
+    caption: str
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[Any]]
+    sources: Sequence[str]
+    stages: Sequence[str] = ()
+    marks: Mapping[tuple[int, int], str] = field(default_factory=dict)
+    heads: int = 1
+    folded: bool = False
+
+    @property
+    def cells(self) -> list[list[Number]]:
+        return [[Number(v, c.kind) for v, c in zip(row, self.columns, strict=True)] for row in self.rows]
+
+    def csv(self, label: str = "") -> str:
+        """The table as CSV: every value exact, an undefined one empty, and the label, if any, in every row."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        head: list[str] = []
+        for column in self.columns:
+            ends = ("", "_low", "_high") if column.kind == "interval" else ("",)
+            head += [column.name + end for end in ends]
+        labels = [label] if label else []
+        writer.writerow(head + ["label"][: len(labels)])
+        for row in self.rows:
+            values: list[Any] = []
+            for value, column in zip(row, self.columns, strict=True):
+                values += value if column.kind == "interval" else [value]
+            writer.writerow([plain(value) for value in values] + labels)
+        return text.getvalue()
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A drawing, figures/`name`.png, that `draw` writes to the path it is given."""
+
+    name: str
+    caption: str
+    draw: Callable[[Path], None]
+    sources: Sequence[str]
+    stages: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Text:
+    """A paragraph, a line of code ("pre"), a warning, or a sub-heading."""
+
+    parts: Inline
+    style: Literal["paragraph", "pre", "warning", "heading"] = "paragraph"
+
+
+@dataclass(frozen=True)
+class Items:
+    """A list of paragraphs."""
+
+    items: Sequence[Inline]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the page says first: terms, each with what holds of it."""
+
+    facts: Sequence[tuple[str, Inline]]
+    sources: Sequence[str]
+    stages: Sequence[str] = ()
+
+
+Block = Table | Figure | Text | Items | Facts
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page; `footnotes` are (number, text)."""
+
+    id: str
+    title: str
+    blocks: Sequence[Block]
+    footnotes: Sequence[tuple[int, str]] = ()
+
+
+def without_empty(columns: Sequence[Column], rows: Sequence[Sequence[Any]]) -> tuple[list[Column], list[list[Any]]]:
+    """The columns that any row has a value in, and the rows without the others."""
+    kept = [
+        i
+        for i, column in enumerate(columns)
+        if not rows or any((row[i][0] if column.kind == "interval" else row[i]) not in (None, "") for row in rows)
+    ]
+    return [columns[i] for i in kept], [[row[i] for i in kept] for row in rows]
+
+
+def paragraph(*parts: str | Number) -> Text:
+    return Text(parts)
+
+
+def not_run(what: str) -> Text:
+    return Text([f"{what}: not run."])
+
+
+def shown(value: Any, kind: Kind = "number") -> str:
+    """A value in the digits of the page."""
+    if kind == "interval":
+        mean, low, high = value
+        if mean is None:
+            return NOTHING
+        ends = "" if low is None or high is None else f" ({shown(low)} to {shown(high)})"
+        return shown(mean) + ends
+    if value is None or value == "":
+        return NOTHING
+    if kind in ("text", "code"):
+        return str(value)
+    if kind == "integer":
+        return f"{value:,}"
+    if kind == "flops":
+        return _powers(f"{value:.3e}") if value else "0"
+    if kind == "share":
+        return f"{_significant(100 * value)}\N{NO-BREAK SPACE}%"
+    if kind == "rate":  # 0.0001 as 1e-4, as learning rates are written
+        mantissa, _, exponent = f"{value:e}".partition("e")
+        return f"{value:g}" if value == 0 or value >= 0.1 else f"{float(mantissa):g}e{int(exponent)}"
+    return _significant(value)
+
+
+def plain(value: Any) -> str:
+    """A value as a record has it: `repr` precision, whole integers, nothing for None."""
+    return "" if value is None else str(value)
+
+
+def _significant(value: float) -> str:
+    if value == 0:
+        return "0"
+    return _powers(f"{value:#.4g}").removesuffix(".")
+
+
+def _powers(text: str) -> str:
+    """1.235e-05 as 1.235e-5."""
+    mantissa, _, exponent = text.partition("e")
+    return f"{mantissa}e{int(exponent)}" if exponent else text

@@ -1,0 +1,156 @@
+"""How the forecasts of a run were judged: the records below its evaluation/."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from experiments.report.records import Fields, Records, Row
+from experiments.scores import QUANTILES
+
+Floats = NDArray[np.float64]
+
+MODEL = "model"  # among the forecasters
+NAIVE = "naive/shown.csv"
+
+_SCORES = {
+    **dict.fromkeys(("part", "unit", "forecaster", "variable"), "text"),
+    **dict.fromkeys(("series", "steps", "unparsed_steps", "won"), "count"),
+    **dict.fromkeys(("mse", "rmse", "mae", "mape"), "number"),
+    **dict.fromkeys(("mse_low", "mse_high", "mae_low", "mae_high", "r2", "skill"), "number or nothing"),
+    **dict.fromkeys(("crps", "coverage50", "coverage80", "width50", "width80"), "number or nothing"),
+    **dict.fromkeys(("difference_low", "difference_high"), "number or nothing?"),
+}
+_SYSTEMS = {
+    **dict.fromkeys(("unique_id", "class", "parts", "forecaster", "variable"), "text"),
+    **dict.fromkeys(("mse", "rmse", "mae", "mape"), "number"),
+    **dict.fromkeys(("r2", "cut_mass", "cut_mass_mean"), "number or nothing"),
+    "unparsed_steps": "count",
+}
+
+
+@dataclass(frozen=True)
+class System:
+    """One series of the part "shown" as it was forecast: context (P, V), truth and forecast (h, V), raw units.
+
+    A step that did not parse is NaN in `forecast`; `quantiles` (h, V) by level, or None."""
+
+    id: str
+    shape: str
+    time: Floats
+    context: Floats
+    truth: Floats
+    forecast: Floats
+    quantiles: dict[float, Floats] | None
+
+    @property
+    def title(self) -> str:
+        return f"system {self.id} ({self.shape})" if self.shape else f"system {self.id}"
+
+
+class Evaluation:
+    """The records below a run's evaluation/, each read when it is asked for."""
+
+    def __init__(self, records: Records, folder: str):
+        self.records, self.folder = records, folder
+
+    def file(self, name: str) -> str:
+        return f"{self.folder}/evaluation/{name}"
+
+    @cached_property
+    def about(self) -> Fields:
+        return self.records.json(self.file("evaluation.json"))
+
+    @cached_property
+    def scores(self) -> list[Row]:
+        return self.records.csv(self.file("scores.csv"), **_SCORES)
+
+    @cached_property
+    def systems(self) -> list[Row]:
+        return self.records.csv(self.file("systems.csv"), **_SYSTEMS)
+
+    @cached_property
+    def systems_scaled(self) -> list[Row]:
+        return self.records.csv(self.file("systems_scaled.csv"), **_SYSTEMS)
+
+    @cached_property
+    def horizon(self) -> list[Row]:
+        columns = {"part": "text", "forecaster": "text", "variable": "text", "step": "count"}
+        return self.records.csv(
+            self.file("horizon.csv"), **columns, **dict.fromkeys(("mse", "mae", "running_rmse"), "number")
+        )
+
+    @cached_property
+    def tokens(self) -> list[Row]:
+        counts = dict.fromkeys(("position", "step", "token"), "count")
+        return self.records.csv(self.file("tokens.csv"), unique_id="text", **counts, text="text", nats="number")
+
+    @property
+    def parts(self) -> list[str]:
+        return [part for part in ("validation", "test", "shown") if part in self.about.fields("parts").values]
+
+    @property
+    def shown(self) -> list[str]:
+        return [str(system) for system in self.about.counts("parts.shown")] if "shown" in self.parts else []
+
+    def score(self, part: str, forecaster: str = "model", unit: str = "raw", variable: str = "all") -> Row | None:
+        """The one row of scores.csv that is asked for, if there is one."""
+        wanted = {"part": part, "forecaster": forecaster, "unit": unit, "variable": variable}
+        return next((row for row in self.scores if wanted.items() <= row.items()), None)
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The variables, in the order of the records."""
+        return list(dict.fromkeys(row["variable"] for row in self._history))
+
+    @cached_property
+    def forecasts(self) -> list[System]:
+        """The shown systems as the model forecast them."""
+        levels = {level: f"q{level:g}" for level in QUANTILES}
+        rows = self.records.csv(
+            self.file("forecasts.csv"),
+            **{"unique_id": "text", "ds": "number", "variable": "text", "y": "number", "y_hat": "number or nothing"},
+            **dict.fromkeys(levels.values(), "number or nothing"),
+        )
+        return [self._system(system, self.file("forecasts.csv"), rows, levels) for system in self.shown]
+
+    def naive(self, forecaster: str) -> list[System]:
+        """The shown systems as a naive forecaster has them; none where it is not recorded."""
+        columns = {"forecaster": "text", "unique_id": "text", "ds": "number", "variable": "text", "y": "number"}
+        rows = self.records.csv(NAIVE, **columns, y_hat="number or nothing")
+        rows = [row for row in rows if row["forecaster"] == forecaster]
+        return [self._system(system, NAIVE, rows, {}) for system in self.shown] if rows else []
+
+    @cached_property
+    def _history(self) -> list[Row]:
+        columns = {"unique_id": "text", "ds": "number", "variable": "text", "y": "number"}
+        return self.records.csv(self.file("history.csv"), **columns)
+
+    @cached_property
+    def _shapes(self) -> dict[str, str]:
+        return {row["unique_id"]: row["class"] for row in self.systems}
+
+    def _system(self, system: str, file: str, rows: Sequence[Row], levels: Mapping[float, str]) -> System:
+        """One series as the rows of a file forecast it, with the columns of its quantiles by level."""
+        past = [row for row in self._history if row["unique_id"] == system]
+        future = [row for row in rows if row["unique_id"] == system]
+        time = [row["ds"] for row in (*past, *future) if row["variable"] == self.names[0]]
+        context = self._grid(self.file("history.csv"), past, "y", system)
+        truth, forecast = (self._grid(file, future, column, system) for column in ("y", "y_hat"))
+        bands = {level: self._grid(file, future, column, system) for level, column in levels.items()}
+        sampled = any(np.isfinite(values).any() for values in bands.values())
+        shape = self._shapes.get(system, "")
+        return System(system, shape, np.array(time), context, truth, forecast, bands if sampled else None)
+
+    def _grid(self, file: str, rows: Sequence[Row], column: str, system: str) -> Floats:
+        """The values of one column as (steps, V), an empty one NaN."""
+        values = [[row[column] for row in rows if row["variable"] == name] for name in self.names]
+        if not rows or len({len(one) for one in values}) != 1 or sum(map(len, values)) != len(rows):
+            counts = ", ".join(f"{len(one)} of {name}" for name, one in zip(self.names, values, strict=True))
+            raise ValueError(
+                f"{self.records.root / file}: system {system} has {counts or 'no rows'}: "
+                "expected some of each variable, and as many of each"
+            )
+        return np.array(values, np.float64).T

@@ -1,0 +1,210 @@
+"""The systems that are shown: their forecasts, phase plane, running RMSE, and the loss of every token of one."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments import plots, scores
+from experiments.report.document import Block, Column, Figure, Section, Table, Text, not_run, paragraph
+from experiments.report.evaluation import MODEL, NAIVE, Evaluation, Floats, System
+from experiments.report.study import TITLES, Run, Study
+from experiments.shapes import RULE
+
+UNAIDED = ("seasonal repeat", "law fit")
+"""The forecasts without a model that are drawn beside the model's."""
+
+
+def forecasts(study: Study) -> Section:
+    """Every shown system under the final, the default and the untrained model, and what needs no model."""
+    blocks: list[Block] = [paragraph("Class of a system: ", RULE)] if study.main() else []
+    main = {run.stage: (run, evaluation) for run, evaluation in study.main()}
+    for stage in reversed(TITLES):
+        if stage not in main:
+            blocks.append(not_run(f"Forecasts of the {TITLES[stage]}"))
+        elif main[stage][1].shown:
+            blocks += _of_run(study, *main[stage])
+    last = next((main[stage] for stage in reversed(TITLES) if stage in main and main[stage][1].shown), None)
+    if last and study.records.has(NAIVE):
+        blocks += _naive(study, *last)
+    return Section("forecasts", "Forecasts of the shown systems", blocks)
+
+
+def _of_run(study: Study, run: Run, evaluation: Evaluation) -> list[Block]:
+    names, systems, label = evaluation.names, evaluation.forecasts, study.label
+    files = [evaluation.file(name) for name in ("forecasts.csv", "history.csv", "systems.csv")]
+    drawn = [_mapping(system) for system in systems]
+    running = {system.id: _running(system) for system in systems}
+    lines = [{"title": system.title, "values": running[system.id]} for system in systems]
+    bands = ", with the bands of its samples" if any(system.quantiles for system in systems) else ""
+    title = run.title
+    blocks: list[Block] = [
+        Text([title.capitalize()], "heading"),
+        *_names(evaluation, systems),
+        Figure(
+            f"forecasts-{run.stage}",
+            f"Forecasts of the {title}{bands}, with the class that is computed for each system.",
+            lambda path: plots.forecast_grid(drawn, names, path, f"Forecasts, {title}", label),
+            files,
+            [run.stage],
+        ),
+        _systems(run, evaluation, "raw"),
+        _systems(run, evaluation, "scaled"),
+        Figure(
+            f"running-rmse-{run.stage}",
+            f"Root of the mean squared error up to each step, {title}, raw units; a step that did not parse counts as "
+            "persistence.",
+            lambda path: plots.running_rmse(lines, names, path, f"Running RMSE, {title}", label),
+            files,
+            [run.stage],
+        ),
+        _running_table(run, evaluation, running, {}),
+    ]
+    if scales := _scales(evaluation):
+        blocks.append(_running_table(run, evaluation, running, scales))
+    if len(names) == 2:
+        blocks.append(
+            Figure(
+                f"phase-{run.stage}",
+                f"Phase plane of the shown systems, {title}: {names[0]} against {names[1]}.",
+                lambda path: plots.phase_plane(drawn, names, path, f"Phase plane, {title}", label),
+                files,
+                [run.stage],
+            )
+        )
+    return blocks + _tokens(study, run, evaluation)
+
+
+def _names(evaluation: Evaluation, systems: Sequence[System]) -> list[Block]:
+    """Where the report has another word for a system than its computed class."""
+    given = evaluation.about.fields("shown_names").values if "shown_names" in evaluation.about.values else {}
+    other = [s for s in systems if s.id in given and given[s.id] != s.shape]
+    said = "; ".join(f"system {s.id} is {given[s.id]} there and {s.shape} by the computed class" for s in other)
+    return [paragraph(f"The report's names differ: {said}.")] if other else []
+
+
+def _systems(run: Run, evaluation: Evaluation, kind: str) -> Table:
+    """Errors of each shown system and species: the model's in "raw" or "scaled" units, or the "naive" forecasters'."""
+    columns = [
+        *(Column("unique_id", "system", "text"), Column("class", "class", "text")),
+        *(Column("variable", "species", "text"), Column("forecaster", "forecaster", "text")),
+        *(Column("mse", "MSE"), Column("rmse", "RMSE"), Column("mae", "MAE"), Column("mape", "MAPE", "share")),
+        *(Column("r2", "R²"), Column("unparsed_steps", "steps not parsed", "integer")),
+    ]
+    columns = [c for c in columns if c.name != ("unparsed_steps" if kind == "naive" else "forecaster")]
+    rows = [
+        [row[column.name] for column in columns]
+        for row in (evaluation.systems_scaled if kind == "scaled" else evaluation.systems)
+        if row["unique_id"] in evaluation.shown and (row["forecaster"] == MODEL) != (kind == "naive")
+    ]
+    rows.sort(key=lambda row: evaluation.shown.index(row[0]))
+    unit = "scaled units, as the reports have them" if kind == "scaled" else "raw units"
+    who = "forecasts without a model" if kind == "naive" else run.title
+    return Table(
+        "systems-naive" if kind == "naive" else f"systems-{run.stage}{'-scaled' if kind == 'scaled' else ''}",
+        f"Errors of each shown system over its horizon, {who}, {unit}.",
+        columns,
+        rows,
+        [evaluation.file("systems_scaled.csv" if kind == "scaled" else "systems.csv")],
+        [run.stage],
+        heads=3,
+        folded=kind == "naive",
+    )
+
+
+def _running(system: System) -> Floats:
+    """Running RMSE of each variable, (h, V); a step that did not parse is persistence, as in every score."""
+    fallback = np.broadcast_to(system.context[-1], system.truth.shape)
+    forecast, _ = scores.filled(system.forecast[None], fallback[None])
+    each = [scores.running_rmse(system.truth[None, :, [v]], forecast[:, :, [v]]) for v in range(system.truth.shape[1])]
+    return np.stack(each, axis=1)
+
+
+def _scales(evaluation: Evaluation) -> dict[str, float]:
+    """Scaled over raw units by system: the ratio of the largest of its RMSE in both records."""
+    found = {}
+    for system in evaluation.shown:
+        raw, scaled = (
+            {(r["forecaster"], r["variable"]): r["rmse"] for r in rows if r["unique_id"] == system}
+            for rows in (evaluation.systems, evaluation.systems_scaled)
+        )
+        best = max((key for key in raw if key in scaled), key=lambda key: raw[key], default=None)
+        if best and raw[best]:
+            found[system] = scaled[best] / raw[best]
+    return found
+
+
+def _running_table(
+    run: Run, evaluation: Evaluation, running: Mapping[str, Floats], scales: Mapping[str, float]
+) -> Table:
+    """Running RMSE by step, a column for each system and species; in scaled units where `scales` are given."""
+    columns, values = [Column("step", "step", "integer")], []
+    for system, raw in running.items():
+        if not scales or system in scales:
+            columns += [Column(f"{system}_{name}", f"{system} {name}") for name in evaluation.names]
+            values.append(raw * scales.get(system, 1.0))
+    steps = min(map(len, values), default=0)
+    rows = [[step + 1, *(float(x) for one in values for x in one[step])] for step in range(steps)]
+    files = ["forecasts.csv", "history.csv"] + (["systems.csv", "systems_scaled.csv"] if scales else [])
+    unit = "scaled units, by the ratio of the RMSE in both units" if scales else "raw units"
+    return Table(
+        f"running-rmse-{run.stage}{'-scaled' if scales else ''}",
+        f"Running RMSE of each shown system and species by step, {run.title}, {unit}.",
+        columns,
+        rows,
+        [evaluation.file(name) for name in files],
+        [run.stage],
+        folded=True,
+    )
+
+
+def _tokens(study: Study, run: Run, evaluation: Evaluation) -> list[Block]:
+    """The loss of every token of one system's true horizon."""
+    system = next((s for s in evaluation.shown if any(row["unique_id"] == s for row in evaluation.tokens)), None)
+    if system is None:
+        return []
+    rows = sorted((r for r in evaluation.tokens if r["unique_id"] == system), key=lambda row: row["position"])
+    nats, steps, texts = ([row[name] for row in rows] for name in ("nats", "step", "text"))
+    caption = f"Loss of each token of system {system}'s true horizon under the {run.title}, in nats"
+    title = f"Loss by token, system {system}, {run.title}"
+    file = [evaluation.file("tokens.csv")]
+    figure = Figure(
+        f"token-loss-{run.stage}",
+        f"{caption}, along the horizon.",
+        lambda path: plots.token_loss(nats, steps, texts, path, title, study.label),
+        file,
+        [run.stage],
+    )
+    columns = [
+        *(Column("position", "position", "integer"), Column("step", "step", "integer")),
+        *(Column("token", "token id", "text"), Column("text", "text", "code"), Column("nats", "nats")),
+    ]
+    values = [[row[column.name] for column in columns] for row in rows]
+    return [figure, Table(f"tokens-{run.stage}", f"{caption}.", columns, values, file, [run.stage], folded=True)]
+
+
+def _naive(study: Study, run: Run, evaluation: Evaluation) -> list[Block]:
+    blocks: list[Block] = [Text(["Without a model"], "heading"), _systems(run, evaluation, "naive")]
+    for name in UNAIDED:
+        if not (systems := evaluation.naive(name)):
+            blocks.append(not_run(f"Forecasts by {name}"))
+            continue
+        blocks.append(
+            Figure(
+                f"forecasts-{name.replace(' ', '-')}",
+                f"The same systems by {name}, without a model.",
+                _draw_naive([_mapping(system) for system in systems], evaluation.names, name, study.label),
+                [NAIVE, evaluation.file("history.csv")],
+                [run.stage],
+            )
+        )
+    return blocks
+
+
+def _draw_naive(drawn: Sequence[Mapping[str, Any]], names: Sequence[str], name: str, label: str):
+    return lambda path: plots.forecast_grid(drawn, names, path, f"Forecasts, {name}", label)
+
+
+def _mapping(system: System) -> dict[str, Any]:
+    """A system as the figures take it."""
+    return {name: getattr(system, name) for name in ("title", "time", "context", "truth", "forecast", "quantiles")}

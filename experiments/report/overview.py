@@ -1,0 +1,146 @@
+"""The first and the last parts of the page: the summary, worked examples of preprocessing, and the settings."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from experiments.report.accounting import budget_bar, spent_of_budget
+from experiments.report.document import Block, Column, Facts, Inline, Number, Section, Table, Text, not_run
+from experiments.report.study import Study
+
+TOKENS = (Column("position", "position", "integer"), Column("id", "token id", "text"), Column("piece", "text", "code"))
+
+
+def summary(study: Study) -> Section:
+    """Best cell, final score, skill, series won, budget."""
+    if not study.runs:
+        return Section("summary", "Summary", [not_run("Every stage")])
+    facts: list[tuple[str, Inline]] = [("Best cell", _best(study))]
+    files = ["results.csv", study.flops_file]
+    final = next(((run, found) for run, found in study.main() if run.stage == "final"), None)
+    if final is None:
+        facts.append(("Final run", ["not run"]))
+    else:
+        run, evaluation = final
+        about = evaluation.about
+        loss, perplexity = Number(about.number("validation_loss")), Number(about.number("perplexity"))
+        facts.append(("Final validation loss", [loss, " nats per real token, perplexity ", perplexity]))
+        files += [evaluation.file("scores.csv"), evaluation.file("evaluation.json")]
+        for part in ("validation", "test"):
+            if not (row := evaluation.score(part)):
+                continue
+            mse, low, high = (Number(row[name]) for name in ("mse", "mse_low", "mse_high"))
+            interval: Inline = [mse, " over the horizon, raw units, 95 % interval ", low, " to ", high]
+            facts.append((f"Final MSE, {part}", interval))
+            skill = Number(row["skill"])
+            facts.append((f"Skill over the seasonal repeat, {part}", [skill, " (1 - MSE / its MSE)"]))
+            won, of = Number(row["won"], "integer"), Number(row["series"], "integer")
+            facts.append((f"Series won, {part}", [won, " of ", of, " have a lower MSE than the seasonal repeat"]))
+    facts.append(("Budget", spent_of_budget(study)))
+    if study.plan:
+        files.append("study.json")
+        if (share := study.plan.number("shortened")) < 1:
+            cut: Inline = ["the steps and series of the protocol are cut to ", Number(share, "share"), " of it"]
+            facts.append(("Shortened", cut))
+    stages = list(dict.fromkeys(run.stage for run in study.runs))
+    return Section("summary", "Summary", [Facts(facts, files, stages), budget_bar(study)])
+
+
+def _best(study: Study) -> Inline:
+    """The cell that the study took on, or the lowest of a grid alone."""
+    if study.plan and study.plan.values.get("best"):
+        best = study.plan.fields("best")
+        parts: list[str | Number] = [best.text("cell"), ": learning rate ", Number(best.number("lr"), "rate")]
+        parts += [", rank ", Number(best.count("rank"), "integer")]
+        if best.number_or_none("context") is not None:
+            parts += [", context ", Number(best.count("context"), "integer")]
+        return [*parts, " (set by hand)" if best.flag("overridden") else f" ({best.text('rule')})"]
+    if runs := study.of("grid"):
+        run = min(runs, key=lambda run: run.row["validation_loss"])
+        return [run.row["name"], ": validation loss ", Number(run.row["validation_loss"]), " nats per real token"]
+    return ["not run"]
+
+
+def preprocessing(study: Study) -> Section:
+    """Two series from numbers to token ids, and what encoding and decoding loses."""
+    title, file = "Preprocessing", "preprocessing.json"
+    if not study.records.has(file):
+        return Section("preprocessing", title, [not_run("Worked examples")])
+    record = study.records.json(file)
+    decimals = Number(record.count("decimals"), "integer")
+    blocks: list[Block] = [Text([f"Scale: {record.text('alpha_rule')}; ", decimals, " decimals."])]
+    for i, one in enumerate(record.objects("examples"), 1):
+        names, system = one.texts("names"), one.count("system")
+        raw, scaled = one.matrix("raw"), one.matrix("scaled")
+        ids, pieces = one.counts("ids"), one.texts("pieces")
+        if len(raw) != len(scaled) or any(len(row) != len(names) for row in raw + scaled):
+            raise ValueError(f"{one.where}: raw and scaled differ in shape: expected a row a point, a value a name")
+        if len(ids) != len(pieces):
+            raise ValueError(f"{one.where}: {len(ids)} ids and {len(pieces)} pieces: expected one for one")
+        columns = [Column("point", "point", "integer")]
+        columns += [Column(f"{name}_{unit}", f"{name}, {unit}") for unit in ("raw", "scaled") for name in names]
+        rows = [[p, *a, *b] for p, (a, b) in enumerate(zip(raw, scaled, strict=True), 1)]
+        points = one.count("points")
+        caption = f"Example {i}: the first {points} points of system {system}, before and behind the scale."
+        tokens = [[at, *token] for at, token in enumerate(zip(ids, pieces, strict=True), 1)]
+        said = f"Example {i}: its token ids and their text."
+        blocks += [
+            Text([f"System {system}"], "heading"),
+            Text(["Divided by ", Number(one.number("alpha")), "."]),
+            Table(f"preprocessing-{i}", caption, columns, rows, [file]),
+            Text([one.text("text")], "pre"),
+            Text([" ".join(map(str, ids))], "pre"),
+            Table(f"tokens-example-{i}", said, TOKENS, tokens, [file], folded=True),
+        ]
+    return Section("preprocessing", title, [*blocks, _round_trip(study)])
+
+
+def _round_trip(study: Study) -> Table:
+    trip = study.records.json("preprocessing.json").fields("round_trip")
+    columns = [Column("unit", "unit", "text"), Column("max", "largest absolute error"), Column("mean", "mean")]
+    rows: list[list] = []
+    for unit in ("scaled", "raw"):
+        rows.append([unit, trip.number(f"max_abs_error_{unit}"), trip.number(f"mean_abs_error_{unit}")])
+    rows.append(["half a unit of the last decimal, scaled", trip.number("half_unit_scaled"), None])
+    caption = (
+        f"Encoded and decoded again: absolute error over {trip.count('values'):,} values of {trip.count('series'):,} "
+        "series."
+    )
+    return Table("round-trip", caption, columns, rows, ["preprocessing.json"])
+
+
+def settings(study: Study) -> Section:
+    """Every setting, version and digest, and the command of every stage."""
+    columns = [Column("name", "name", "code"), Column("value", "value", "text")]
+    rows = [[name, _text(value)] for name, value in study.settings.items()]
+    made = [[name, _text(value)] for name, value in _flat(study.manifest.values) if not name.startswith("commands.")]
+    commands = [[stage, command] for stage, command in study.commands.items()]
+    command = [Column("stage", "stage", "text"), Column("command", "command", "code")]
+    return Section(
+        "settings",
+        "Settings, versions, digests, commands",
+        [
+            Table("commands", "The command of every stage, and of this page.", command, commands, ["manifest.json"]),
+            Table("settings", "Every setting.", columns, rows, ["config.toml"]),
+            Table("manifest", "What it was made with.", columns, made, ["manifest.json"]),
+        ],
+    )
+
+
+def records_read(study: Study) -> Table:
+    """The digest of every record that the page was made from; the last of the page."""
+    columns = [Column("file", "record", "code"), Column("sha256", "SHA-256", "code")]
+    rows = [[name, digest] for name, digest in sorted(study.records.digests.items())]
+    return Table("records", "Every record that this page was made from.", columns, rows, [], folded=True)
+
+
+def _flat(values: Mapping[str, Any], above: str = "") -> list[tuple[str, Any]]:
+    found = []
+    for name, value in values.items():
+        found += _flat(value, f"{above}{name}.") if isinstance(value, dict) else [(above + name, value)]
+    return found
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ", ".join(map(_text, value)) if isinstance(value, list) else str(value)

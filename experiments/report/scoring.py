@@ -1,0 +1,218 @@
+"""How good the forecasts are: over every series, beside forecasts that need no model, and by horizon step."""
+
+import math
+from collections.abc import Sequence
+
+from experiments import plots
+from experiments.report.document import Block, Column, Figure, Section, Table, Text, not_run, without_empty
+from experiments.report.evaluation import MODEL, Evaluation
+from experiments.report.records import Row
+from experiments.report.study import TITLES, Run, Study
+
+SEASONAL = "seasonal repeat"
+
+
+def by_stage(study: Study) -> Section:
+    """The untrained model, the default run and the final run beside each other, and the plan they belong to."""
+    blocks: list[Block] = [not_run(TITLES[stage].capitalize()) for stage in TITLES if not study.of(stage)]
+    if main := study.main():
+        rows = []
+        for run, evaluation in main:
+            for part in evaluation.parts:
+                if row := evaluation.score(part):
+                    loss = evaluation.about.number("validation_loss") if part == "validation" else None
+                    mse = row["mse"], row["mse_low"], row["mse_high"]
+                    kept = [row[name] for name in ("rmse", "mae", "mape", "r2", "skill", "won", "series")]
+                    rows.append([run.title, part, loss, mse, *kept])
+        columns = [
+            *(Column("run", "run", "text"), Column("part", "part", "text"), Column("loss", "validation loss")),
+            *(Column("mse", "MSE (95 % interval)", "interval"), Column("rmse", "RMSE"), Column("mae", "MAE")),
+            *(Column("mape", "MAPE", "share"), Column("r2", "R²"), Column("skill", "skill")),
+            *(Column("won", "series won", "integer"), Column("series", "of", "integer")),
+        ]
+        caption = (
+            "The model by stage: errors over the horizon alone, both species, raw units. Skill is 1 - MSE / MSE of the "
+            "seasonal repeat; a series is won where the model's MSE is lower. Loss in nats per real token."
+        )
+        files = [evaluation.file(name) for _, evaluation in main for name in ("scores.csv", "evaluation.json")]
+        blocks.append(Table("by-stage", caption, columns, rows, files, [run.stage for run, _ in main], heads=2))
+        blocks += [_bars(study, main, part) for part in ("validation", "test") if main[-1][1].score(part)]
+        blocks += [_losses(main), _unparsed(main)]
+    if study.plan:
+        blocks.append(_plan(study))
+    return Section("stages", "By stage", blocks)
+
+
+def scores(study: Study) -> Section:
+    """Every measure of every forecaster, by part, species and unit; and the error by horizon step."""
+    blocks: list[Block] = []
+    main = study.main()
+    if not main:
+        return Section("scores", "Scores of all forecasters", [not_run("The evaluation")])
+    for run, evaluation in reversed(main):
+        blocks.append(Text([run.title.capitalize()], "heading"))
+        both = [row for row in evaluation.scores if row["unit"] == "raw" and row["variable"] == "all"]
+        blocks.append(_scores(run, evaluation, both, "", "both species, raw units", folded=False))
+        rest = [row for row in evaluation.scores if row["unit"] == "raw" and row["variable"] != "all"]
+        blocks.append(_scores(run, evaluation, rest, "-species", "each species, raw units"))
+        scaled = [row for row in evaluation.scores if row["unit"] == "scaled"]
+        if scaled:
+            blocks.append(_scores(run, evaluation, scaled, "-scaled", "scaled units, as the reports have them"))
+        for part in ("validation", "test"):
+            if any(row["part"] == part for row in evaluation.horizon):
+                blocks += _horizon(study, run, evaluation, part)
+    return Section("scores", "Scores of all forecasters", blocks)
+
+
+def _scores(
+    run: Run, evaluation: Evaluation, rows: Sequence[Row], suffix: str, what: str, folded: bool = True
+) -> Table:
+    columns = [
+        *(Column("part", "part", "text"), Column("forecaster", "forecaster", "text")),
+        *(Column("variable", "species", "text"), Column("series", "series", "integer")),
+        *(Column("mse", "MSE (95 % interval)", "interval"), Column("rmse", "RMSE")),
+        *(Column("mae", "MAE (95 % interval)", "interval"), Column("mape", "MAPE", "share"), Column("r2", "R²")),
+        *(Column("skill", "skill"), Column("difference", "MSE - seasonal repeat's (95 % interval)", "interval")),
+        Column("won", "series won", "integer"),
+        *(Column("unparsed_steps", "steps not parsed", "integer"), Column("steps", "of", "integer")),
+    ]
+    if not suffix:
+        columns = [column for column in columns if column.name != "variable"]
+    repeated = {_key(row): row["mse"] for row in rows if row["forecaster"] == SEASONAL}
+    values = []
+    for row in rows:
+        known = row["difference_low"] is not None and _key(row) in repeated
+        own = row | {"difference": row["mse"] - repeated[_key(row)] if known else None}
+        intervals = [column.name for column in columns if column.kind == "interval"]
+        ends = {name: (own[name], own[f"{name}_low"], own[f"{name}_high"]) for name in intervals}
+        values.append([ends[c.name] if c.name in ends else own[c.name] for c in columns])
+    caption = f"Scores over the horizon, {run.title}, {what}; intervals by a bootstrap over series."
+    file = evaluation.file("scores.csv")
+    columns, values = without_empty(columns, values)
+    name, heads = f"scores-{run.stage}{suffix}", 3 if suffix else 2
+    return Table(name, caption, columns, values, [file], [run.stage], heads=heads, folded=folded)
+
+
+def _key(row: Row) -> tuple[str, str, str]:
+    return row["part"], row["unit"], row["variable"]
+
+
+def _bars(study: Study, main: Sequence[tuple[Run, Evaluation]], part: str) -> Figure:
+    """MSE of every forecaster, and of the model by stage."""
+    bars: dict[str, tuple[float, float, float]] = {}
+    found = [
+        (run.title if row["forecaster"] == MODEL else row["forecaster"], row)
+        for run, evaluation in main
+        for row in evaluation.scores
+        if (row["part"], row["unit"], row["variable"]) == (part, "raw", "all")
+    ]
+    # the same series, so the forecasts without a model score the same in every run
+    for name, row in sorted(found, key=lambda one: one[1]["forecaster"] != MODEL):
+        low, high = (math.nan if row[f"mse_{end}"] is None else row[f"mse_{end}"] for end in ("low", "high"))
+        bars[name] = row["mse"], low, high
+    label, title = study.label, f"MSE over the {part} series, 95 % interval"
+    stages = [run.title for run, _ in main]
+    return Figure(
+        f"mse-{part}",
+        f"MSE over the horizon of every {part} series, raw units, with its 95 % interval: the model by stage, and "
+        "forecasts without a model.",
+        lambda path: plots.score_bars(bars, path, "MSE (raw units squared)", title, label, strong=stages),
+        [evaluation.file("scores.csv") for _, evaluation in main],
+        [run.stage for run, _ in main],
+    )
+
+
+def _losses(main: Sequence[tuple[Run, Evaluation]]) -> Table:
+    rows, parts = [], list(dict.fromkeys(part for _, evaluation in main for part in evaluation.parts))
+    for run, evaluation in main:
+        about = evaluation.about
+        own = [about.number("validation_loss"), about.number_or_none("validation_loss_with_padding")]
+        rows.append([run.title, *own, about.number("perplexity"), about.count("validation_tokens")])
+        for part in parts:
+            rows[-1] += [about.number_or_none(f"horizon_{what}.{part}") for what in ("loss", "perplexity")]
+    columns = [
+        *(Column("run", "run", "text"), Column("validation_loss", "validation loss")),
+        *(Column("validation_loss_with_padding", "with padding counted"), Column("perplexity", "perplexity")),
+        Column("validation_tokens", "real tokens", "integer"),
+    ]
+    for part in parts:
+        columns += [Column(f"horizon_loss_{part}", f"horizon loss, {part}")]
+        columns += [Column(f"horizon_perplexity_{part}", f"horizon perplexity, {part}")]
+    columns, rows = without_empty(columns, rows)
+    caption = (
+        "Token cross-entropy in nats per real token, and perplexity, its exponential: over the validation windows, and "
+        "over the tokens of the true horizon after its context."
+    )
+    files = [evaluation.file("evaluation.json") for _, evaluation in main]
+    return Table("losses", caption, columns, rows, files, [run.stage for run, _ in main])
+
+
+def _unparsed(main: Sequence[tuple[Run, Evaluation]]) -> Table:
+    rows = []
+    for run, evaluation in main:
+        for part in evaluation.parts:
+            lost, of = (evaluation.about.count(f"{name}_steps.{part}") for name in ("unparsed", "forecast"))
+            rows.append([run.title, part, lost, of, lost / of if of else None])
+    columns = [
+        *(Column("run", "run", "text"), Column("part", "part", "text"), Column("unparsed", "not parsed", "integer")),
+        *(Column("steps", "of steps", "integer"), Column("share", "share", "share")),
+    ]
+    caption = "Steps of the forecasts that did not parse; each is scored as persistence, none is dropped or moved."
+    files = [evaluation.file("evaluation.json") for _, evaluation in main]
+    return Table("unparsed", caption, columns, rows, files, [run.stage for run, _ in main], heads=2)
+
+
+def _plan(study: Study) -> Table:
+    assert study.plan
+    ran = {(run.stage, run.folder) for run in study.runs}
+    rows: dict[tuple, list] = {}
+    for one in study.plan.objects("stages"):
+        flops = one.fields("predicted")
+        known: list = [one.text("stage"), one.text("name"), one.number("lr"), one.count("rank")]
+        known += [one.count("context"), one.count("steps")]
+        predicted = sum(flops.count(part) for part in flops.values)
+        at = known[0], one.text("folder")
+        rows.setdefault(at, [*known, predicted, "run" if at in ran else "not run"])
+    columns = [
+        *(Column("stage", "stage", "text"), Column("name", "run", "text"), Column("lr", "learning rate", "rate")),
+        *(Column("rank", "rank", "integer"), Column("context", "context", "integer")),
+        *(Column("steps", "steps", "integer"), Column("predicted", "predicted FLOPs", "flops")),
+        Column("state", "state", "text"),
+    ]
+    files = ["study.json", *(["results.csv"] if study.runs else [])]
+    return Table("plan", "Every run that was planned.", columns, list(rows.values()), files, heads=2)
+
+
+def _horizon(study: Study, run: Run, evaluation: Evaluation, part: str) -> list[Block]:
+    rows = [row for row in evaluation.horizon if row["part"] == part]
+    names = list(dict.fromkeys(row["forecaster"] for row in rows))
+    species = [v for v in dict.fromkeys(row["variable"] for row in rows) if v != "all"]
+    at = {(row["forecaster"], row["variable"], row["step"]): row for row in rows}
+    steps = sorted({row["step"] for row in rows})
+    try:
+        lines = {name: [at[name, "all", step]["mse"] for step in steps] for name in names}
+        running = {v: [at[MODEL, v, step]["running_rmse"] for step in steps] for v in ["all", *species]}
+        mae = [at[MODEL, "all", step]["mae"] for step in steps]
+    except KeyError as missing:
+        where = study.root / evaluation.file("horizon.csv")
+        raise ValueError(f"{where}: part {part} has no row of {missing}: expected each step of each") from None
+    label, title = study.label, f"Error by horizon step, {run.title}, {part}"
+    file = [evaluation.file("horizon.csv")]
+    figure = Figure(
+        f"horizon-{run.stage}-{part}",
+        f"MSE at each step of the horizon over the {part} series, {run.title}, raw units.",
+        lambda path: plots.horizon_error(lines, path, "MSE (raw units squared)", title, label),
+        file,
+        [run.stage],
+    )
+    columns = [Column("step", "step", "integer")]
+    columns += [Column(f"mse_{name.replace(' ', '_')}", f"MSE, {name}") for name in names]
+    columns += [Column("mae_model", "MAE, model")]
+    columns += [Column(f"running_rmse_{v}", f"running RMSE, model, {v}") for v in running]
+    values = [
+        [step, *(line[i] for line in lines.values()), mae[i], *(line[i] for line in running.values())]
+        for i, step in enumerate(steps)
+    ]
+    caption = f"Error by horizon step over the {part} series, {run.title}, raw units."
+    table = Table(f"horizon-{run.stage}-{part}", caption, columns, values, file, [run.stage], folded=True)
+    return [figure, table]

@@ -1,0 +1,157 @@
+"""What a run's folder holds: its runs by stage, what each was evaluated to, and where all of that is recorded."""
+
+import shlex
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from experiments.report.evaluation import Evaluation
+from experiments.report.records import Fields, Records, Row
+
+STAGES = ("baseline", "default", "grid", "context", "final")
+TITLES = {"baseline": "untrained model", "default": "default run", "final": "final run"}
+"""The runs that are evaluated in full, by stage."""
+PARTS = ("training", "validation", "inference")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run as a run of a stage: its row of results.csv."""
+
+    stage: str
+    row: Row
+
+    @property
+    def title(self) -> str:
+        return TITLES.get(self.stage, self.row["name"] if self.stage == "grid" else f"context {self.context}")
+
+    @property
+    def folder(self) -> str:
+        return self.row["folder"]
+
+    @property
+    def lr(self) -> float:
+        return self.row["lr"]
+
+    @property
+    def rank(self) -> int:
+        return self.row["rank"]
+
+    @property
+    def context(self) -> int | None:
+        return self.row["context"]
+
+
+class Study:
+    """A run's folder: of a study, or of a grid alone."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.records = records = Records(root)
+        self.settings = records.toml("config.toml")
+        self.manifest = records.json("manifest.json")
+        self.protocol = records.toml("protocol.toml") if records.has("protocol.toml") else {}
+        self.plan = records.json("study.json") if records.has("study.json") else None
+        self.label = self.manifest.text("label") if "label" in self.manifest.values else ""
+        self.runs = self._runs()
+
+    @property
+    def title(self) -> str:
+        return str(self.protocol.get("title", "A grid of learning rates and ranks"))
+
+    @property
+    def budget(self) -> int:
+        if self.plan:
+            return self.plan.count("budget")
+        return Fields(str(self.root / "config.toml"), self.settings).count("budget")
+
+    @property
+    def claimed(self) -> dict[str, Any]:
+        """What the report printed, from protocol.toml."""
+        found = self.protocol.get("claimed", {})
+        if not isinstance(found, dict):
+            raise ValueError(f"{self.root / 'protocol.toml'}: claimed is no table: expected [claimed.grid] and others")
+        return found
+
+    @property
+    def commands(self) -> dict[str, str]:
+        """The command of each stage, as the manifest has it or from the folder's own settings, and of this page."""
+        run = shlex.quote(str(self.root))
+        found = {}
+        for stage in (*STAGES, "study"):
+            verb = stage if self.settings.get("protocol") else "grid"
+            found[stage] = f"python -m experiments.run {verb} --config {run}/config.toml --out {run}"
+        if "commands" in self.manifest.values:
+            found |= {name: str(line) for name, line in self.manifest.fields("commands").values.items()}
+        return found | {"report": f"python -m experiments.run report {run}"}
+
+    def of(self, stage: str) -> list[Run]:
+        return [run for run in self.runs if run.stage == stage]
+
+    def each(self, *stages: str) -> list[Run]:
+        """The runs of some stages, one that two of them share once."""
+        found: dict[str, Run] = {}
+        for run in (run for stage in stages for run in self.of(stage)):
+            found.setdefault(run.folder, run)
+        return list(found.values())
+
+    def main(self) -> list[tuple[Run, Evaluation]]:
+        """The runs that are evaluated in full: untrained, default, final."""
+        runs = [run for stage in TITLES for run in self.of(stage)]
+        return [(run, found) for run in runs if (found := self.evaluation(run))]
+
+    def evaluation(self, run: Run) -> Evaluation | None:
+        if run.folder not in self._evaluations:
+            there = self.records.has(f"{run.folder}/evaluation/evaluation.json")
+            self._evaluations[run.folder] = Evaluation(self.records, run.folder) if there else None
+        return self._evaluations[run.folder]
+
+    @cached_property
+    def _evaluations(self) -> dict[str, Evaluation | None]:
+        return {}
+
+    @cached_property
+    def flops(self) -> list[Row]:
+        """The rows of flops.csv; for a grid alone, the same from results.csv, without a prediction."""
+        if self.records.has("flops.csv"):
+            counts = {"flops": "count", "predicted": "count or nothing", "share_of_budget": "number"}
+            return self.records.csv("flops.csv", stage="text", part="text", **counts)
+        found: list[Row] = []
+        for stage in [stage for stage in STAGES if self.of(stage)]:
+            for part in ("training", "validation"):
+                flops = sum(run.row[f"{part}_flops"] for run in self.of(stage) if run.row["stage"] == stage)
+                found.append({"stage": stage, "part": part, "flops": flops, "predicted": None})
+        total = {part: sum(r["flops"] for r in found if r["part"] == part) for part in ("training", "validation")}
+        total["total"] = sum(total.values())
+        found += [{"stage": "all", "part": part, "flops": n, "predicted": None} for part, n in total.items()]
+        return [row | {"share_of_budget": row["flops"] / self.budget} for row in found]
+
+    @property
+    def flops_file(self) -> str:
+        return "flops.csv" if self.records.has("flops.csv") else "results.csv"
+
+    def _runs(self) -> list[Run]:
+        if self.plan and not self.records.has("results.csv"):
+            return []  # nothing has run yet
+        columns = {"lr": "number", "rank": "count", "steps": "count", "training_flops": "count"}
+        columns |= {"validation_flops": "count", "validation_loss": "number", "best_validation_loss": "number"}
+        columns |= {"best_step": "count", "last_losses_mean": "number or nothing", "context": "count or nothing?"}
+        columns |= {"validation_loss_with_padding": "number or nothing?"}
+        columns |= dict.fromkeys(("name", "cell", "stage", "folder"), "text?")
+        rows = {}
+        for row in self.records.csv("results.csv", **columns):
+            name = row["name"] or row["cell"]
+            row["stage"] = row["stage"] or ("grid" if row["rank"] else "baseline")
+            if not name or row["stage"] not in STAGES:
+                raise ValueError(
+                    f"{self.root / 'results.csv'}: a run named {name!r} of stage {row['stage']!r}: "
+                    f"expected a name, and a stage of {', '.join(STAGES)}"
+                )
+            row["name"], row["folder"] = name, row["folder"] or (f"cells/{name}" if row["rank"] else name)
+            row["context"] = row["context"] or self.settings.get("context")
+            rows[row["folder"]] = row
+        stages = [(row["stage"], folder) for folder, row in rows.items()]
+        if self.plan:  # a run that two stages share has one row, and is of both
+            stages = [(one.text("stage"), one.text("folder")) for one in self.plan.objects("stages")]
+        return [Run(stage, rows[folder]) for stage, folder in dict.fromkeys(stages) if folder in rows]

@@ -1,0 +1,639 @@
+"""The page of a run: every number from a record of its folder, whole or not at all, readable without a network."""
+
+import csv
+import io
+import json
+import re
+import shutil
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import study_folder
+
+from experiments import files, plots, report
+from experiments.report.document import Column, Facts, Figure, Table, Text, shown
+from experiments.report.study import Study
+from experiments.report.training import verdict
+
+Change = Callable[[Path], Any]
+Calls = list[tuple[str, str]]
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+DOT = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0)) + chunk(b"IEND", b"")
+
+
+@contextmanager
+def sketching() -> Iterator[Calls]:
+    """Yield what is asked to be drawn, (function, arguments); each picture is one dot, which takes no time."""
+    asked: Calls = []
+
+    def sketch(name: str) -> Callable[..., None]:
+        def draw(*arguments: Any, **options: Any) -> None:
+            next(a for a in arguments if isinstance(a, Path)).write_bytes(DOT)
+            rest = [a for a in arguments if not isinstance(a, Path)]
+            asked.append((name, re.sub(r"\s+", " ", repr((rest, options)))))
+
+        return draw
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in plots.__all__:
+            patch.setattr(plots, name, sketch(name))
+        yield asked
+
+
+class Page(HTMLParser):
+    """A page's elements; fails where one is not closed."""
+
+    VOID = {"meta", "img"}
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str]]] = []
+        self.texts: dict[str, str] = {}
+        self.values: dict[str, list[str]] = {}  # the exact numbers by section
+        self.section = ""
+        self.feed(text)
+        self.close()
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        attributes = {name: value or "" for name, value in attrs}
+        self.elements.append((tag, attributes))
+        if tag not in self.VOID:
+            self.open.append(tag)
+        self.section = attributes["id"] if tag == "section" else self.section
+        if tag == "data":
+            self.values.setdefault(self.section, []).append(attributes["value"])
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-1:]}"
+        self.open.pop()
+
+    def handle_data(self, data):
+        self.texts[self.section] = self.texts.get(self.section, "") + data
+
+    def all(self, tag: str) -> list[dict[str, str]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+class Built(NamedTuple):
+    folder: Path
+    html: str
+    calls: Calls
+
+    @property
+    def page(self) -> Page:
+        return Page(self.html)
+
+    def table(self, name: str) -> list[dict[str, str]]:
+        return rows_of(self.folder / "tables" / f"{name}.csv")
+
+    def json(self, name: str) -> Any:
+        return json.loads((self.folder / name).read_text())
+
+
+def build(folder: Path) -> Built:
+    with sketching() as calls:
+        path = report.build(folder)
+    return Built(folder, path.read_text(), calls)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Built:
+    """A study with its page; no test changes it."""
+    return build(study_folder.write(tmp_path_factory.mktemp("made") / "study"))
+
+
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory) -> Built:
+    """The same with constrained samples, and without a label."""
+    folder = tmp_path_factory.mktemp("sampled") / "study"
+    return build(study_folder.write(folder, label="", num_samples=5, constrained=True))
+
+
+@pytest.fixture
+def study(made, tmp_path) -> Path:
+    """A copy of the study that a test may change."""
+    return shutil.copytree(made.folder, tmp_path / "study", ignore=shutil.ignore_patterns("figures", "tables"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(path.read_text())))
+
+
+def change_csv(column: str, value: Any, **where: Any) -> Change:
+    """Put a value into the first row that has what `where` says."""
+
+    def change(path: Path) -> None:
+        rows = rows_of(path)
+        row = next(r for r in rows if all(r[name] == str(v) for name, v in where.items()))
+        assert column in row
+        row[column] = str(value)
+        files.write_csv(path, rows)
+
+    return change
+
+
+def put(record: Any, key: str, value: Any) -> None:
+    """Put a value at a key of JSON; "stages/2/lr" goes down."""
+    *above, last = [int(part) if part.isdecimal() else part for part in key.split("/")]
+    for part in above:
+        record = record[part]
+    assert last in record
+    record[last] = value
+
+
+def change_json(key: str, value: Any) -> Change:
+    def change(path: Path) -> None:
+        record = json.loads(path.read_text())
+        put(record, key, value)
+        files.write_json(path, record)
+
+    return change
+
+
+def change_line(number: int, key: str, value: Any) -> Change:
+    def change(path: Path) -> None:
+        lines = files.read_jsonl(path)
+        put(lines[number], key, value)
+        files.write_jsonl(path, lines)
+
+    return change
+
+
+def change_text(old: str, new: str) -> Change:
+    def change(path: Path) -> None:
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new))
+
+    return change
+
+
+def texts(folder: Path) -> dict[str, str]:
+    """The paragraphs and facts of each section, without rendering."""
+    found = {}
+    for section in report.annotated(Study(folder)):
+        parts = [report.inline(block.parts) for block in section.blocks if isinstance(block, Text)]
+        parts += [report.inline(p) for b in section.blocks if isinstance(b, Facts) for _, p in b.facts]
+        found[section.id] = " ".join(parts)
+    return found
+
+
+# The page as a whole
+
+
+def test_the_page_of_a_grid_alone_is_drawn_and_says_what_was_not_run(tmp_path):
+    folder = study_folder.write_grid(tmp_path / "grid")
+    page = Page(report.build(folder).read_text())
+    for section in ("summary", "stages", "preprocessing", "context", "forecasts", "scores", "sampling"):
+        assert "not run" in page.texts[section], section
+    assert "lr0.0001-r8" in page.texts["summary"] and "lowest" in page.texts["grid"]
+    drawn = {path.name for path in (folder / "figures").iterdir()}
+    assert {"budget.png", "loss-cells-by-step.png", "loss-cells-by-flops.png", "grid.png"} <= drawn
+    rows = rows_of(folder / "results.csv")
+    spent = sum(int(row["training_flops"]) + int(row["validation_flops"]) for row in rows)
+    total = rows_of(folder / "tables" / "flops.csv")[-1]
+    assert (int(total["flops"]), float(total["share_of_budget"])) == (spent, spent / study_folder.BUDGET)
+    images = page.all("img")
+    assert len(images) == len(drawn)
+    assert all(re.fullmatch(r"data:image/png;base64,iVBOR[\w+/=]+", image["src"]) for image in images)
+    assert all(int(image["width"]) > 400 and int(image["height"]) > 200 for image in images)
+
+
+def test_the_figures_that_a_grid_has_not_are_drawn_from_the_records_of_a_study(sampled, tmp_path):
+    """One of each kind; the other tests look at what is asked to be drawn."""
+    blocks = report.blocks(report.annotated(Study(sampled.folder)))
+    figures = {block.name: block for block in blocks if isinstance(block, Figure)}
+    kinds = ("mse-test", "gradients-final", "forecasts-final", "running-rmse-final", "phase-final")
+    for name in (*kinds, "token-loss-final", "horizon-final-validation"):
+        path = tmp_path / f"{name}.png"
+        figures[name].draw(path)
+        assert path.read_bytes()[:4] == b"\x89PNG" and path.stat().st_size > 5000
+
+
+def test_the_page_stands_alone_and_is_sound_html(made, sampled):
+    for built in (made, sampled):
+        page = built.page
+        assert not {"script", "link", "iframe"} & {tag for tag, _ in page.elements} and "http" not in built.html
+        ids = [attributes["id"] for _, attributes in page.elements if attributes.get("id")]
+        assert len(ids) == len(set(ids))
+        for target in (link["href"] for link in page.all("a")):
+            assert target[1:] in ids if target.startswith("#") else (built.folder / target).is_file(), target
+        assert all(image["alt"] for image in page.all("img"))
+        assert all(cell["scope"] in ("row", "col") for cell in page.all("th"))
+        assert len(page.all("caption")) == len(page.all("table"))
+        viewport = next(meta["content"] for meta in page.all("meta") if meta.get("name") == "viewport")
+        assert viewport == "width=device-width, initial-scale=1"
+
+
+def test_the_markdown_links_every_figure_and_table_that_was_written(made):
+    text = (made.folder / "report.md").read_text()
+    for kind in ("figures", "tables"):
+        linked = {Path(link).name for link in re.findall(rf"\]\(({kind}/[^)]+)\)", text)}
+        assert linked == {path.name for path in (made.folder / kind).iterdir()} and linked
+
+
+def test_each_row_of_a_markdown_table_has_a_cell_for_each_column(made):
+    lines = (made.folder / "report.md").read_text().splitlines()
+    rules = [i for i, line in enumerate(lines) if line.startswith("|---")]
+    assert len(rules) == len(list((made.folder / "tables").iterdir()))
+    for rule in rules:
+        rows = [lines[rule - 1], *lines[rule + 1 :]]
+        rows = rows[: next(i for i, line in enumerate(rows) if not line.startswith("|"))]
+        assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {lines[rule].count("|")}
+
+
+def test_made_again_it_has_the_same_bytes_and_leaves_nothing_behind(made):
+    once = contents(made.folder)
+    build(made.folder)
+    assert contents(made.folder) == once
+    assert not [name for name in once if ".tmp" in name]
+
+
+def test_every_table_and_figure_says_what_it_is_made_from_and_by_which_command(made):
+    blocks = re.split(r'<(?:figure|div class="block") id="(?:figure|table)-', made.html)[1:]
+    assert len(blocks) == sum(len(list((made.folder / kind).iterdir())) for kind in ("figures", "tables"))
+    for block in blocks:
+        assert f"experiments.run report {made.folder}" in block
+        if not block.startswith("records"):
+            name, digest = re.findall(r'<code>([^<]+)</code> <code class="digest">([0-9a-f]{12})</code>', block)[0]
+            assert digest == files.file_digest(made.folder / name)[:12]
+    final = next(block for block in blocks if block.startswith("forecasts-final"))
+    assert "<code>python -m experiments.run final --out RUN</code>" in final
+
+
+def test_the_label_stands_over_every_table_and_figure_where_there_is_one(made, sampled):
+    for built, label in ((made, study_folder.TOY), (sampled, "")):
+        captions = re.findall(r"<(?:caption|figcaption)>.*?</(?:caption|figcaption)>", built.html)
+        assert len(captions) == len(built.page.all("table")) + len(built.page.all("img"))
+        assert all((f'<span class="label">{label}</span>' in caption) == bool(label) for caption in captions)
+        assert all(repr(label) in call for _, call in built.calls)
+        for path in (built.folder / "tables").iterdir():
+            assert all(row.get("label", "") == label for row in rows_of(path)), path.name
+
+
+def test_a_text_of_a_record_is_shown_and_never_run(study):
+    change_text("Fung: four systems", "<script>alert(1)</script> | a & b")(study / "protocol.toml")
+    html = build(study).html
+    assert "<script>" not in html + (study / "report.md").read_text()
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; | a &amp; b" in html
+
+
+# Every number from a record
+
+
+def test_every_number_of_the_summary_is_found_in_a_record(made):
+    def scalars(value: Any) -> set[str]:
+        inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+        return {str(value)} if inside is None else set().union(*map(scalars, inside))
+
+    recorded: set[str] = set()
+    for path in made.folder.rglob("*"):
+        if path.parent.name != "tables" and path.suffix in (".json", ".csv"):
+            recorded |= scalars(made.json(str(path)) if path.suffix == ".json" else rows_of(path))
+    found = made.page.values["summary"]
+    assert len(found) == 21
+    assert set(found) <= recorded
+    scores = [row for row in rows_of(made.folder / "final/evaluation/scores.csv") if row["forecaster"] == "model"]
+    for part, start in (("validation", 5), ("test", 11)):
+        row = next(r for r in scores if (r["part"], r["unit"], r["variable"]) == (part, "raw", "all"))
+        columns = ("mse", "mse_low", "mse_high", "skill", "won", "series")
+        assert found[start : start + 6] == [row[column] for column in columns]
+
+
+CHANGES: list[tuple[str, Callable[[Any], Change]]] = [
+    ("results.csv", lambda x: change_csv("validation_loss", x, name="lr5e-05-r4")),
+    ("study.json", lambda x: change_json("stages/3/lr", x)),
+    ("preprocessing.json", lambda x: change_json("examples/1/scaled", [[x, 1.0], [2.0, 3.0]])),
+    ("flops.csv", lambda x: change_csv("share_of_budget", x, stage="all", part="total")),
+    ("accounting.csv", lambda x: change_csv("share_of_exact", x, stage="final")),
+    ("accounting.json", lambda x: change_json("mistakes", [f"a mistake of {x}"])),
+    ("protocol.toml", lambda x: change_text("value = 6.177", f"value = {x}")),
+    ("config.toml", lambda x: change_text("[1e-5, 5e-5]", f"[{x}]")),
+    ("manifest.json", lambda x: change_json("versions/torch", str(x))),
+    ("cells/lr0.0001-r8/result.json", lambda x: change_json("validation_loss", x)),
+    ("cells/lr0.0001-r8/metrics.jsonl", lambda x: change_line(5, "loss", x)),
+    ("final/metrics.jsonl", lambda x: change_line(10, "validation_loss", x)),
+    ("default/gradients.jsonl", lambda x: change_line(7, "norms/layers.1.q_proj.A", x)),
+    ("untrained/evaluation/evaluation.json", lambda x: change_json("horizon_loss/shown", x)),
+    ("final/evaluation/scores.csv", lambda x: change_csv("mape", x, forecaster="seasonal repeat", variable="prey")),
+    ("final/evaluation/systems.csv", lambda x: change_csv("r2", x, forecaster="model", unique_id=17)),
+    ("final/evaluation/systems_scaled.csv", lambda x: change_csv("mae", x, forecaster="model", unique_id=15)),
+    ("final/evaluation/horizon.csv", lambda x: change_csv("mse", x, part="test", variable="all", step=3)),
+    ("final/evaluation/tokens.csv", lambda x: change_csv("nats", x, unique_id=15, position=4)),
+    ("final/evaluation/forecasts.csv", lambda x: change_csv("y_hat", x, unique_id=17, variable="predator")),
+    ("final/evaluation/history.csv", lambda x: change_csv("y", x, unique_id=15)),
+    ("naive/shown.csv", lambda x: change_csv("y_hat", x, forecaster="seasonal repeat", unique_id=17)),
+]
+
+
+def marker(number: int) -> float:
+    return (777101 + 2 * number) / 1e6
+
+
+@pytest.fixture(scope="module")
+def changed(made, tmp_path_factory) -> Built:
+    """The study with one value in each kind of record replaced by a number that nothing else has."""
+    folder = shutil.copytree(made.folder, tmp_path_factory.mktemp("changed") / "study")
+    for number, (file, change) in enumerate(CHANGES):
+        change(marker(number))(folder / file)
+    return build(folder)
+
+
+@pytest.mark.parametrize("number", range(len(CHANGES)), ids=[file for file, _ in CHANGES])
+def test_the_page_shows_what_a_record_says(made, changed, number):
+    """The exact number stands behind the rounded one in the page, or in what is asked to be drawn."""
+    now, before = ("".join([built.html, *(call for _, call in built.calls)]) for built in (changed, made))
+    new = re.compile(rf"\b{marker(number)}\b".replace(".", "\\."))
+    assert new.search(now) and not new.search(before)
+
+
+def test_a_table_on_disk_has_every_number_of_the_record_to_the_last_digit(made):
+    rows = rows_of(made.folder / "final/evaluation/scores.csv")
+    rows = [row for row in rows if (row["unit"], row["variable"]) == ("raw", "all")]
+    for name in ("forecaster", "part", "mse", "mse_low", "mse_high", "mae_high", "mape", "r2", "skill", "won", "steps"):
+        assert [row[name] for row in made.table("scores-final")] == [row[name] for row in rows], name
+    flops = [row["flops"] for row in rows_of(made.folder / "flops.csv")]
+    assert [row["flops"] for row in made.table("flops")] == flops
+    assert f'title="{flops[-1]}"' in made.html
+
+
+def test_running_rmse_ends_at_the_rmse_of_the_horizon_in_both_units(made):
+    for suffix, record in (("", "systems.csv"), ("-scaled", "systems_scaled.csv")):
+        last = made.table(f"running-rmse-final{suffix}")[-1]
+        assert last["step"] == "8"
+        for row in rows_of(made.folder / "final/evaluation" / record):
+            if row["forecaster"] == "model" and row["variable"] != "all" and "shown" in row["parts"]:
+                found = float(last[f"{row['unique_id']}_{row['variable']}"])
+                assert found == pytest.approx(float(row["rmse"]), rel=1e-9)
+
+
+def test_the_forecast_that_is_drawn_is_the_one_that_is_recorded(made, monkeypatch, tmp_path):
+    drawn: dict[str, Any] = {}
+    monkeypatch.setattr(plots, "forecast_grid", lambda *a: drawn.update(systems=a[0], names=a[1], label=a[4]))
+    blocks = report.blocks(report.annotated(Study(made.folder)))
+    next(b for b in blocks if isinstance(b, Figure) and b.name == "forecasts-final").draw(tmp_path / "x.png")
+    assert (drawn["names"], drawn["label"]) == (["prey", "predator"], study_folder.TOY)
+    rows = rows_of(made.folder / "final/evaluation/forecasts.csv")
+    for system, number in zip(drawn["systems"], study_folder.PARTS["shown"], strict=True):
+        assert system["title"].startswith(f"system {number} (")
+        assert system["context"].shape == (study_folder.POINTS, 2) and len(system["time"]) == study_folder.POINTS + 8
+        for what, column in {"truth": "y", "forecast": "y_hat"}.items():
+            mine = [row for row in rows if row["unique_id"] == str(number)]
+            each = [[float(r[column] or "nan") for r in mine if r["variable"] == name] for name in drawn["names"]]
+            np.testing.assert_array_equal(system[what], np.transpose(each))
+    assert np.isnan(drawn["systems"][1]["forecast"]).sum() == 2  # the step that did not parse, of both species
+
+
+# Sections
+
+
+@pytest.mark.parametrize(
+    ("stage", "section", "said"),
+    [
+        ("baseline", "stages", "Untrained model: not run."),
+        ("default", "gradients", "Gradients of the default run: not run."),
+        ("grid", "grid", "The grid: not run."),
+        ("context", "context", "The contexts: not run."),
+        ("final", "summary", "not run"),
+    ],
+)
+def test_a_stage_that_did_not_run_is_said_so(made, study, stage, section, said):
+    assert said not in texts(made.folder)[section]
+    rows = rows_of(study / "results.csv")
+    files.write_csv(study / "results.csv", [row for row in rows if row["stage"] != stage])
+    assert said in texts(study)[section]
+
+
+def test_a_study_of_which_nothing_has_run_has_a_page(study):
+    for name in ("results.csv", "flops.csv", "preprocessing.json"):
+        (study / name).unlink()
+    page = build(study).page
+    for section in ("summary", "stages", "preprocessing", "training", "grid", "gradients", "scores", "accounting"):
+        assert "not run" in page.texts[section], section
+
+
+def test_a_run_that_two_stages_share_stands_in_both(study):
+    """Without its plan, a default run that is a cell of the grid would leave a hole in the grid."""
+    change_csv("stage", "default", name="lr1e-05-r4")(study / "results.csv")
+    rows = [row for row in rows_of(study / "results.csv") if row["folder"] != "default"]
+    files.write_csv(study / "results.csv", rows)
+    record = json.loads((study / "study.json").read_text())
+    cell = next(row for row in record["stages"] if row["name"] == "lr1e-05-r4")
+    record["stages"] = [row for row in record["stages"] if row["stage"] != "default"] + [cell | {"stage": "default"}]
+    files.write_json(study / "study.json", record)
+    tables = {table.name: table for table in report.tables(report.annotated(Study(study)))}
+    assert len(tables["grid"].rows) == 3 and all(value is not None for row in tables["grid"].rows for value in row)
+    assert tables["gradients-default"].rows
+
+
+def test_the_lowest_cell_is_marked_and_the_chosen_one_named(study):
+    change_csv("validation_loss", 0.01, name="lr1e-05-r4")(study / "results.csv")
+    change_json("best/overridden", True)(study / "study.json")
+    tables = {table.name: table for table in report.tables(report.annotated(Study(study)))}
+    (row, column), mark = next(iter(tables["grid"].marks.items()))
+    assert (tables["grid"].rows[row][column], mark) == (0.01, "lowest")
+    assert "lr0.0001-r8: learning rate 1e-4, rank 8, context 512 (set by hand)" in texts(study)["summary"]
+
+
+def test_a_mark_stands_in_its_cell(made):
+    marked = re.findall(r'<td class="n best"[^>]*>([^<]+) <strong class="mark">lowest</strong></td>', made.html)
+    assert marked[0] == shown(min(float(row["rank_8"]) for row in made.table("grid")))
+
+
+def test_footnotes_stand_in_their_section_with_a_mark_that_links_them(made):
+    page = made.page
+    assert "The report drew <sampled> text" in page.texts["forecasts"]
+    assert "The split is random." in page.texts["preprocessing"]
+    for number in (1, 2):
+        assert f'href="#note-{number}" id="mark-{number}"' in made.html and f'id="note-{number}"' in made.html
+
+
+def test_claims_stand_beside_ours_and_say_where_ours_is_not_recorded(made):
+    rows = rows_of(made.folder / "final/evaluation/systems_scaled.csv")
+    wanted = {"unique_id": "17", "forecaster": "model", "variable": "prey"}
+    mse = next(row["mse"] for row in rows if wanted.items() <= row.items())
+    nats = made.json("default/evaluation/evaluation.json")["horizon_loss"]["shown"]
+    claims = made.table("claimed")
+    beside = [(row["claimed"], row["ours"]) for row in claims]
+    assert beside == [("6.177", mse), ("0.25", ""), ("0.9651", str(nats))]
+    assert [row["how"] for row in claims] == ["the same system and unit", "not recorded", ""]
+    assert claims[0]["record"] == "evaluation/systems_scaled.csv: mse, 17, model, prey"
+    losses = [made.json(f"cells/{name}/result.json")["validation_loss"] for name in ("lr1e-05-r2", "lr0.0001-r8")]
+    assert [row["ours"] for row in made.table("grid-claimed")] == [*map(str, losses), ""]
+    assert made.table("context-claimed")[0]["ours"] != ""
+    about = made.json("contexts/128/evaluation/evaluation.json")
+    assert [row["ours"] for row in made.table("context-loss-claimed")] == [str(about["horizon_loss"]["shown"]), ""]
+
+
+def test_bands_are_scored_where_there_are_samples_and_cut_mass_shown_where_constrained(made, sampled):
+    for built in (made, sampled):
+        tables = {path.stem for path in (built.folder / "tables").iterdir()}
+        assert ({"probabilistic", "cut-mass", "cut-mass-shown"} <= tables) == (built is sampled)
+        assert any("'quantiles': {0.1: array" in call for _, call in built.calls) == (built is sampled)
+    rows = rows_of(sampled.folder / "final/evaluation/systems.csv")
+    cut = [float(r["cut_mass"]) for r in rows if r["cut_mass"] and r["variable"] == "all" and "test" in r["parts"]]
+    (ours,) = [r for r in sampled.table("cut-mass") if (r["run"], r["part"]) == ("final run", "test")]
+    assert (int(ours["series"]), float(ours["largest"])) == (len(cut), max(cut))
+    assert float(ours["mean"]) == pytest.approx(np.mean(cut))
+    scores = rows_of(sampled.folder / "final/evaluation/scores.csv")
+    crps = [row["crps"] for row in scores if row["crps"] and row["unit"] == "raw"]
+    assert [row["crps"] for row in sampled.table("probabilistic") if row["run"] == "final run"] == crps
+
+
+@pytest.mark.parametrize(
+    ("norms", "expected"),
+    [
+        (np.full(40, 0.1), ""),
+        (np.linspace(1, 5, 40), ""),
+        (np.geomspace(1, 1e3, 40), "explodes"),
+        (np.geomspace(1, 1e-4, 40), "vanishes"),
+        (np.zeros(40), "vanishes"),
+        (np.array([0.1, np.nan, 0.1]), "explodes"),
+        (np.array([0.1]), ""),
+    ],
+    ids=["steady", "grows a little", "explodes", "vanishes", "zero", "not finite", "one record"],
+)
+def test_a_gradient_is_flagged_where_it_explodes_or_vanishes(norms, expected):
+    assert verdict(norms)[2] == expected
+
+
+def test_step_1_where_the_gradient_of_a_is_zero_is_no_beginning(study):
+    lines = files.read_jsonl(study / "default/gradients.jsonl")[:5]
+    assert lines[0]["step"] == 1 and 0.0 in lines[0]["norms"].values()
+    files.write_jsonl(study / "default/gradients.jsonl", lines)
+    assert "In the default run no gradient vanishes or explodes." in texts(study)["gradients"]
+
+
+def test_a_vanishing_gradient_is_warned_of_by_name(made):
+    said = texts(made.folder)["gradients"]
+    assert "Warning: in the final run the gradient vanishes in 1 of 8 matrices: layers.1.v_proj.B." in said
+    assert "In the default run no gradient vanishes or explodes." in said
+    default, final = [call for name, call in made.calls if name == "gradient_norms"]
+    assert "'flagged': []" in default and "'flagged': ['layers.1.v_proj.B']" in final
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "expected"),
+    [
+        (0.0402449, "number", "0.04024"),
+        (0.5, "number", "0.5000"),
+        (1234.56, "number", "1235"),
+        (0.0000123456, "number", "1.235e-5"),
+        (-3.0, "number", "-3.000"),
+        (0.0, "number", "0"),
+        (None, "number", "–"),
+        (271051231150080123, "flops", "2.711e17"),
+        (0, "flops", "0"),
+        (0.0001, "rate", "1e-4"),
+        (5e-05, "rate", "5e-5"),
+        (0.95, "rate", "0.95"),
+        (0.04138, "share", "4.138\N{NO-BREAK SPACE}%"),
+        (15000, "integer", "15,000"),
+        ((0.04, 0.03, 0.05), "interval", "0.04000 (0.03000 to 0.05000)"),
+        ((0.04, None, None), "interval", "0.04000"),
+    ],
+)
+def test_numbers_are_shown_in_four_digits(value, kind, expected):
+    assert shown(value, kind) == expected
+
+
+def test_a_table_is_written_exact_with_an_interval_in_three_columns():
+    columns = [Column("a", "A", "text"), Column("n", "N", "flops"), Column("m", "M", "interval")]
+    table = Table("t", "", columns, [["x,y", 10**17 + 1, (0.1 + 0.2, None, 1.0)]], [])
+    assert table.csv("toy") == 'a,n,m,m_low,m_high,label\n"x,y",100000000000000001,0.30000000000000004,,1.0,toy\n'
+
+
+# Broken records
+
+BROKEN: list[tuple[str, Change, str]] = [
+    ("study.json", lambda p: p.write_text("{"), "not valid JSON"),
+    ("study.json", lambda p: p.write_text("[]"), "is a list: expected an object"),
+    ("study.json", change_json("budget", "much"), "budget is 'much': expected a whole number"),
+    ("study.json", change_json("stages/2/predicted", 7), "predicted is '7': expected an object"),
+    ("config.toml", Path.unlink, "cannot be read"),
+    ("config.toml", lambda p: p.write_text("a = "), "expected a TOML file"),
+    ("manifest.json", lambda p: p.write_bytes(b"\xff"), "expected UTF-8 text"),
+    ("results.csv", lambda p: p.write_text(p.read_text() + "1,2\n"), "has 2 values: expected"),
+    ("results.csv", lambda p: p.write_bytes(b""), "expected a first line that names each column once"),
+    ("results.csv", change_csv("rank", "many", name="lr5e-05-r4"), "line 7: rank is 'many': expected a whole number"),
+    ("results.csv", change_csv("stage", "warm-up", name="final"), "expected a name, and a stage of"),
+    ("flops.csv", change_text("share_of_budget", "share"), "has no column share_of_budget"),
+    ("flops.csv", change_csv("stage", "whole", stage="all", part="total"), "0 rows of all, total: expected one"),
+    ("final/metrics.jsonl", Path.unlink, "cannot be read"),
+    ("final/metrics.jsonl", change_line(3, "loss", "low"), "line 4: loss is 'low': expected a number"),
+    ("final/gradients.jsonl", lambda p: p.write_bytes(b""), "holds no norms"),
+    ("final/gradients.jsonl", change_line(2, "norms", {"other": 1.0}), "names other matrices"),
+    ("final/evaluation/scores.csv", change_csv("mse", "nan", part="test"), "mse is 'nan': expected a finite number"),
+    ("final/evaluation/scores.csv", change_csv("won", "", part="test"), "won is '': expected a whole number"),
+    ("final/evaluation/scores.csv", Path.unlink, "cannot be read"),
+    ("final/evaluation/evaluation.json", change_json("perplexity", None), "has no perplexity: expected a number"),
+    ("final/evaluation/forecasts.csv", change_text("\n17,", "\n7,"), "forecasts.csv: system 17 has 0 of prey, 0 of"),
+    ("final/evaluation/horizon.csv", change_csv("step", 99, part="test", variable="all"), "part test has no row of"),
+    ("preprocessing.json", change_json("examples/0/pieces", ["1"]), "and 1 pieces: expected one for one"),
+    ("protocol.toml", change_text('about = "split"', 'about = "spilt"'), "about is 'spilt': expected one of"),
+    ("protocol.toml", change_text('column = "mse"\nvalues', 'column = "mes"\nvalues'), "has no column mes"),
+    ("protocol.toml", change_text(', variable = "prey"}', "}"), "3 rows have"),
+    ("accounting.csv", change_csv("exact", "1e17", stage="final"), "exact is '1e17': expected a whole number"),
+]
+
+
+@pytest.fixture(scope="module")
+def workshop(made, tmp_path_factory) -> Path:
+    """A study with its page, of which one record at a time is broken and mended."""
+    return shutil.copytree(made.folder, tmp_path_factory.mktemp("workshop") / "study")
+
+
+def stamps(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize(("file", "damage", "message"), BROKEN, ids=[f"{f}: {m}" for f, _, m in BROKEN])
+def test_a_broken_record_is_one_line_and_nothing_is_written(made, workshop, file, damage, message):
+    damage(workshop / file)
+    before = stamps(workshop)
+    with pytest.raises(ValueError) as caught:
+        report.build(workshop)
+    line = str(caught.value)
+    assert message in line and "\n" not in line and str(workshop) in line
+    assert stamps(workshop) == before
+    shutil.copyfile(made.folder / file, workshop / file)
+
+
+def test_a_figure_that_cannot_be_drawn_leaves_everything_as_it_was(study):
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ValueError("a heat map needs at least one cell")
+
+    before = stamps(study)
+    with sketching(), pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="at least one cell"):
+        patch.setattr(plots, "heat_map", refuse)
+        report.build(study)
+    assert stamps(study) == before
+
+
+def test_a_folder_that_is_none_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"none: no such folder: expected that of a study or a grid"):
+        report.build(tmp_path / "none")
+
+
+def test_tables_and_figures_have_names_of_their_own(sampled):
+    blocks = list(report.blocks(report.annotated(Study(sampled.folder))))
+    for kind in (Table, Figure):
+        names = [block.name for block in blocks if isinstance(block, kind)]
+        assert len(names) == len(set(names)) and all(re.fullmatch(r"[\w-]+", name) for name in names)
