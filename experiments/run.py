@@ -5,6 +5,7 @@ Exit codes: 0 done; 2 bad input (one line on stderr); 3 over the budget; 4 the r
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -108,13 +109,10 @@ def _price(settings, stages: Sequence[str], as_json: bool) -> None:
         f"if the largest rank and context are carried forward: {'it fits' if fits else 'IT DOES NOT FIT'}"
     )
     if left is not None:
-        print(f"final run: {settings.final_steps:,} steps planned, {max(0, left):,} would fit beside the other stages")
-    if left is not None and left < 1:
-        print(f"the other stages alone do not fit: --scale {settings.budget / total:.2g} shortens all of them")
-    print(
-        f"about {total / rate / 60:.0f} minutes here, if products run at the {rate / 1e9:.0f} GFLOP/s that one of "
-        "1024 x 1024 just did; small models take longer. Nothing was run."
-    )
+        print(f"final run: {settings.final_steps:,} steps planned, {left:,} would fit beside the other stages")
+    if not fits:
+        print(f"all stages shortened: --scale {math.floor(100 * settings.budget / total) / 100:g} would about fit")
+    print(_duration(total / rate, rate))
 
 
 def _report(args) -> None:
@@ -188,8 +186,13 @@ def _dry_run(settings, cells, as_json: bool) -> None:
     print(
         f"together {total:,} FLOPs (coursework), {total / settings.budget:.2%} of the budget of {settings.budget:.3g}"
     )
-    print(
-        f"about {total / rate / 60:.0f} minutes here, if products run at the {rate / 1e9:.0f} GFLOP/s that one of "
+    print(_duration(total / rate, rate))
+
+
+def _duration(seconds: float, rate: float) -> str:
+    unit, size = ("days", 86400) if seconds > 2 * 86400 else ("hours", 3600) if seconds > 2 * 3600 else ("minutes", 60)
+    return (
+        f"about {seconds / size:.0f} {unit} here, if products run at the {rate / 1e9:.0f} GFLOP/s that one of "
         "1024 x 1024 just did; small models take longer. Nothing was run."
     )
 

@@ -161,6 +161,7 @@ def prices(settings: Settings, stages: Sequence[str]) -> tuple[list[dict[str, An
     task, config = prepare(settings)
     rows: list[dict[str, Any]] = []
     counted: set[str] = set()
+    trained = 0  # FLOPs of the last run's steps and of its validations on the way
     for stage in stages:
         row: dict[str, Any] = {"stage": stage, "runs": 0, "steps": 0} | dict.fromkeys(LEDGER_STAGES, 0)
         for run in runs_of(settings, stage, dearest(settings)):
@@ -171,13 +172,14 @@ def prices(settings: Settings, stages: Sequence[str]) -> tuple[list[dict[str, An
                 row["runs"] += 1
                 row["steps"] += run.settings.steps if run.cell.rank else 0
             counted.add(run.folder)
+            trained = sum(priced["training"].values())
             for kind, flops in _together(priced).items():
                 row[kind] += flops
         rows.append(row | {"total": sum(row[kind] for kind in LEDGER_STAGES)})
-    if not rows or rows[-1]["stage"] != "final":
+    if not trained or stages[-1] != "final":
         return rows, None
-    others = sum(row["total"] for row in rows) - rows[-1]["training"]
-    return rows, (settings.budget - others) * settings.final_steps // rows[-1]["training"]
+    others = sum(row["total"] for row in rows) - trained
+    return rows, max(0, (settings.budget - others) * settings.final_steps // trained)
 
 
 def run_stages(settings: Settings, out: Path, ledger_path: Path, progress: Progress, stages: Sequence[str]) -> None:
