@@ -106,7 +106,8 @@ def _scores(task: Task, part: str, made: Forecasts, guesses: Mapping[str, NDArra
                 row |= dict(zip(("mse_low", "mse_high"), scores.interval(squared, seed), strict=True))
                 row |= dict(zip(("mae_low", "mae_high"), scores.interval(plain, seed), strict=True))
                 row |= errors
-                row["skill"] = scores.skill(errors["mse"], float(repeated.mean()))
+                seasonal = scores.errors(truth[..., of], reference[..., of])["mse"]
+                row["skill"] = scores.skill(errors["mse"], seasonal)
                 row["won"] = scores.won(squared, repeated)
                 low, high = scores.paired_interval(squared, repeated, seed)
                 row |= {"difference_low": low, "difference_high": high}

@@ -179,6 +179,9 @@ def test_the_study_of_every_report_runs_and_shows_its_claims(place, name, capsys
     out = ["--out", str(place / name), "--ledger", str(place / f"{name}.sqlite")]
     assert run.main(["study", *files, *small, *out, "--lr", "1e-3", "--val-series", "2", "--forecast-series", "2"]) == 0
     assert rows(place / name / "accounting.csv")
+    for path in (place / name).rglob("result.json"):
+        result = json.loads(path.read_text())
+        assert result["flops"] == result["predicted_flops"], path
     page = (place / name / "report.html").read_text()
     assert 'class="footnote' in page or "footnote" in page
     final = json.loads((place / name / "final" / "evaluation" / "evaluation.json").read_text())
