@@ -23,6 +23,7 @@ from experiments.settings import Settings
 from experiments.task import Task
 from experiments.train import Cell, Progress, predicted, run_cell
 from qwen_min import QwenConfig, Tokenizer
+from qwen_min.flops import PRIMITIVES
 from qwen_min.load import resolve
 
 STAGES = ("baseline", "default", "grid", "context", "final")
@@ -274,7 +275,10 @@ def write_records(task: Task, config: QwenConfig, out: Path) -> None:
     runs = all_runs(settings, out)
     if not (out / "preprocessing.json").is_file():
         files.write_json(out / "preprocessing.json", preprocessing(task))
-    files.write_json(out / "study.json", _study(task, config, runs, out))
+    study = _study(task, config, runs, out)
+    files.write_json(out / "study.json", study)
+    if study["best"]:
+        files.write_json(out / "manifest.json", files.read_json(out / "manifest.json") | {"best": study["best"]})
     finished: dict[str, Run] = {}
     for run in runs:
         if (out / run.folder / "result.json").is_file():
@@ -321,6 +325,7 @@ def _study(task: Task, config: QwenConfig, runs: Sequence[Run], out: Path) -> di
         "shortened": settings.shortened,
         "budget": settings.budget,
         "sampling": settings.judged,
+        "prices": PRIMITIVES,
         "stages": [
             {
                 "stage": run.stage,

@@ -634,3 +634,22 @@ def test_the_picture_keeps_its_colours_on_white_and_is_the_same_each_time(tmp_pa
         tuple(int(shade[i : i + 2], 16) for i in (1, 3, 5)) for shade in ("#FFFFFF", "#000000", *base.COLOURS[:2])
     }
     assert expected <= colours
+
+
+def test_a_round_trip_shows_both_series_and_their_absolute_error(tmp_path, drawn):
+    time, raw = np.arange(30.0), np.random.RandomState(0).uniform(0, 3, (30, 2))
+    decoded = raw.round(2)
+    plots.round_trip(time, raw, decoded, ("prey", "predator"), tmp_path / "r.png", "System 972, encoded", "toy")
+    assert _is_sound(tmp_path / "r.png") and _is_legible(drawn[0])
+    series, errors = drawn[0].axes
+    for i in range(2):
+        before, after = series.lines[2 * i : 2 * i + 2]
+        np.testing.assert_array_equal(before.get_ydata(), raw[:, i])
+        np.testing.assert_array_equal(after.get_ydata(), decoded[:, i])
+        np.testing.assert_allclose(errors.lines[i].get_ydata(), np.abs(raw - decoded)[:, i])
+    assert len({line.get_marker() for line in series.lines}) == 3  # two kinds, and none
+
+
+def test_a_round_trip_of_unlike_shapes_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"raw and decoded must be \(3, 2\), a row a time, a column a name: got"):
+        plots.round_trip(np.arange(3), np.ones((3, 2)), np.ones((4, 2)), ("a", "b"), tmp_path / "r.png", "t")

@@ -186,6 +186,10 @@ def test_the_study_of_every_report_runs_and_shows_its_claims(place, name, capsys
     assert 'class="footnote' in page or "footnote" in page
     final = json.loads((place / name / "final" / "evaluation" / "evaluation.json").read_text())
     assert final["parts"]["shown"] == [18, 19] and not final["constrained"]
+    # Liu's report draws the forecasts of its best cell too, and judges every cell.
+    assert (place / name / "figures" / "forecasts-grid.png").is_file() == (name == "liu")
+    best = json.loads((place / name / "manifest.json").read_text())["best"]
+    assert (best["lr"], best["rank"], best["rule"]) == (0.001, 2, "lowest validation loss per real token")
 
 
 def test_samples_give_quantiles_and_their_median_is_the_forecast(place, capsys):

@@ -3,6 +3,7 @@
 from experiments.plots.flops import budget_bar, flops_bars
 from experiments.plots.forecasts import forecast, forecast_grid, phase_plane
 from experiments.plots.gradients import gradient_norms
+from experiments.plots.preprocessing import round_trip
 from experiments.plots.scores import horizon_error, running_rmse, score_bars, token_loss
 from experiments.plots.training import heat_map, loss_curves
 
@@ -16,6 +17,7 @@ __all__ = [
     "horizon_error",
     "loss_curves",
     "phase_plane",
+    "round_trip",
     "running_rmse",
     "score_bars",
     "token_loss",

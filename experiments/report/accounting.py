@@ -24,6 +24,8 @@ from experiments.report.study import PARTS, Study
 def accounting(study: Study) -> Section:
     """FLOPs by stage; predicted beside spent; claimed beside exact, with the mistakes."""
     blocks: list[Block] = [_spent(study) if study.runs else not_run("Every stage")]
+    if study.plan and "prices" in study.plan.values:
+        blocks.append(_prices(study))
     return Section("accounting", "FLOPs and the budget", blocks + _claimed(study))
 
 
@@ -65,6 +67,14 @@ def _spent(study: Study) -> Table:
     caption = "FLOPs by stage, convention coursework: counted where each op ran, beside what was predicted."
     stages = [stage for stage in dict.fromkeys(row["stage"] for row in study.flops) if stage != "all"]
     return Table("flops", caption, columns, rows, [study.flops_file], stages, heads=2)
+
+
+def _prices(study: Study) -> Table:
+    prices = study.records.json("study.json").fields("prices")
+    rows = [[name.replace("_", " "), prices.count(name)] for name in prices.values]
+    columns = [Column("primitive", "primitive", "text"), Column("price", "FLOPs", "integer")]
+    caption = "Price of each primitive: negation and subtraction as add, inversion as divide, logarithm as exponential."
+    return Table("prices", caption, columns, rows, ["study.json"])
 
 
 def _claimed(study: Study) -> list[Block]:

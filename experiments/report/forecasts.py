@@ -24,6 +24,8 @@ def forecasts(study: Study) -> Section:
             blocks.append(not_run(f"Forecasts of the {TITLES[stage]}"))
         elif main[stage][1].shown:
             blocks += _of_run(study, *main[stage])
+    if (best := study.best_cell) and best[1].shown:
+        blocks += _of_run(study, *best)
     last = next((main[stage] for stage in reversed(TITLES) if stage in main and main[stage][1].shown), None)
     if last and study.records.has(NAIVE):
         blocks += _naive(study, *last)

@@ -3,8 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
+from experiments import plots
 from experiments.report.accounting import budget_bar, spent_of_budget
-from experiments.report.document import Block, Column, Facts, Inline, Number, Section, Table, Text, not_run
+from experiments.report.document import Block, Column, Facts, Figure, Inline, Number, Section, Table, Text, not_run
 from experiments.report.study import Study
 
 TOKENS = (Column("position", "position", "integer"), Column("id", "token id", "text"), Column("piece", "text", "code"))
@@ -91,7 +94,7 @@ def preprocessing(study: Study) -> Section:
             Text([" ".join(map(str, ids))], "pre"),
             Table(f"tokens-example-{i}", said, TOKENS, tokens, [file], folded=True),
         ]
-    return Section("preprocessing", title, [*blocks, _round_trip(study)])
+    return Section("preprocessing", title, [*blocks, _round_trip(study), _check(study)])
 
 
 def _round_trip(study: Study) -> Table:
@@ -106,6 +109,21 @@ def _round_trip(study: Study) -> Table:
         "series."
     )
     return Table("round-trip", caption, columns, rows, ["preprocessing.json"])
+
+
+def _check(study: Study) -> Figure:
+    """One series beside what its tokens read back to."""
+    check, label = study.records.json("preprocessing.json").fields("check"), study.label
+    time, raw, decoded = (
+        np.array(check.matrix(key) if key != "time" else check.numbers(key)) for key in ("time", "raw", "decoded")
+    )
+    system, names = check.count("system"), check.texts("names")
+    return Figure(
+        "round-trip-check",
+        f"System {system} beside what its tokens read back to, and the absolute error, in raw units.",
+        lambda path: plots.round_trip(time, raw, decoded, names, path, f"System {system}, encoded and decoded", label),
+        ["preprocessing.json"],
+    )
 
 
 def settings(study: Study) -> Section:

@@ -51,6 +51,9 @@ class Fields:
     def counts(self, key: str) -> list[int]:
         return self._list(key, "a list of whole numbers", lambda v: type(v) is int)
 
+    def numbers(self, key: str) -> list[float]:
+        return self._list(key, "a list of numbers", lambda v: type(v) in (int, float))
+
     def matrix(self, key: str) -> list[list[float]]:
         return self._list(
             key, "a list of lists of numbers", lambda v: isinstance(v, list) and all(type(x) in (int, float) for x in v)

@@ -101,6 +101,17 @@ class Study:
         runs = [run for stage in TITLES for run in self.of(stage)]
         return [(run, found) for run in runs if (found := self.evaluation(run))]
 
+    @property
+    def best_cell(self) -> tuple[Run, Evaluation] | None:
+        """The grid's best cell where its forecasts are judged too, and it is none of `main`."""
+        if not self.plan or not self.plan.values.get("best"):
+            return None
+        cell, judged = self.plan.text("best.cell"), {run.folder for run, _ in self.main()}
+        for run in self.of("grid"):
+            if run.row["name"] == cell and run.folder not in judged and (found := self.evaluation(run)):
+                return run, found
+        return None
+
     def evaluation(self, run: Run) -> Evaluation | None:
         if run.folder not in self._evaluations:
             there = self.records.has(f"{run.folder}/evaluation/evaluation.json")
