@@ -1,6 +1,7 @@
 """What a run is told: one frozen record, from defaults, a TOML file and the command line, in that order."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -22,6 +23,7 @@ SCALINGS = ("training maximum", "context percentile", "series percentile")
 percentiles / 10, of the points that a forecast sees, or of all: the horizon that it is to forecast included."""
 
 _CHOICES = {"split": SPLITS, "scaling": SCALINGS, "pad_side": ("right", "left")}
+MOST_VALIDATIONS = 12  # of a run of a shortened study
 FEWEST_SERIES = 20  # that a shortened study still judges by, where the part has as many
 
 
@@ -132,7 +134,7 @@ class Settings:
         _require(0 < self.shortened <= 1, "shortened", self.shortened, "more than 0, at most 1")
         for name in ("seed", "split_seed"):
             _require(0 <= getattr(self, name) < 2**32, name, getattr(self, name), "0 to 2^32 - 1")
-        rates = (*self.lr, *((rate,) if (rate := self.default_lr or self.best_lr) else ()))
+        rates = (*self.lr, *filter(None, (self.default_lr, self.best_lr)))
         _require(all(0 < lr < 10 for lr in rates), "lr", rates, "positive numbers below 10")
         _require(bool(self.ranks) and all(r >= 1 for r in self.ranks), "ranks", self.ranks, "whole numbers from 1")
         for name in ("lr", "ranks", "contexts", "shown"):
@@ -202,13 +204,18 @@ class Settings:
         return min(whole, max(FEWEST_SERIES, round(whole * self.shortened)))
 
     def shorten(self, fraction: float) -> "Settings":
-        """The same study in little: every stage's steps times `fraction`, at least one; series as `series_of` says."""
+        """The same study in little: every stage's steps times `fraction`, at least one; series as `series_of` says.
+
+        Validations keep their distance in proportion, but no run has more than `MOST_VALIDATIONS`: with the fewest
+        series that still tell something, each costs as much as many of so few steps.
+        """
         if not 0 < fraction <= 1:
             raise ValueError(f"scale is {fraction!r}: expected more than 0, at most 1")
         stages = ("steps", "default_steps", "context_steps", "final_steps")
         fewer = {name: max(1, round(getattr(self, name) * fraction)) for name in stages}
         if self.val_every:
-            fewer["val_every"] = max(1, round(self.val_every * fraction))
+            longest = max(fewer.values())
+            fewer["val_every"] = max(round(self.val_every * fraction), math.ceil(longest / MOST_VALIDATIONS))
         return dataclasses.replace(self, **fewer, shortened=self.shortened * fraction)
 
     def updated(self, changes: dict[str, Any]) -> "Settings":

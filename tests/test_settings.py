@@ -71,3 +71,45 @@ def test_learning_rates_are_the_reports_but_for_the_pocket_model_and_any_can_be_
     assert Settings(model="elsewhere").learning_rates == PRESETS["reports"] == (1e-5, 5e-5, 1e-4)
     assert Settings(preset="reports").learning_rates == PRESETS["reports"]
     assert Settings(lr=(3e-4,), preset="reports").learning_rates == (3e-4,)
+
+
+def test_a_shortened_study_has_every_stage_in_proportion_and_enough_series_to_judge_by():
+    whole = Settings(steps=300, default_steps=3000, context_steps=10, final_steps=15000, val_every=50)
+    short = whole.shorten(0.02)
+    assert (short.steps, short.default_steps, short.context_steps, short.final_steps) == (6, 60, 1, 300)
+    assert short.val_every == 25  # 12 validations of the longest run, not 300
+    assert whole.shorten(0.5).val_every == 625 and Settings(val_every=0).shorten(0.5).val_every == 0
+    assert (short.series_of(150, 0), short.series_of(8, 0), short.series_of(150, 4)) == (20, 8, 4)
+    assert (whole.series_of(150, 0), whole.series_of(150, 40), Settings(shortened=0.5).series_of(150, 0)) == (
+        150,
+        40,
+        75,
+    )
+
+
+@pytest.mark.parametrize("fraction", [0.0, -1.0, 1.5, float("nan")])
+def test_a_study_is_cut_to_a_part_of_itself(fraction):
+    with pytest.raises(ValueError, match=r"^scale is .*: expected more than 0, at most 1$"):
+        Settings().shorten(fraction)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("split", "by chance"), ("scaling", "maximum"), ("pad_side", "middle"), ("fractions", (0.5, 0.5, 0.5))),
+        *(("stride", 0.0), ("stride", 1.5), ("stride", float("inf")), ("num_samples", 0), ("temperature", -0.1)),
+        *(("top_p", 0.0), ("top_k", -1), ("repetition_penalty", 0.0), ("contexts", (1,)), ("contexts", (64, 64))),
+        *(("shown", (3, 3)), ("final_steps", 0), ("best_lr", -1e-3), ("best_lr", 10.0), ("val_every", -1)),
+    ],
+)
+def test_a_choice_of_a_study_out_of_range_is_refused_by_its_name(field, value):
+    with pytest.raises(ValueError, match=rf"^({field}|lr) is .*: expected [^\n]+$"):
+        Settings(**{field: value})
+
+
+def test_how_forecasts_are_made_is_said_in_words():
+    assert Settings().judged == "greedy, constrained to valid text"
+    assert Settings(constrained=False, repetition_penalty=1.1).judged == "greedy, repetition penalty 1.1"
+    drawn = Settings(num_samples=5, top_p=0.8, top_k=20, constrained=False)
+    assert drawn.judged == "temperature 1, top_k 20, top_p 0.8, the median of 5 samples"
+    assert Settings(temperature=0.7, num_samples=5).sampling_temperature == 0.7
