@@ -97,9 +97,10 @@ def parser() -> argparse.ArgumentParser:
 
     p = verb("flops", "what a forward or a training step costs, formula by formula, without weights")
     p.add_argument("--model", help="Qwen2.5-0.5B ... Qwen2.5-72B, a folder or a hub id (Qwen2.5-0.5B)")
-    p.add_argument("--batch", type=int, default=4, help="sequences (4)")
-    p.add_argument("--context", type=int, default=512, help="new tokens of each (512)")
-    p.add_argument("--rank", type=int, default=0, help="LoRA rank on q and v (0: no LoRA)")
+    p.add_argument("--protocol", help="take batch, context and rank from this protocol's default run")
+    p.add_argument("--batch", type=int, help="sequences (4)")
+    p.add_argument("--context", type=int, help="new tokens of each (512)")
+    p.add_argument("--rank", type=int, help="LoRA rank on q and v (0: no LoRA)")
     p.add_argument("--cache", type=int, default=0, help="tokens already in the KV cache (0)")
     p.add_argument("--train", action="store_true", help="the backward pass too")
     p.add_argument("--convention", default="coursework", help="coursework, exact or matmul (coursework)")

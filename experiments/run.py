@@ -340,39 +340,38 @@ def _data(args) -> None:
 
 
 def _flops_verb(args) -> None:
-    from experiments import flops_table
+    from experiments import flops_table, protocols
     from experiments.predict import predict
     from qwen_min import QwenConfig
     from qwen_min.load import resolve
 
     name = getattr(args, "model", "Qwen2.5-0.5B")
-    for flag, least in (("batch", 1), ("context", 1), ("rank", 0), ("cache", 0)):
-        if getattr(args, flag) < least:
-            raise ValueError(f"--{flag} is {getattr(args, flag)}: expected at least {least}")
+    size = {"batch": 4, "context": 512, "rank": 0}
+    if hasattr(args, "protocol"):
+        settings = protocols.load(args.protocol).settings
+        size = {"batch": settings.batch_size, "context": settings.context, "rank": settings.default_rank}
+    size = {flag: getattr(args, flag, value) for flag, value in size.items()} | {"cache": args.cache}
+    for flag, value in size.items():
+        least = 0 if flag in ("rank", "cache") else 1
+        if value < least:
+            raise ValueError(f"--{flag} is {value}: expected at least {least}")
     if name.startswith("Qwen2.5-") and not Path(name).is_dir():
         config = QwenConfig.named(name)
     else:
         config = QwenConfig.from_file(resolve(name, offline=getattr(args, "offline", False)) / "config.json")
+    batch, tokens, rank, cached = size.values()
     training = getattr(args, "train", False)
-    meter = predict(
-        config,
-        args.batch,
-        args.context,
-        rank=args.rank,
-        cached=args.cache,
-        training=training,
-        convention=args.convention,
-    )
+    meter = predict(config, batch, tokens, rank=rank, cached=cached, training=training, convention=args.convention)
     if hasattr(args, "plot"):
         from experiments import plots
 
-        plots.flops_bars(meter.by_component(), args.plot, f"{name}: forward of {args.batch} x {args.context} tokens")
-    question = {"model": name, "batch": args.batch, "context": args.context, "rank": args.rank, "cache": args.cache}
+        plots.flops_bars(meter.by_component(), args.plot, f"{name}: forward of {batch} x {tokens} tokens")
+    question = {"model": name} | size
     if getattr(args, "json", False):
         _print_json(flops_table.as_json(meter, question))
         return
     print(
-        f"{name}: {args.batch} x {args.context} tokens after {args.cache} cached, LoRA rank {args.rank} on q and v, "
+        f"{name}: {batch} x {tokens} tokens after {cached} cached, LoRA rank {rank} on q and v, "
         f"convention {args.convention}\n"
     )
     print(flops_table.table(meter, training, getattr(args, "per_layer", False)))
