@@ -191,6 +191,8 @@ def run_stages(settings: Settings, out: Path, ledger_path: Path, progress: Progr
         ValueError: the folder holds a run of other settings, model or data, or another process works in it.
     """
     task, config = prepare(settings)
+    if settings.protocol:
+        task.check(task.forecast_systems("shown"))
     planned = [run for stage in stages for run in runs_of(settings, stage, dearest(settings))]
     priced_first = [(run, price(task, config, run)) for run in planned]  # refuses what cannot run before it is begun
     with claimed(out), Ledger(ledger_path, settings.budget) as ledger:
@@ -275,10 +277,11 @@ def write_records(task: Task, config: QwenConfig, out: Path) -> None:
     runs = all_runs(settings, out)
     if not (out / "preprocessing.json").is_file():
         files.write_json(out / "preprocessing.json", preprocessing(task))
-    study = _study(task, config, runs, out)
-    files.write_json(out / "study.json", study)
-    if study["best"]:
-        files.write_json(out / "manifest.json", files.read_json(out / "manifest.json") | {"best": study["best"]})
+    if settings.protocol:  # else it is a grid alone
+        study = _study(task, config, runs, out)
+        files.write_json(out / "study.json", study)
+        if study["best"]:
+            files.write_json(out / "manifest.json", files.read_json(out / "manifest.json") | {"best": study["best"]})
     finished: dict[str, Run] = {}
     for run in runs:
         if (out / run.folder / "result.json").is_file():

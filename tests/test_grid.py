@@ -180,7 +180,7 @@ def test_a_loss_that_is_not_finite_stops_at_that_step_with_exit_4(data, capsys, 
 
     true, calls = Qwen.loss, []
 
-    def poisoned(self, ids, targets):
+    def poisoned(self, ids, targets, padding=None):
         loss, count = true(self, ids, targets)
         calls.append(self.training)
         return (loss * float("nan") if self.training and calls.count(True) == 4 else loss), count
@@ -220,15 +220,18 @@ def test_evaluate_scores_the_horizon_beside_naive_forecasts_and_charges_what_it_
     flags = ["--data", str(data), "--val-series", "3", "--points", "20", "--horizon", "5", "--context", "64"]
     assert run.main(["evaluate", "--json", "--out", "e", *flags]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert set(report["scores"]) == {"model", "persistence", "context mean", "seasonal repeat"}
+    scores = {row["forecaster"]: row for row in report["scores"] if row["variable"] == "all"}
+    assert set(scores) == {"model", "persistence", "context mean", "seasonal repeat", "law fit"}
     assert report["predicted_flops"] == report["flops"] | {"training": 0}
-    assert report["forecast_steps"] == 15 and len(report["systems"]) == 3
-    assert json.loads(Path("e/evaluation.json").read_text()) == report
-    assert len(list(Path("e/figures").glob("forecast-*.png"))) == 3
+    assert report["forecast_steps"]["validation"] == 15 and report["parts"]["validation"] == [14, 15, 16]
+    assert report["unparsed_steps"]["validation"] == 0  # constrained
+    written = json.loads(Path("e/evaluation/evaluation.json").read_text())
+    assert written == {key: value for key, value in report.items() if key != "scores"}
+    assert Path("e/figures/forecasts.png").read_bytes().startswith(b"\x89PNG")
     with h5py.File(data) as file:
         series = file["trajectories"][14:17].astype(float)
     mse = ((series[:, 19:20] - series[:, 20:25]) ** 2).mean()
-    assert report["scores"]["persistence"]["mse"] == pytest.approx(mse, rel=1e-12)
+    assert scores["persistence"]["mse"] == pytest.approx(mse, rel=1e-12)
 
 
 def test_a_forecast_longer_than_the_series_is_refused(data, capsys):
@@ -245,9 +248,8 @@ def test_a_malformed_forecast_is_counted_and_never_shifts_a_column_or_a_step(dat
 
     tokenizer = Tokenizer(ROOT / "weights" / "pocket" / "tokenizer.json")
     task = Task.prepare(Settings(data=str(data), points=20, horizon=4, alpha=2.0), tokenizer)
-    values, unparsed = task.read_forecast(tokenizer.encode("1.00,2.00;1.0x,3.00;4.00;0.50,0.25;9.99,9.99;"))
+    values = task.read_forecast(tokenizer.encode("1.00,2.00;1.0x,3.00;4.00;0.50,0.25;9.99,9.99;"), system=3)
     np.testing.assert_array_equal(values, [[2, 4], [np.nan] * 2, [np.nan] * 2, [1, 0.5]])
-    assert unparsed == 2
 
 
 def test_a_meter_around_a_whole_run_sees_what_the_ledger_was_charged(data):
