@@ -30,6 +30,11 @@ class Windows:
     def __len__(self) -> int:
         return len(self.inputs)
 
+    def at(self, chosen: Sequence[int]) -> "Windows":
+        """The chosen windows alone, in their order."""
+        rows = np.asarray(chosen, np.int64)
+        return Windows(self.inputs[rows], self.targets[rows], self.series[rows], self.start[rows], self.pad_id)
+
     @property
     def real_tokens(self) -> int:
         """Targets that the loss counts."""

@@ -297,7 +297,7 @@ def write_records(task: Task, config: QwenConfig, out: Path) -> None:
         ],
     )
     files.write_csv(out / "flops.csv", _flops(settings, finished, results, out))
-    if settings.protocol and settings.protocol != "default":
+    if settings.protocol not in ("", "default") and not (out / "accounting.csv").is_file():
         _write_accounting(settings.protocol, out)
 
 

@@ -90,11 +90,11 @@ def groups(model: Qwen, windows: Windows, chosen, count_padding: bool = False) -
     """The chosen windows, a few sequences at a time; with `count_padding` targets have padding as a token."""
     tokens = windows.inputs.shape[1]
     rows = max(1, FEED_FORWARD_AT_ONCE // (tokens * model.config.intermediate_size))
-    targets = windows.targets_with_padding if count_padding else windows.targets
-    arrays = windows.inputs, targets, windows.targets != IGNORED, windows.left_padding
     for start in range(0, len(chosen), rows):
-        part = chosen[start : start + rows]
-        inputs, wanted, real, left = (torch.from_numpy(a[part]).to(model.device) for a in arrays)
+        part = windows.at(chosen[start : start + rows])
+        targets = part.targets_with_padding if count_padding else part.targets
+        arrays = part.inputs, targets, part.targets != IGNORED, part.left_padding
+        inputs, wanted, real, left = (torch.from_numpy(a).to(model.device) for a in arrays)
         yield Batch(inputs, wanted, real, left if left.any() else None)
 
 
@@ -127,11 +127,11 @@ def training_step(
     """
     model.train()
     optimizer.zero_grad(set_to_none=True)
-    targets = windows.targets[chosen]
-    tokens = targets.size if count_padding else int((targets != IGNORED).sum())
+    batch = windows.at(chosen)
+    tokens = batch.targets.size if count_padding else batch.real_tokens
     total = 0.0
-    for batch in groups(model, windows, chosen, count_padding):
-        loss, _ = model.loss(batch.inputs, batch.targets, batch.padding)
+    for part in groups(model, windows, chosen, count_padding):
+        loss, _ = model.loss(part.inputs, part.targets, part.padding)
         (loss / tokens).backward()
         total += loss.item()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
