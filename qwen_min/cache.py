@@ -1,6 +1,7 @@
 """The key/value cache: preallocated, passed in, written in place."""
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -29,10 +30,13 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ):
-        shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
-        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self.values = [torch.empty_like(k) for k in self.keys]
-        self.batch, self.capacity, self.length = batch, capacity, 0
+        shape = (2, config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
+        self.store = torch.empty(shape, dtype=dtype, device=device)  # of all layers: `keep` moves them at once
+        self.capacity, self.length = capacity, 0
+
+    @property
+    def batch(self) -> int:
+        return self.store.shape[2]
 
     def check(self, batch: int, tokens: int) -> None:
         """Raise ValueError, naming both numbers, where `tokens` more of `batch` sequences do not fit."""
@@ -47,9 +51,10 @@ class KVCache:
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store (B, K, T, D) keys and values behind what `layer` holds; returns views of all S, (B, K, S, D)."""
         end = self.length + keys.shape[2]
-        self.keys[layer][:, :, self.length : end] = keys
-        self.values[layer][:, :, self.length : end] = values
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+        all_keys, all_values = self.store[:, layer, :, :, :end].unbind()
+        all_keys[:, :, self.length :] = keys
+        all_values[:, :, self.length :] = values
+        return all_keys, all_values
 
     def advance(self, tokens: int) -> None:
         """Count `tokens` as seen, once every layer has them."""
@@ -61,10 +66,17 @@ class KVCache:
             raise ValueError(f"the cache holds {self.length} tokens: cannot go back to {length}")
         self.length = length
 
+    def keep(self, length: int, places: Sequence[int]) -> None:
+        """Forget all but the first `length` tokens and those at `places` behind them, which close up in that order."""
+        if not all(length <= place < self.length for place in places):
+            raise ValueError(f"places to keep are {list(places)}: expected {length} to {self.length - 1}")
+        self.rewind(length)
+        self.length += len(places)
+        if list(places) != list(range(length, self.length)):
+            self.store[..., length : self.length, :] = self.store[..., list(places), :]
+
     def repeat(self, times: int) -> "KVCache":
         """A copy in which each sequence stands `times` times, one behind the other."""
         longer = copy.copy(self)
-        longer.batch = self.batch * times
-        longer.keys = [k.repeat_interleave(times, 0) for k in self.keys]
-        longer.values = [v.repeat_interleave(times, 0) for v in self.values]
+        longer.store = self.store.repeat_interleave(times, 2)
         return longer

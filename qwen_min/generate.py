@@ -1,4 +1,4 @@
-"""Generation: the prompts' prefill, then one forward per new token, over a KV cache.
+"""Generation: the prompts' prefill, then one forward per new token, over a KV cache; fewer where a draft guesses ahead.
 
 The prefill runs once and can be used again: to draw several continuations of each prompt, and to score the true one.
 """
@@ -42,16 +42,33 @@ class Sampling:
 
 
 class Constraint(Protocol):
-    """Says which tokens may follow, and is told which were chosen."""
+    """Says which tokens may follow, and is told which were chosen.
+
+    tokens: (N) all that can ever come, where what else the model would have said is of no interest: no other logits
+        are computed. None for the whole vocabulary.
+    """
+
+    tokens: Tensor | None
 
     def allowed(self) -> Tensor:
-        """(rows, V) bool: what may come next, at least one token in each row."""
+        """(rows, V) bool, or (rows, N) of `tokens`: what may come next, at least one token in each row."""
 
-    def advance(self, new: Tensor, kept: Tensor) -> None:
+    def advance(self, new: Tensor, kept: Tensor | None) -> None:
         """Take note of the chosen tokens (rows), and of the probability that was allowed (rows), float64.
 
-        It is the model's own: at temperature 1, before any option of `Sampling`.
+        It is the model's own: at temperature 1, before any option of `Sampling`. None where `tokens` are given.
         """
+
+
+class Draft(Protocol):
+    """Guesses which tokens are chosen next, as a tree, and is told which were. A guess can cost time, never a token."""
+
+    def guess(self) -> Sequence[tuple[int, int]]:
+        """(parent, token) of each guess, the most useful first: the guesses are counted from 1, and each follows an
+        earlier one, or 0, the token chosen last."""
+
+    def advance(self, token: int) -> None:
+        """Take note of a chosen token."""
 
 
 @dataclass(frozen=True)
@@ -116,9 +133,16 @@ def decode(
     samples: int = 1,
     seed: int | None = None,
     constraint: Constraint | None = None,
+    draft: Draft | None = None,
     **sampling,
 ) -> Iterator[Tensor]:
     """Yield the (B·samples) new tokens of each step, `max_new_tokens` times; the caller stops when it has enough.
+
+    With a draft, a forward carries the token chosen last and a tree of guesses at what follows. Each of them sees its
+    ancestors, so the logits behind it are those that a forward of its own would give; tokens are chosen from them as
+    ever, for as long as what is chosen was guessed, and the other guesses are forgotten. The tokens are the same, to
+    the rounding of products of another shape (speculative decoding, Leviathan et al. 2023, with the tree attention
+    of Miao et al. 2023).
 
     Args:
         model: the `Qwen` that made the prefill.
@@ -127,12 +151,17 @@ def decode(
         samples: continuations of each prompt; row b·samples + s is sample s of prompt b.
         seed: of the samples; None draws a new one.
         constraint: what may be chosen; None for anything.
+        draft: of one prompt, one sample, greedy. Guesses for which the cache has no room are left out, so a prefill
+            with as much more room as a tree has guesses is used to the full.
         sampling: see `Sampling`.
     """
     options = Sampling(**sampling)
     _check(max_new_tokens)
     if samples < 1:
         raise ValueError(f"samples is {samples}: expected at least 1")
+    if draft is not None and (len(prefill.ids) * samples > 1 or options.temperature):
+        asked = f"{len(prefill.ids)} prompts, {samples} samples of each, temperature {options.temperature:g}"
+        raise ValueError(f"a draft with {asked}: expected one prompt, one sample, greedy")
     generator = torch.Generator(model.device)
     if seed is None:
         generator.seed()
@@ -141,23 +170,75 @@ def decode(
     cache = prefill.rewound() if samples == 1 else prefill.rewound().repeat(samples)
     cache.check(cache.batch, max_new_tokens - 1)
     padding = None if prefill.padding is None else prefill.padding.repeat_interleave(samples)
+    tokens = None if constraint is None else constraint.tokens  # (N), or all V: C of them
     seen = _seen(prefill, model.config.vocab_size).repeat_interleave(samples, 0)  # (B·samples, V)
-    hidden = prefill.hidden
-    for step in range(max_new_tokens):
-        logits = model.head(hidden)[:, 0].float()  # (B, V) from the prefill, then (B·samples, V)
-        if step == 0:
-            logits = logits.repeat_interleave(samples, 0)
+    seen = seen if tokens is None else seen[:, tokens]  # (B·samples, C)
+
+    def choose(logits: Tensor) -> Tensor:
+        """The next tokens (B·samples), from logits (B·samples, C)."""
         scores = penalise(logits, seen, options.repetition_penalty)
         if constraint is not None:
             allowed = constraint.allowed()
             scores = scores.masked_fill(~allowed, float("-inf"))
-        new = sample(scores, options, generator) if options.temperature else scores.argmax(-1)
-        seen.scatter_(1, new[:, None], True)
+        chosen = sample(scores, options, generator) if options.temperature else scores.argmax(-1)
+        seen.scatter_(1, chosen[:, None], True)
+        new = chosen if tokens is None else tokens[chosen]
         if constraint is not None:
-            constraint.advance(new, _mass(logits, allowed))
-        yield new
-        if step + 1 < max_new_tokens:
-            hidden = model.model(new[:, None], cache, padding)
+            constraint.advance(new, _mass(logits, allowed) if tokens is None else None)
+        return new
+
+    tree, hidden, left = _Tree(), prefill.hidden, max_new_tokens
+    while left:
+        logits = model.head(hidden, tokens).float()  # (B, T, C), T nodes of the tree
+        if left == max_new_tokens:
+            logits = logits.repeat_interleave(samples, 0)  # (B·samples, T, C), as they come from then on
+        node: int | None = 0
+        path = []
+        while node is not None and left:  # down the tree, for as long as what is chosen was guessed
+            path.append(node)
+            new = choose(logits[:, node])
+            left -= 1
+            yield new
+            if draft is not None:
+                draft.advance(int(new))
+            node = tree.child(node, int(new)) if tree.tokens else None
+        if left:
+            first = cache.length - len(tree.parents)
+            cache.keep(first, [first + node for node in path])
+            if draft is not None:
+                tree = _Tree.grown(draft.guess(), cache.capacity - cache.length, left, model.config.vocab_size)
+            guesses = torch.tensor([tree.tokens], dtype=new.dtype, device=new.device)  # (1, T - 1)
+            ids = torch.cat((new[:, None], guesses.expand(len(new), -1)), 1)  # (B·samples, T)
+            hidden = model.model(ids, cache, padding, tree.parents if tree.tokens else None)
+
+
+@dataclass(frozen=True)
+class _Tree:
+    """The token chosen last, which is node 0, and the guesses behind it: nodes 1, 2, ..., each behind its parent."""
+
+    tokens: Sequence[int] = ()  # of the guesses
+    parents: Sequence[int] = (-1,)  # of all nodes
+
+    @classmethod
+    def grown(cls, guesses: Sequence[tuple[int, int]], most: int, deepest: int, vocabulary: int) -> "_Tree":
+        """Of the guesses those that fit: `most` nodes, `deepest` one behind the other; parents come first."""
+        tokens: list[int] = []
+        parents, node, depth = [-1], {0: 0}, [1]  # node: that of each guess that fits
+        for number, (parent, token) in enumerate(guesses, 1):
+            if not 0 <= parent < number or not 0 <= token < vocabulary:
+                rule = f"an earlier one or 0, and a token from 0 to {vocabulary - 1}"
+                raise ValueError(f"guess {number} is token {token} behind {parent}: expected {rule}")
+            if parent in node and depth[node[parent]] < deepest and len(parents) < most:
+                node[number] = len(parents)
+                tokens.append(token)
+                parents.append(node[parent])
+                depth.append(depth[node[parent]] + 1)
+        return cls(tokens, parents)
+
+    def child(self, node: int, token: int) -> int | None:
+        """The node with this token behind another, if it was guessed."""
+        pairs = zip(self.parents[1:], self.tokens, strict=True)
+        return next((child for child, pair in enumerate(pairs, 1) if pair == (node, token)), None)
 
 
 def stream(model, ids: Tensor, max_new_tokens: int, *, padding: Tensor | None = None, **options) -> Iterator[Tensor]:

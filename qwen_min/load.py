@@ -65,13 +65,16 @@ def from_pretrained(cls, name_or_folder, dtype, device, revision, offline, compu
     model.tie_weights()
     if compute_dtype is not None:
         model.model.embed_tokens.compute_dtype = compute_dtype
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # norms and biases: a few kilobytes, which each forward would widen again
+                parameter.data = parameter.to(compute_dtype)
     return model.eval()
 
 
 def read_tensors(
-    folder: Path, expected: dict[str, Tensor], dtype: torch.dtype, device: torch.device | str
+    folder: Path, expected: dict[str, Tensor], dtype: torch.dtype | None, device: torch.device | str
 ) -> dict[str, Tensor]:
-    """Every tensor of `expected`, and nothing else, from `folder`, as `dtype` on `device`.
+    """Every tensor of `expected`, and nothing else, from `folder`, as `dtype` (None: as stored) on `device`.
 
     The files are mapped: a tensor that is wanted as it is stored is never copied, another is converted one by one,
     so that one copy of the weights is held.

@@ -45,8 +45,14 @@ class Decoder(Metered):
         self.layers = nn.ModuleList(Block(config, i, attention) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, ids: Tensor, cache: KVCache | None = None, padding: Tensor | None = None) -> Tensor:
-        view = self._view(ids, cache, padding)
+    def forward(
+        self,
+        ids: Tensor,
+        cache: KVCache | None = None,
+        padding: Tensor | None = None,
+        parents: Sequence[int] | None = None,
+    ) -> Tensor:
+        view = self._view(ids, cache, padding, parents)
         x = self.embed_tokens(ids)  # (B, T, E)
         for block in self.layers:
             x = block(x, view, cache)
@@ -54,33 +60,53 @@ class Decoder(Metered):
             cache.advance(ids.shape[1])
         return self.norm(x)
 
-    def _view(self, ids: Tensor, cache: KVCache | None, padding: Tensor | None) -> View:
+    def _view(self, ids: Tensor, cache: KVCache | None, padding: Tensor | None, parents: Sequence[int] | None) -> View:
         """Rotation and mask of T tokens that follow the cache, both from absolute positions.
 
         So a full pass, a chunk and a single token are one code path. A padded sequence starts at position 0 behind
         its padding, which nobody looks at; a padding token looks at itself, lest its softmax be empty.
+
+        `parents` makes a tree of the new tokens, as in SpecInfer (Miao et al. 2023): which of them, counted from 0,
+        each one follows; -1 for the cache. Alternatives stand at one position, and each sees its ancestors alone.
         """
         b, t = ids.shape
         if cache is not None:
             cache.check(b, t)
         start = cache.length if cache is not None else 0
         s = start + t
-        if s > self.config.max_position_embeddings:
+        places = ops.count_up(s, ids.device)
+        positions, mask, longest = places[None, start:], None, s  # (1, T)
+        if parents is not None:
+            lineage = _lineage(parents, t).to(ids.device)
+            positions = start + lineage.sum(1)[None] - 1
+            longest = start + int(lineage.sum(1).max())
+        if longest > self.config.max_position_embeddings:
             raise ValueError(
-                f"{s} tokens are too long: expected at most max_position_embeddings, "
+                f"{longest} tokens are too long: expected at most max_position_embeddings, "
                 f"which is {self.config.max_position_embeddings}"
             )
-        places = ops.count_up(s, ids.device)
-        positions, mask = places[None, start:], None  # (1, T)
         if padding is not None:
             positions = (positions - padding[:, None]).clamp(min=0)  # (B, T)
         cos, sin = ops.rotation_angles(positions, self.config.head_dim, self.config.rope_theta)
-        if padding is not None or t not in (1, s):
+        if padding is not None or parents is not None or t not in (1, s):
             query, key = places[start:, None], places[None, :]
             mask = key <= query  # (T, S)
+            if parents is not None:
+                mask[:, start:] = lineage
             if padding is not None:
                 mask = (mask & (key >= padding[:, None, None]) | (key == query))[:, None]  # (B, 1, T, S)
         return View(cos, sin, mask)
+
+
+def _lineage(parents: Sequence[int], tokens: int) -> Tensor:
+    """Which tokens of a tree are an ancestor of each, or the token itself: (T, T) bool."""
+    lineage = torch.eye(tokens, dtype=torch.bool)
+    if len(parents) != tokens or not all(-1 <= parent < token for token, parent in enumerate(parents)):
+        raise ValueError(f"parents are {list(parents)}: expected an earlier one, or -1, for each of {tokens} tokens")
+    for token, parent in enumerate(parents):
+        if parent >= 0:
+            lineage[token] |= lineage[parent]
+    return lineage
 
 
 class Qwen(Metered):
@@ -111,7 +137,7 @@ class Qwen(Metered):
     def from_pretrained(
         cls,
         name_or_folder: str | Path,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = torch.float32,
         device: torch.device | str = "cpu",
         revision: str | None = None,
         offline: bool = False,
@@ -123,7 +149,7 @@ class Qwen(Metered):
 
         Args:
             name_or_folder: a folder with config.json and model*.safetensors, or "Qwen/Qwen2.5-0.5B-Instruct".
-            dtype: the type the weights are kept in.
+            dtype: the type the weights are kept in; None for that of each file's tensors, which are then not copied.
             device: where to.
             revision: the hub's branch, tag or commit.
             offline: never open a connection; what is not cached is an error.
@@ -148,24 +174,35 @@ class Qwen(Metered):
         """
         return self.head(self.model(ids, cache, padding))
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """Logits (..., V) of hidden states (..., E)."""
-        logits = self.lm_head(hidden)
-        return logits if self.logit_bias is None else ops.add_logit_bias(logits, self.logit_bias)
+    def head(self, hidden: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """Logits (..., V) of hidden states (..., E); with `tokens` (N), theirs alone: (..., N), at their cost."""
+        bias: Tensor | None = self.logit_bias
+        if tokens is None:
+            logits = self.lm_head(hidden)
+        else:
+            with self.lm_head.charged():
+                logits = ops.linear(hidden, self.lm_head.weight[tokens])
+            bias = None if bias is None else bias[tokens]
+        return logits if bias is None else ops.add_logit_bias(logits, bias)
 
-    def loss(self, ids: Tensor, targets: Tensor, padding: Tensor | None = None) -> tuple[Tensor, int]:
+    def loss(
+        self, ids: Tensor, targets: Tensor, padding: Tensor | None = None, vocabulary: Tensor | None = None
+    ) -> tuple[Tensor, int]:
         """Summed cross-entropy in nats of `targets` (B, T) after `ids` (B, T), and how many targets counted.
 
         Targets of -100 (padding) do not count. The sum is float64; divide by the count for the mean per real token.
-        Not all logits exist at once: see `loss.linear_cross_entropy`. `padding` as in `forward`.
+        Not all logits exist at once: see `loss.linear_cross_entropy`. `padding` as in `forward`; `vocabulary`, token
+        ids, limits the softmax to them, which is another loss.
         """
         hidden = self.model(ids, padding=padding)
-        return loss.linear_cross_entropy(hidden, self.lm_head, targets, self.logit_bias)
+        return loss.linear_cross_entropy(hidden, self.lm_head, targets, self.logit_bias, vocabulary)
 
-    def token_losses(self, ids: Tensor, targets: Tensor, padding: Tensor | None = None) -> Tensor:
+    def token_losses(
+        self, ids: Tensor, targets: Tensor, padding: Tensor | None = None, vocabulary: Tensor | None = None
+    ) -> Tensor:
         """What `loss` sums: the cross-entropy of each token in nats, (B, T) float64, without a gradient."""
         hidden = self.model(ids, padding=padding)
-        return loss.token_cross_entropy(hidden, self.lm_head, targets, self.logit_bias)
+        return loss.token_cross_entropy(hidden, self.lm_head, targets, self.logit_bias, vocabulary)
 
     def generate(self, ids: "Tensor | Sequence[Sequence[int]]", max_new_tokens: int, **options) -> "Tensor | list":
         """Prompt and up to `max_new_tokens` new tokens; greedy unless told. See `generate.generate`."""

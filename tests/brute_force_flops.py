@@ -131,6 +131,7 @@ def forward(
 # What autograd runs, priced op by op from what torch dispatches: an op's name to the FLOPs of each element it returns.
 ELEMENTWISE = {
     "add": ADD,
+    "addcmul": MULTIPLY + ADD,
     "sub": ADD,
     "rsub": ADD,
     "neg": NEGATE,
@@ -145,10 +146,12 @@ FREE = {
     "cat",
     "clone",
     "detach",
+    "empty_like",
     "expand",
     "masked_fill",
     "permute",
     "slice",
+    "split",
     "squeeze",
     "t",
     "transpose",

@@ -1,14 +1,17 @@
 """One code path for full, chunked, one-token and padded passes; and generation on top of it."""
 
 import itertools
+import random
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from qwen_min import ops
+from lora import add_logit_bias
+from qwen_min import FlopMeter, ops
 from qwen_min.cache import KVCache
-from qwen_min.generate import Sampling, left_padded, sample
+from qwen_min.generate import Sampling, decode, left_padded, prefill, sample, stream
 
 TOLERANCE = 1e-5
 """Logits are near 1; other products' shapes sum in another order: 3e-6 was the most seen."""
@@ -118,7 +121,7 @@ def test_the_cache_counts_a_forward_once_and_returns_views(make_config, random_m
         model(torch.tensor([[1, 2, 3]]), cache)
     assert cache.length == 3
     keys, values = cache.append(1, *(torch.zeros(1, 2, 2, 8) for _ in "kv"))
-    assert keys.shape == values.shape == (1, 2, 5, 8) and keys.data_ptr() == cache.keys[1].data_ptr()
+    assert keys.shape == values.shape == (1, 2, 5, 8) and keys.data_ptr() == cache.store[0, 1].data_ptr()
 
 
 @torch.inference_mode()
@@ -143,6 +146,24 @@ def test_a_repeated_cache_is_a_copy_with_each_sequence_several_times_in_a_row(ra
     close(model(ids[:, 4:].repeat_interleave(3, 0), longer), model(ids)[:, 4:].repeat_interleave(3, 0))
     assert cache.length == 4
     close(model(ids[:, 4:], cache), model(ids)[:, 4:])
+
+
+@torch.inference_mode()
+def test_a_cache_keeps_the_tokens_of_one_branch_and_they_close_up(random_model):
+    model, (tokens,) = random_model(), prompts([10])
+    cache = KVCache(model.config, batch=1, capacity=12)
+    model(torch.tensor([tokens[:4]]), cache)
+    # Behind place 4 the places 5, 6 and 7 are alternatives; 8 follows 5, and 9 follows 8.
+    model.model(torch.tensor([tokens[4:]]), cache, parents=[-1, 0, 0, 0, 1, 4])
+    cache.keep(4, [4, 5, 8])
+    assert (cache.length, cache.capacity) == (7, 12)
+    kept = [*tokens[:4], tokens[4], tokens[5], tokens[8]]
+    close(model(torch.tensor([[1, 2]]), cache), model(torch.tensor([[*kept, 1, 2]]))[:, -2:])
+    cache.keep(5, [])
+    assert cache.length == 5
+    for length, places, problem in ((2, [1], "expected 2 to 4"), (2, [5], "expected 2 to 4"), (6, [], "cannot go")):
+        with pytest.raises(ValueError, match=problem):
+            cache.keep(length, places)
 
 
 def test_a_context_beyond_the_positions_of_the_model_is_refused(random_model):
@@ -307,3 +328,167 @@ def test_every_length_around_a_chunk_boundary_gives_the_same_tokens(random_model
     whole = model.generate([[4]], max_new_tokens=24)[0]
     for cut in itertools.chain(range(1, 10), (16, 24)):
         assert model.generate([whole[:cut]], max_new_tokens=25 - cut)[0] == whole
+
+
+TREE = [-1, 0, 0, 1, 1, -1, 4, 2, 5, 6]
+"""Two roots; nodes 1 and 2, and 3 and 4, are alternatives."""
+
+
+def line(parents: list[int], node: int) -> list[int]:
+    """The nodes from a root to `node`."""
+    return [] if node < 0 else [*line(parents, parents[node]), node]
+
+
+@pytest.mark.parametrize("attention", ["fused", "explicit"])
+@pytest.mark.parametrize("cached", [0, 6])
+@pytest.mark.parametrize("padded", [False, True])
+@torch.inference_mode()
+def test_each_node_of_a_tree_has_the_logits_of_its_branch_alone(padded, cached, attention, random_model):
+    model, (before, tokens) = random_model(attention=attention), prompts([cached, len(TREE)])
+    padding = torch.tensor([2]) if padded else None
+    cache = KVCache(model.config, batch=1, capacity=20)
+    start = [0, 0, *before] if padded else before
+    if start:
+        model(torch.tensor([start]), cache, padding)
+    got = model.head(model.model(torch.tensor([tokens]), cache, padding, TREE))
+    for node in range(len(TREE)):
+        branch = [tokens[n] for n in line(TREE, node)]
+        close(got[:, node], model(torch.tensor([before + branch]))[:, -1])
+
+
+@torch.inference_mode()
+def test_a_tree_that_is_a_chain_is_a_chunk(random_model):
+    model, ids = random_model(), torch.tensor(prompts([9, 9]))
+    cache = KVCache(model.config, batch=2, capacity=9)
+    model(ids[:, :4], cache)
+    got = model.head(model.model(ids[:, 4:], cache, parents=range(-1, 4)))
+    close(got, model(ids)[:, 4:])
+
+
+@pytest.mark.parametrize("parents", [[-1], [-1, 0, 2], [-1, 1, 0], [-1, -2, 0]], ids=str)
+def test_a_tree_without_an_earlier_parent_for_each_token_is_refused(parents, random_model):
+    with pytest.raises(ValueError, match="expected an earlier one, or -1, for each of 3 tokens"):
+        random_model().model(torch.tensor([[1, 2, 3]]), parents=parents)
+
+
+def test_a_tree_takes_as_many_positions_as_it_is_deep(random_model):
+    model = random_model(max_position_embeddings=4)
+    ids = torch.zeros(1, 7, dtype=torch.int64)
+    model.model(ids, parents=[-1, 0, 0, 1, 1, 3, 3])
+    with pytest.raises(ValueError, match="5 tokens are too long: .*max_position_embeddings, which is 4"):
+        model.model(ids, parents=[-1, 0, 0, 1, 1, 3, 5])
+
+
+class Scripted:
+    """A draft that knows what will be chosen, and makes of it whatever tree it is told to."""
+
+    def __init__(self, future: list[int], tree: Callable[[list[int]], list[tuple[int, int]]]):
+        self.future, self.tree, self.told = future, tree, []  # type: ignore[var-annotated]
+
+    def guess(self) -> list[tuple[int, int]]:
+        return self.tree(self.future[len(self.told) :])
+
+    def advance(self, token: int) -> None:
+        self.told.append(token)
+
+
+def chain(tokens: list[int]) -> list[tuple[int, int]]:
+    return list(enumerate(tokens))
+
+
+def scattered(future: list[int]) -> list[tuple[int, int]]:
+    """Seven guesses at random places, each right with probability .7 if all before it are."""
+    tree, depth = [], [0]
+    for number in range(1, 8):
+        parent = random.randrange(number)
+        right = future[depth[parent]] if depth[parent] < len(future) else 5
+        tree.append((parent, right if random.random() < 0.7 else random.randrange(97)))
+        depth.append(depth[parent] + 1)
+    return tree
+
+
+TREES: dict[str, Callable[[list[int]], list[tuple[int, int]]]] = {
+    "nothing": lambda future: [],
+    "the next three": lambda future: chain(future[:3]),
+    "all that is left and more": lambda future: chain([*future, *range(90)]),
+    "all wrong": lambda future: chain([(token + 1) % 97 for token in future[:4]]),
+    "ninety-seven alternatives": lambda future: [(0, token) for token in range(97)],
+    "twice the same": lambda future: [(0, future[0]), (0, future[0]), (1, 3), (2, *future[1:2])] if future[1:] else [],
+    "the second behind a wrong first": lambda future: [(0, 96 - future[0]), (0, future[0]), (1, 7), (2, 7)],
+    "scattered": scattered,
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 3.0}], ids=str)
+@pytest.mark.parametrize("room", [0, 30])
+@pytest.mark.parametrize("tree", TREES)
+@torch.inference_mode()
+def test_a_draft_changes_no_token_whatever_it_guesses(tree, room, options, random_model):
+    random.seed(tree)
+    for seed in range(4):
+        attention = ("fused", "explicit")[seed % 2]
+        model = random_model(seed, attention, max_position_embeddings=31)  # as many as are read, the last is not
+        ids = torch.tensor(prompts([7]))
+        read = prefill(model, ids, 24 + room)
+        plain = [int(new) for new in decode(model, read, 25, **options)]
+        draft = Scripted(plain, TREES[tree])
+        got = [int(new) for new in decode(model, read, 25, draft=draft, **options)]
+        assert got == plain and draft.told == plain[: len(draft.told)] and len(draft.told) >= 24
+
+
+@torch.inference_mode()
+def test_right_guesses_save_forwards_and_all_nodes_are_charged(random_model):
+    model, ids, seen = random_model(), torch.tensor([[4, 5, 6]]), []
+    read = prefill(model, ids, 12)
+    plain = [int(new) for new in decode(model, read, 13)]
+    model.model.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].shape[1]))
+    with FlopMeter() as meter:
+        steps = decode(model, read, 13, draft=Scripted(plain, lambda future: chain(future[:3])))
+        assert [int(new) for new in steps] == plain
+    assert seen == [4, 4, 4]  # the first comes of the prefill, then four a forward
+    with FlopMeter() as forwards:
+        cache = KVCache(model.config, 1, 15)
+        cache.advance(3)
+        model.head(torch.zeros(1, 1, 48))
+        for _ in range(3):
+            model(torch.zeros(1, 4, dtype=torch.int64), cache)
+    assert meter.by_component() == forwards.by_component()
+
+
+def test_a_draft_works_behind_padding_and_from_a_stream(random_model):
+    model = random_model()
+    ids, padding = torch.tensor([[0, 0, 8, 9, 10]]), torch.tensor([2])
+    plain = [int(new) for new in stream(model, torch.tensor([[8, 9, 10]]), 12)]
+    for tree in (TREES["the next three"], TREES["scattered"]):
+        assert [int(new) for new in stream(model, ids, 12, padding=padding, draft=Scripted(plain, tree))] == plain
+
+
+@pytest.mark.parametrize(
+    ("rows", "options"), [(2, {}), (1, {"samples": 2}), (1, {"temperature": 1.0}), (1, {"temperature": 1e-9})], ids=str
+)
+def test_a_draft_is_for_one_greedy_series(rows, options, random_model):
+    model = random_model()
+    read = prefill(model, torch.ones(rows, 3, dtype=torch.int64), 4)
+    with pytest.raises(ValueError, match="expected one prompt, one sample, greedy$"):
+        next(decode(model, read, 5, draft=Scripted([], chain), **options))
+
+
+@pytest.mark.parametrize("guess", [(-1, 5), (1, 5), (0, 97), (0, -1)], ids=str)
+def test_a_guess_that_is_no_token_or_behind_none_is_refused(guess, random_model):
+    model = random_model()
+    steps = decode(model, prefill(model, torch.tensor([[1, 2]]), 9), 9, draft=Scripted([], lambda future: [guess]))
+    with pytest.raises(ValueError, match="guess 1 is token .*expected an earlier one or 0, and a token from 0 to 96"):
+        list(steps)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_logits_of_some_tokens_are_those_of_all_and_cost_what_they_are(tied, bias, random_model):
+    model, hidden = random_model(tie_word_embeddings=tied), torch.randn(2, 3, 48)
+    if bias:
+        add_logit_bias(model, torch.randn(97))
+    tokens = torch.tensor([5, 90, 7])
+    close(model.head(hidden, tokens), model.head(hidden)[..., tokens])
+    with FlopMeter("matmul") as meter:
+        model.head(hidden, tokens)
+    assert meter.by_component() == {"head": 2 * 6 * 48 * 3} and meter.by_module() == {"lm_head": 2 * 6 * 48 * 3}

@@ -1,6 +1,7 @@
 """Constrained decoding end to end: whatever the model, its text parses; what was cut off is the model's own mass."""
 
 import itertools
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -8,9 +9,11 @@ import torch
 
 from data.grammar import Grammar
 from data.llmtime import Codec
-from experiments.constrain import Constrained
+from data.lotka_volterra import load
+from experiments.constrain import Constrained, Drafted
 from experiments.settings import POCKET
-from qwen_min import Qwen, Tokenizer
+from lora import add_logit_bias
+from qwen_min import FlopMeter, Qwen, Tokenizer
 from qwen_min.generate import continuation_losses, decode, left_padded, prefill
 
 CODECS = [Codec(2), Codec(0), Codec(1, 2), Codec(3, shortest=True)]
@@ -157,6 +160,111 @@ def test_a_token_that_may_not_come_is_refused():
         new[start] = symbol
         with pytest.raises(ValueError, match=f"row {start}: token {symbol} may not come here"):
             constraint.advance(new, torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"repetition_penalty": 4.0},
+        {"temperature": 1.5, "seed": 3},
+        {"temperature": 9.0, "top_k": 3, "top_p": 0.8, "repetition_penalty": 1.3, "seed": 5},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("bias", [False, True])
+def test_without_measuring_only_the_symbols_logits_run_and_the_same_tokens_are_chosen(bias, options, random_model):
+    for seed, codec in enumerate(CODECS):
+        model, grammar = random_model(seed), Grammar(codec, 2, 2)
+        if bias:
+            add_logit_bias(model, 3 * torch.randn(97))
+        both = [Constrained(grammar, IDS, 97, rows=1, steps=3, measure=measure) for measure in (True, False)]
+        rows = [run(model, constraint, torch.tensor([[21, 9, 44]]), **options) for constraint in both]
+        assert rows[0] == rows[1] and len(rows[0][0]) > 6
+
+
+def test_without_measuring_the_head_costs_its_symbols_and_no_figure_of_what_was_cut_is_made_up(random_model):
+    model, read = random_model(), prefill(random_model(), torch.tensor([[21]]), 5)
+    constraint = Constrained(Grammar(Codec(), 2), IDS, 97, rows=1, steps=1, measure=False)
+    with FlopMeter("matmul") as meter:
+        assert len(list(decode(model, read, 5, constraint=constraint))) == 5
+    assert meter.by_component()["head"] == 5 * 2 * 48 * 13
+    for name in ("cut", "cut_mean"):
+        with pytest.raises(ValueError, match="expected a constraint with measure=True"):
+            getattr(constraint, name)
+
+
+def test_of_equal_logits_the_same_token_wins_without_measuring(random_model):
+    """Columns in the order of the grammar's symbols would let another of them win than the full head does."""
+    model = random_model()
+    model.lm_head.weight.data.zero_()
+    read, got = prefill(model, torch.tensor([[21]]), 30), []
+    for measure in (True, False):
+        constraint = Constrained(Grammar(Codec(), 2), IDS, 97, rows=1, steps=3, measure=measure)
+        got.append([int(new) for new in decode(model, read, 30, constraint=constraint)])
+    assert got[0] == got[1]
+
+
+@torch.inference_mode()
+def test_sampling_from_the_symbols_alone_has_the_frequencies_of_the_full_head(random_model):
+    model, read = random_model(), prefill(random_model(), torch.tensor([[21, 3]]), 0)
+    constraint = Constrained(Grammar(Codec(), 2), IDS, 97, rows=4000, steps=1, measure=False)
+    (new,) = decode(model, read, 1, samples=4000, temperature=1.0, seed=0, constraint=constraint)
+    counts = Counter(new.tolist())
+    expected = model.head(read.hidden)[0, 0, IDS[:10]].softmax(-1)
+    # 4,000 draws: the standard error is at most .008, and this is four of them
+    torch.testing.assert_close(torch.tensor([counts[i] / 4000 for i in IDS[:10]]), expected, atol=0.032, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def prompt(tokenizer):
+    """80 points of a series of the data set as text, and its tokens."""
+    text = Codec(2).encode(load().series[703, :80].astype(float) / 1.4)
+    return text, torch.tensor([tokenizer.encode(text)])
+
+
+@pytest.mark.parametrize(("constrained", "penalty"), [(True, 1.0), (True, 1.2), (False, 1.0)])
+@torch.inference_mode()
+def test_a_whole_forecast_of_the_pocket_model_is_the_same_with_every_width_of_draft(
+    constrained, penalty, pocket, tokenizer, prompt
+):
+    text, ids = prompt
+    grammar, read = Grammar(Codec(2), 2), prefill(pocket, ids, 230)
+
+    def forecast(draft: Drafted | None, measure: bool) -> list[int]:
+        limits = {"rows": 1, "steps": 20, "vocabulary": 259, "measure": measure}
+        constraint = Constrained.for_tokenizer(tokenizer, Codec(2), 2, 1, **limits) if constrained else None
+        options = {"repetition_penalty": penalty}
+        return [int(new) for new in decode(pocket, read, 200, constraint=constraint, draft=draft, **options)]
+
+    plain = forecast(None, measure=True)
+    for nodes, measure in ((3, False), (8, False), (12, False), (12, True), (30, False)):
+        assert forecast(Drafted.for_tokenizer(tokenizer, grammar, text, nodes), measure) == plain
+    # A draft of another text is wrong most of the time.
+    assert forecast(Drafted.for_tokenizer(tokenizer, grammar, "9.99,9.99;" * 9, 12), False) == plain
+
+
+@torch.inference_mode()
+def test_a_draft_saves_four_of_five_forwards_on_a_series(pocket, tokenizer, prompt):
+    text, ids = prompt
+    read, seen = prefill(pocket, ids, 230), []
+    handle = pocket.model.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].shape[1]))
+    constraint = Constrained.for_tokenizer(tokenizer, Codec(2), 2, 1, rows=1, steps=20, vocabulary=259, measure=False)
+    draft = Drafted.for_tokenizer(tokenizer, Grammar(Codec(2), 2), text, 12)
+    list(decode(pocket, read, 200, constraint=constraint, draft=draft))
+    handle.remove()
+    assert len(seen) <= 40 and max(seen) == 12
+
+
+def test_a_token_that_is_no_symbol_ends_the_guesses_until_the_next_step(tokenizer):
+    draft = Drafted.for_tokenizer(tokenizer, Grammar(Codec(2), 2), "1.00,2.00;1.10,1.90;1.20,1.80;", 12)
+    assert len(draft.guess()) == 11
+    draft.advance(tokenizer.encode("x")[0])
+    assert draft.guess() == []
+    draft.advance(tokenizer.encode(";")[0])
+    assert len(draft.guess()) == 11
+    with pytest.raises(ValueError, match="draft has 0 nodes: expected at least 1"):
+        Drafted.for_tokenizer(tokenizer, Grammar(Codec(2), 2), "", 0)
 
 
 class TwoTokens:

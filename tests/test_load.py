@@ -375,7 +375,7 @@ def test_weights_kept_in_bfloat16_compute_in_float32_as_if_they_had_been_widened
     wide = Qwen.from_pretrained(folder)
     assert kept.compute_dtype == torch.float32 and kept.get_parameter(UP).dtype == torch.bfloat16
     with torch.inference_mode():
-        torch.testing.assert_close(kept(IDS), wide(IDS), atol=1e-6, rtol=0)  # the same products of the same numbers
+        torch.testing.assert_close(kept(IDS), wide(IDS), atol=1e-5, rtol=0)  # the same numbers, summed in another order
         narrow = Qwen.from_pretrained(folder, dtype=torch.bfloat16)(IDS)
         assert (narrow.float() - wide(IDS)).abs().max() > 1e-3  # which narrow products do not give
     assert kept.generate(IDS.tolist(), max_new_tokens=8) == wide.generate(IDS.tolist(), max_new_tokens=8)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora import add_logit_bias, add_lora
-from qwen_min import loss
+from qwen_min import FlopMeter, loss
 from qwen_min.layers import Linear
 from qwen_min.loss import IGNORED, linear_cross_entropy
 
@@ -40,7 +40,8 @@ def in_float64(hidden: Tensor, head: Linear, targets: Tensor, bias: Tensor | Non
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("at_once", CHUNKS)
 def test_value_and_gradients_equal_float64_cross_entropy_over_all_logits(at_once, biased, parts, monkeypatch):
-    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", at_once)
+    monkeypatch.setitem(loss.LOGITS_AT_ONCE, "cpu", at_once)
+    monkeypatch.setattr(loss, "LOGITS_KEPT", at_once)
     hidden, head, targets, bias = parts
     wanted = [hidden, head.weight] + [bias] * biased
     total, count = linear_cross_entropy(hidden, head, targets, bias if biased else None)
@@ -51,6 +52,43 @@ def test_value_and_gradients_equal_float64_cross_entropy_over_all_logits(at_once
     for parameter, gradient in zip(wanted, gradients, strict=True):
         torch.testing.assert_close(parameter.grad, (gradient / count).float(), atol=1e-5, rtol=0)
         assert gradient.abs().max() / count > 1e-3
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_restricted_vocabulary_is_the_cross_entropy_over_its_logits_alone(biased, parts):
+    hidden, head, targets, bias = parts
+    tokens = torch.tensor([300, 4, 17, 0, 255])
+    targets = tokens[targets % 5].where(targets != IGNORED, IGNORED)
+    wanted = [hidden, head.weight] + [bias] * biased
+    total, count = linear_cross_entropy(hidden, head, targets, bias if biased else None, tokens)
+    total.backward()
+    leaves = [t.detach().double().requires_grad_() for t in (hidden, head.weight, bias)]
+    logits = leaves[0] @ leaves[1].T + (leaves[2] if biased else 0)
+    apart = torch.full((V,), float("-inf"), dtype=torch.float64).index_fill(0, tokens, 0)
+    expected = F.cross_entropy((logits + apart).flatten(0, 1), targets.flatten(), reduction="sum")
+    expected.backward()
+    assert count == 42 - 7
+    torch.testing.assert_close(total, expected.detach(), rtol=1e-6, atol=0)
+    for parameter, leaf in zip(wanted, leaves, strict=False):
+        torch.testing.assert_close(parameter.grad, leaf.grad.float(), atol=1e-4, rtol=0)
+    each = loss.token_cross_entropy(hidden, head, targets, bias if biased else None, tokens)
+    torch.testing.assert_close(each.sum(), total.detach())
+
+
+def test_a_restricted_vocabulary_is_charged_as_a_head_of_its_size(parts):
+    hidden, head, targets, _ = parts
+    tokens = torch.arange(V - 13, V)
+    with FlopMeter("matmul") as meter:
+        linear_cross_entropy(hidden, head.requires_grad_(False), targets % 13 + V - 13, None, tokens)
+    assert meter.total == 2 * 42 * E * 13 and meter.backward == meter.total
+
+
+def test_a_target_outside_of_a_restricted_vocabulary_is_refused(parts):
+    hidden, head, targets, _ = parts
+    targets = (targets % 3).where(targets != IGNORED, IGNORED)
+    targets[1, 1] = 7
+    with pytest.raises(ValueError, match="target 7 is not in the vocabulary asked for: expected one of its 3"):
+        linear_cross_entropy(hidden, head, targets, None, torch.arange(3))
 
 
 @pytest.mark.parametrize("which", range(3))
@@ -125,7 +163,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("at_once", [V, 5 * V, 16 * V])
 def test_never_more_logits_exist_than_were_asked_for(at_once, parts, monkeypatch):
     """E and so the head's (V, E) gradient are small here: the largest tensor would be the (N, V) logits."""
-    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", at_once)
+    monkeypatch.setitem(loss.LOGITS_AT_ONCE, "cpu", at_once)
     hidden, head, targets, bias = parts
     with LargestTensor() as forward:
         total, _ = linear_cross_entropy(hidden, head, targets, bias)
@@ -186,7 +224,7 @@ def test_padding_chunking_accumulation_and_order_do_not_change_a_loss(arrangemen
         return value, [p.grad for p in model.parameters() if p.grad is not None]
 
     expected, gradients = run([(ids, targets)])
-    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", at_once)
+    monkeypatch.setitem(loss.LOGITS_AT_ONCE, "cpu", at_once)
     batches = {
         "whole": [(ids, targets)],
         "one by one": list(zip(ids.split(1), targets.split(1), strict=True)),

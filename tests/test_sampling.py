@@ -192,7 +192,7 @@ def test_no_tokens_and_no_samples(random_model):
 @pytest.mark.parametrize("tokens", [1, 2, 7])
 @torch.inference_mode()
 def test_the_losses_of_a_continuation_are_those_of_a_full_pass(tokens, at_once, random_model, monkeypatch):
-    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", at_once)
+    monkeypatch.setitem(loss.LOGITS_AT_ONCE, "cpu", at_once)
     model = random_model()
     ids, padding = left_padded(ROWS)
     targets = torch.randint(97, (3, tokens))
@@ -232,6 +232,8 @@ def test_bad_targets_are_refused_with_what_was_expected(targets, message, random
 
 class Cycle:
     """A constraint that lets each row choose in turn among given tokens, and notes what it is told."""
+
+    tokens = None
 
     def __init__(self, turns: list[list[int]], rows: int):
         self.tables = [torch.zeros(rows, 97, dtype=torch.bool) for _ in turns]

@@ -1,0 +1,95 @@
+"""Products with bfloat16 weights on the CPU, by a kernel in C++ that is compiled on first use.
+
+Where there is no compiler, or `ENABLED` is False, torch widens the weight and multiplies: the same to rounding.
+"""
+
+import ctypes
+import hashlib
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp")
+
+ENABLED = True
+
+MOST_TOKENS = 64
+"""Above it widening the weight once costs less than the library's product gains."""
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """x Wᵀ + b for float32 x (..., I) and bfloat16 W (O, I); None where the kernel does not serve."""
+    inputs, outputs = weight.shape[1], weight.shape[0]
+    tokens = x.numel() // inputs
+    if not (
+        x.is_cpu
+        and 0 < tokens <= MOST_TOKENS
+        and x.dtype == torch.float32
+        and weight.dtype == torch.bfloat16
+        and weight.is_contiguous()
+    ):
+        return None
+    kernel = _kernel() if ENABLED else None
+    if kernel is None:
+        return None
+    x, out = x.contiguous(), x.new_empty((*x.shape[:-1], outputs))
+    bias = None if bias is None else bias.float().contiguous()
+    pointers = x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr()
+    kernel(*pointers, tokens, inputs, outputs)
+    return out
+
+
+def available() -> bool:
+    """Whether the kernel serves here; asking compiles it, half a second once."""
+    return ENABLED and _kernel() is not None
+
+
+@cache
+def _kernel():
+    """The compiled function, or None."""
+    compiler = shutil.which("c++")
+    if compiler is None:
+        return None
+    try:
+        function = ctypes.CDLL(str(_compiled(compiler))).linear_bfloat16
+    except (OSError, subprocess.SubprocessError):
+        return None
+    function.argtypes, function.restype = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 3, None
+    return function
+
+
+def _compiled(compiler: str) -> Path:
+    """The library of this source, compiler and processor, from torch's cache of the user's home.
+
+    Compiled without torch's extension loader: that imports setuptools, wants ninja, and takes longer to find a
+    finished library than all else that loading a model does.
+    """
+    processor = platform.machine() + _processor()
+    key = hashlib.sha256("\0".join((SOURCE.read_text(), *FLAGS, compiler, processor)).encode()).hexdigest()[:16]
+    folder = Path(torch.hub.get_dir()).parent / "qwen_min"
+    library = folder / f"kernels-{key}.so"
+    if not library.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as beside:  # renamed when whole: another process may do the same
+            new = Path(beside) / library.name
+            subprocess.run(
+                [compiler, *FLAGS, str(SOURCE), "-o", str(new)], check=True, capture_output=True, timeout=120
+            )
+            new.replace(library)
+    return library
+
+
+def _processor() -> str:
+    """What `-march=native` depends on: a home folder may be shared by machines of several kinds."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")

@@ -1,0 +1,97 @@
+"""The compiled product with bfloat16 weights against float64, and what holds where it cannot be compiled."""
+
+import shutil
+import stat
+
+import pytest
+import torch
+
+from qwen_min import kernels, ops
+
+needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler here")
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """No kernel yet, and an empty cache."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    kernels._kernel.cache_clear()
+    yield tmp_path / "qwen_min"
+    kernels._kernel.cache_clear()
+
+
+@needs_compiler
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("outputs", [1, 3, 4, 9, 64])
+@pytest.mark.parametrize("inputs", [1, 5, 16, 31, 48, 100])
+def test_every_shape_equals_float64(inputs, outputs, biased):
+    weight = torch.randn(outputs, inputs).bfloat16()
+    bias = torch.randn(outputs).bfloat16() if biased else None
+    for tokens in range(1, 15):
+        x = torch.randn(tokens, inputs)
+        y = kernels.linear(x, weight, bias)
+        expected = x.double() @ weight.double().T + (bias.double() if bias is not None else 0)
+        torch.testing.assert_close(y, expected.float(), atol=1e-5, rtol=1e-5)
+
+
+@needs_compiler
+def test_leading_dimensions_and_strides_are_kept():
+    weight, x = torch.randn(6, 20).bfloat16(), torch.randn(4, 3, 20).transpose(0, 1)
+    y = kernels.linear(x, weight, None)
+    assert y.shape == (3, 4, 6)
+    torch.testing.assert_close(y, x @ weight.float().T, atol=1e-5, rtol=0)
+
+
+@needs_compiler
+def test_bfloat16_numbers_at_the_ends_of_their_range_are_widened_exactly():
+    numbers = torch.tensor([0.0, -0.0, 1.0, -3.0e38, 9.2e-41, float("inf"), -1.5, 2.0**-126]).bfloat16()
+    y = kernels.linear(torch.ones(1, 1), numbers[:, None].contiguous(), None)
+    assert torch.equal(y[0].view(torch.int32) | (1 << 31), numbers.float().view(torch.int32) | (1 << 31))  # but -0 + 0
+
+
+def test_it_serves_few_float32_tokens_by_whole_bfloat16_weights_alone():
+    weight = torch.randn(6, 20).bfloat16()
+    assert kernels.linear(torch.randn(kernels.MOST_TOKENS + 1, 20), weight, None) is None
+    assert kernels.linear(torch.randn(0, 20), weight, None) is None
+    assert kernels.linear(torch.randn(2, 20), weight.float(), None) is None
+    assert kernels.linear(torch.randn(2, 20).bfloat16(), weight, None) is None
+    assert kernels.linear(torch.randn(2, 6), weight.T, None) is None
+    assert kernels.linear(torch.randn(2, 20, device="meta"), weight, None) is None
+
+
+@needs_compiler
+def test_it_is_compiled_once_into_the_users_cache(fresh, monkeypatch):
+    assert kernels.available()
+    (library,) = fresh.iterdir()
+    kernels._kernel.cache_clear()
+    monkeypatch.setattr(kernels.subprocess, "run", None)  # a second compilation would fail
+    assert kernels.available() and list(fresh.iterdir()) == [library]
+
+
+@needs_compiler
+def test_another_source_is_another_library(fresh, monkeypatch, tmp_path):
+    assert kernels.available()
+    source = tmp_path / "kernels.cpp"
+    source.write_text(kernels.SOURCE.read_text() + "// changed\n")
+    monkeypatch.setattr(kernels, "SOURCE", source)
+    kernels._kernel.cache_clear()
+    assert kernels.available() and len(list(fresh.iterdir())) == 2
+
+
+@pytest.mark.parametrize("why", ["no compiler", "switched off", "a compiler that fails", "no place to write"])
+def test_without_it_torch_gives_the_same_product(why, fresh, monkeypatch, tmp_path):
+    if why == "no compiler":
+        monkeypatch.setenv("PATH", "")
+    elif why == "switched off":
+        monkeypatch.setattr(kernels, "ENABLED", False)
+    elif why == "a compiler that fails":
+        broken = tmp_path / "c++"
+        broken.write_text("#!/bin/sh\nexit 1\n")
+        broken.chmod(broken.stat().st_mode | stat.S_IXUSR)
+        monkeypatch.setenv("PATH", str(tmp_path))
+    else:
+        fresh.write_text("a file where the folder would be")
+    x, weight, bias = torch.randn(2, 20), torch.randn(6, 20).bfloat16(), torch.randn(6).bfloat16()
+    assert not kernels.available() and kernels.linear(x, weight, bias) is None
+    torch.testing.assert_close(ops.product(x, weight, bias), x @ weight.float().T + bias.float())
+    assert not fresh.is_dir() or not list(fresh.iterdir())
