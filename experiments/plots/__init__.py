@@ -1,5 +1,6 @@
 """Figures from plain records, written as PNG atomically; no window, no global state, colour-blind safe."""
 
+from experiments.plots.bench import bench_bars, bench_scaling
 from experiments.plots.flops import budget_bar, flops_bars
 from experiments.plots.forecasts import forecast, forecast_grid, phase_plane
 from experiments.plots.gradients import gradient_norms
@@ -8,6 +9,8 @@ from experiments.plots.scores import horizon_error, running_rmse, score_bars, to
 from experiments.plots.training import heat_map, loss_curves
 
 __all__ = [
+    "bench_bars",
+    "bench_scaling",
     "budget_bar",
     "flops_bars",
     "forecast",

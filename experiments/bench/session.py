@@ -1,0 +1,255 @@
+"""One run of the benchmark: its options, its fresh processes in turns, its calibrations, and the files it writes."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib import metadata, util
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiments import files, plots
+from experiments.bench import cases, compare, floors, table
+from experiments.bench.cases import Case
+from experiments.bench.texts import Texts
+from experiments.errors import RunFailed
+from experiments.settings import Settings
+from qwen_min import QwenConfig, kernels
+from qwen_min.load import weight_files
+
+PEERS = ("transformers", "none")
+LIBRARIES = ("torch", "transformers", "peft")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asks for.
+
+    model: a folder in Hugging Face layout. whats: of `cases.WHATS`. peer: of `PEERS`. repeats: fresh processes of each
+    side. dtype: that our weights are kept in. series: how many validation series are forecast in one call. draft: nodes
+    of the symbol tree, a forward.
+
+    Raises:
+        ValueError: a value is out of its range, or the peer is not installed.
+    """
+
+    model: Path
+    whats: tuple[str, ...] = cases.WHATS
+    peer: str = "transformers"
+    repeats: int = 3
+    dtype: str = "bfloat16"
+    device: str = "cpu"
+    quick: bool = False
+    series: int = 150
+    draft: int = 12
+
+    def __post_init__(self) -> None:
+        Settings(device=self.device)  # refuses a GPU where there is none
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"--dtype is {self.dtype!r}: expected float32 or bfloat16")
+        cases.chosen([], self.whats)
+        for name in ("repeats", "series", "draft"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} is {getattr(self, name)}: expected at least 1")
+        if self.peer not in PEERS:
+            raise ValueError(f"--peer is {self.peer!r}: expected {' or '.join(PEERS)}")
+        lacking = [name for name in LIBRARIES if not util.find_spec(name)] if self.peer != "none" else []
+        if lacking:
+            raise ValueError(
+                f"the peer needs {' and '.join(lacking)}, not installed here: "
+                "expected them (pip install -e '.[test]'), or --peer none"
+            )
+
+    @property
+    def compute(self) -> str:
+        """The type of products on both sides."""
+        return str(Settings(dtype=self.dtype, device=self.device).compute_dtype).removeprefix("torch.")
+
+
+def bench(options: Options, folder: Path, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """Measure the cases asked for, and write bench.json, bench.md (both after each case) and bench.png.
+
+    Args:
+        folder: where to.
+        say: told in a line what starts.
+
+    Returns:
+        What `bench.json` holds.
+
+    Raises:
+        RunFailed: the two sides of a case did not compute the same, or a process failed. The cases before it are kept.
+    """
+    session = Session(options, say)
+    targets = cases.has_targets(session.config, options.device, options.quick)
+    every = cases.cases(options.quick, min(options.series, len(session.texts.systems)), options.draft)
+    measured: list[tuple[Case, dict[str, Any]]] = []
+
+    def write() -> dict[str, Any]:
+        lines = [compare.against(case, line, session.floor(case, line), targets) for case, line in measured]
+        report = session.head() | {"cases": lines}
+        files.write_json(folder / "bench.json", report)
+        files.write_text(folder / "bench.md", table.markdown(report))
+        return report
+
+    for pair in session.measured(cases.chosen(every, options.whats), folder):
+        measured.append(pair)
+        write()
+    report = write()
+    plots.bench_bars(report["cases"], folder / "bench.png", "Ours beside the peer", report["label"])
+    return report
+
+
+class Session:
+    """One run of the benchmark: the tokens of its jobs, its fresh processes, its calibrations."""
+
+    def __init__(self, options: Options, say: Callable[[str], None]):
+        self.options, self.say, self.calibrations = options, say, list[dict[str, Any]]()
+        self.texts, self.config = Texts(options.model), QwenConfig.from_file(options.model / "config.json")
+        serves = (options.dtype, options.compute, options.device) == ("bfloat16", "float32", "cpu")
+        self.kernels = "C++" if serves and kernels.available() else "torch"  # compiled here, not under a clock
+        self.common = {
+            "model": str(options.model.resolve()),
+            "dtype": options.dtype,
+            "compute": options.compute,
+            "device": options.device,
+        }
+
+    def measured(self, of: Iterable[Case], kept: Path) -> Iterator[tuple[Case, dict[str, Any]]]:
+        """Measure one case after the other, and the machine in between (quick: before and after all).
+
+        Raises:
+            KeyboardInterrupt: stopped; the message says where what was measured is `kept`.
+        """
+        try:
+            with tempfile.TemporaryDirectory() as arrays:
+                self.arrays = Path(arrays)  # the tensors that are compared
+                self.calibrate()
+                for case in of:
+                    line = self.measure(case)
+                    if not self.options.quick:
+                        self.calibrate()
+                    yield case, line
+                if self.options.quick:
+                    self.calibrate()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"interrupted; what was measured until then is in {kept}") from None
+
+    def measure(self, case: Case) -> dict[str, Any]:
+        """Both sides of a case in turns, compared: a line of the report, without floor and targets."""
+        sides = ("ours", "peer") if case.peer and self.options.peer != "none" else ("ours",)
+        runs: dict[str, list[dict[str, Any]]] = {who: [] for who in sides}
+        if case.what == "load":  # into the page cache
+            for path in weight_files(self.options.model):
+                files.file_digest(path)
+        ids, turns = self.ids(case.job), min(self.options.repeats, case.turns or self.options.repeats)
+        for turn in range(turns):
+            for who in sides:
+                self.say(f"{case.name}: {who}, {turn + 1} of {turns}")
+                arrays = {"arrays": str(self.arrays / f"{who}-{turn}")} if case.what in ("train", "load") else {}
+                job = self.common | self.texts.grammar() | case.job | arrays | {"who": who, "ids": ids}
+                runs[who].append(arrays | fresh(job, case.name))
+        line = compare.judge(case, runs, self.options.compute, partial(self._gaps, case, ids))
+        for path in self.arrays.iterdir():
+            path.unlink()
+        return line
+
+    def _gaps(self, case: Case, ids: list[list[int]], partings: Sequence[compare.Parting]) -> list[float]:
+        texts = [ids[row] + list(before) for row, before, *_ in partings]
+        job = self.common | {"job": "gaps", "who": "peer", "ids": texts, "pairs": [parting[2:] for parting in partings]}
+        return fresh(job, case.name)["found"]["gaps"]
+
+    def calibrate(self) -> None:
+        """Measure the machine's rates once more."""
+        self.say("calibration: matrix products, reads")
+        sizes = {
+            "hidden": self.config.hidden_size,
+            "feed_forward": self.config.intermediate_size,
+            "columns": 2**10 if self.options.quick else 2**13,  # of 2^15 rows of float32: 128 MB or 1 GB
+        }
+        self.calibrations.append(fresh(self.common | sizes | {"job": "calibrate", "who": "ours"}, "calibration"))
+
+    def ids(self, job: Mapping[str, Any]) -> list[list[int]]:
+        """The tokens of a job."""
+        if "context" in job:
+            return self.texts.windows(job["batch"], job["context"] + 1)
+        return self.texts.prompts(job.get("batch", 1), job.get("prompt", self.texts.step))
+
+    def floor(self, case: Case, line: Mapping[str, Any]) -> float | None:
+        """The least seconds that a case can take at the calibrated rates; None where nothing says so."""
+        job, config, rates = case.job, self.config, compare.calibrated(self.calibrations)
+        kept, computed = (getattr(torch, t) for t in (self.options.dtype, self.options.compute))
+        symbols = len(self.texts.symbols) if job.get("symbols") or job.get("how", "plain") != "plain" else 0
+        if job["job"] in ("train", "evaluate"):
+            parts = [floors.step(config, job["batch"], job["context"], rank=job.get("rank", 0), symbols=symbols)]
+        elif job["job"] == "generate":
+            forwards = round((job["new"] - 1) / line["ours"].get("tokens_per_forward", 1))
+            shape = job["batch"], job["prompt"], job["new"]
+            parts = [floors.decode(config, *shape, kept, computed, symbols=symbols, forwards=forwards)]
+        elif job["job"] == "series":  # all at once: the weights are read once for all
+            rows, prompt, new = job["series"], job["points"] * self.texts.step, job["horizon"] * self.texts.step
+            parts = [
+                floors.prefill(config, rows, prompt, symbols=len(self.texts.symbols)),
+                floors.decode(config, rows, prompt, new, kept, computed, symbols=len(self.texts.symbols)),
+            ]
+        else:
+            return None
+        return sum(work.seconds(rates["flops_per_second"], rates["bytes_per_second"]) for work in parts)
+
+    def head(self) -> dict[str, Any]:
+        """What a report says of itself."""
+        options = self.options
+        return {
+            "model": str(options.model),
+            "label": Settings(model=str(options.model)).label,
+            "device": options.device,
+            "dtype": options.dtype,
+            "compute": options.compute,
+            "kernels": self.kernels,
+            "repeats": options.repeats,
+            "quick": options.quick,
+            "peer": options.peer,
+            "calibration": compare.calibrated(self.calibrations),
+            "machine": {
+                "processor": _processor(options.device),
+                "threads": self.calibrations[-1]["threads"],
+                "versions": _versions(LIBRARIES if options.peer != "none" else LIBRARIES[:1]),
+            },
+        }
+
+
+def fresh(job: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Run one job in a fresh process with pinned threads. Raises RunFailed, naming the case, where it fails."""
+    pinned = os.environ | {
+        "OMP_PROC_BIND": "true",
+        "OMP_PLACES": "cores",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+    }
+    # The command line sets it for runs that share a machine; here both sides have OpenMP's own way of waiting.
+    pinned.pop("OMP_WAIT_POLICY", None)
+    command, root = [sys.executable, "-m", "experiments.bench.sides"], Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, env=pinned, input=json.dumps(job), capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
+        raise RunFailed(f"bench: {name}: the process of {job['who']} failed ({last[:300]}): expected a measurement")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _processor(device: str) -> str:
+    if device != "cpu":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return "unnamed processor"
+
+
+def _versions(names: Sequence[str]) -> dict[str, str]:
+    return {name: metadata.version(name) for name in names}

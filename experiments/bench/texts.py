@@ -1,0 +1,54 @@
+"""Real tokens for every case: validation series as text, one behind the other where a window is longer than one."""
+
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from data.grammar import Grammar
+from experiments.settings import Settings
+from experiments.task import Task
+from qwen_min import Tokenizer
+
+
+class Texts:
+    """The validation series as a model's tokenizer writes them.
+
+    Raises:
+        ValueError: the model has no tokenizer that makes one token of each symbol of a series.
+    """
+
+    def __init__(self, model: Path):
+        self.task = Task.prepare(Settings(model=str(model)), Tokenizer.from_pretrained(model))
+        symbols = [self.task.tokenizer.encode(symbol) for symbol in Grammar.symbols]
+        if any(len(ids) != 1 for ids in symbols):
+            raise ValueError(f"{model}: writes a symbol as several tokens: expected a tokenizer with one for each")
+        self.symbols = [ids[0] for ids in symbols]
+        self.systems = self.task.split.validation.tolist()
+        self.variables = self.task.dataset.series.shape[2]
+        self.step = self.task.codec.step_width(self.variables)  # tokens of a step, where no number is wider
+
+    def grammar(self) -> dict[str, Any]:
+        """What a job must know to follow the grammar."""
+        codec, widest = self.task.codec, self.task.widest
+        return {"symbol_ids": self.symbols, "decimals": codec.decimals, "variables": self.variables, "widest": widest}
+
+    def windows(self, rows: int, tokens: int) -> list[list[int]]:
+        """(rows, tokens) ids: row i starts with validation series i."""
+        return [self._from(i, tokens) for i in range(rows)]
+
+    def prompts(self, rows: int, tokens: int) -> list[list[int]]:
+        """As `windows`, of series whose text ends a step there: as many as there are, then again from the first."""
+        ends = self.symbols[Grammar.symbols.index(";")]
+        found = [row for row in self.windows(len(self.systems), tokens) if row[-1] == ends]
+        if not found:
+            raise ValueError(f"no series ends a step at token {tokens}: expected a multiple of {self.step}")
+        return [found[i % len(found)] for i in range(rows)]
+
+    def _from(self, first: int, tokens: int) -> list[int]:
+        order = chain(self.systems[first % len(self.systems) :], self.systems * (1 + tokens // self.step))
+        ids: list[int] = []
+        for system in order:
+            if len(ids) >= tokens:
+                break
+            ids += self.task.tokens(system)
+        return ids[:tokens]
