@@ -18,7 +18,8 @@ class Windows:
 
     A window is tokens[start : start + C] of sequence `series` and predicts tokens[start + 1 : start + C + 1].
     Where the sequence ends earlier, inputs are padded and targets are IGNORED: a place is padding if and only
-    if its target is IGNORED.
+    if its target is IGNORED. `vocabulary`, if given, is every token that a target can be, once each: the loss is then
+    over these alone.
     """
 
     inputs: NDArray[np.int64]
@@ -26,6 +27,7 @@ class Windows:
     series: NDArray[np.int64]
     start: NDArray[np.int64]
     pad_id: int
+    vocabulary: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -33,7 +35,8 @@ class Windows:
     def at(self, chosen: Sequence[int]) -> "Windows":
         """The chosen windows alone, in their order."""
         rows = np.asarray(chosen, np.int64)
-        return Windows(self.inputs[rows], self.targets[rows], self.series[rows], self.start[rows], self.pad_id)
+        inputs, targets, series, start = (a[rows] for a in (self.inputs, self.targets, self.series, self.start))
+        return Windows(inputs, targets, series, start, self.pad_id, self.vocabulary)
 
     @property
     def real_tokens(self) -> int:

@@ -6,6 +6,8 @@ A flag that is not given is absent from the result, so that a protocol, a TOML f
 import argparse
 from typing import NoReturn
 
+from experiments.parallel import rank
+
 LEDGER = "ledger.sqlite"
 
 EXAMPLES = {
@@ -24,14 +26,14 @@ EXAMPLES = {
     "budget": "python -m experiments.run budget",
     "doctor": "python -m experiments.run doctor --model Qwen/Qwen2.5-0.5B-Instruct",
     "generate": "python -m experiments.run generate --prompt '1.00,0.50;1.20,0.60;' --max-new-tokens 50",
-    "bench": "python -m experiments.run bench --model weights/pocket --what train generate",
+    "bench": "python -m experiments.run bench --model weights/pocket --quick --what train,generate",
     "pretrain-pocket": "python -m experiments.run pretrain-pocket --out weights/pocket",
 }
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {' '.join(message.split())}: see --help\n")
+        self.exit(2, None if rank() else f"{self.prog}: {' '.join(message.split())}: see --help\n")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -69,6 +71,11 @@ def parser() -> argparse.ArgumentParser:
     _settings(p, "data", "train", "forecast", "lists")
     _scale(p)
     p.add_argument("--out", help="the run's folder (runs/grid)")
+    part = p.add_mutually_exclusive_group()
+    part.add_argument(
+        "--shard", type=_shard, metavar="I/N", help="run every N-th cell alone, from the I-th on; one --out for all N"
+    )
+    part.add_argument("--merge", action="store_true", help="put together what the shards have run")
     p.add_argument("--dry-run", action="store_true", help="show cells, FLOPs and time; run nothing")
 
     p = verb("train", "train one learning rate and rank")
@@ -91,6 +98,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--adapter", help="an adapter folder; none is the untrained model")
     p.add_argument("--system", type=int, required=True, help="number of the series, from 0")
     p.add_argument("--out", help="the PNG to write (forecast-SYSTEM.png)")
+    p.add_argument(
+        "--draft",
+        type=int,
+        default=0,
+        metavar="N",
+        help="guess ahead: a forward carries up to N tokens, verified; the same greedy forecast in fewer forwards "
+        "(0: off; 12 suits a CPU). Reserved as if no guess came true, settled at what ran",
+    )
 
     p = verb("data", "make or check the data set; two worked examples: raw, scaled, text, token ids")
     _settings(p, "data")
@@ -127,14 +142,18 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--sample-seed", type=int, default=0, help="of the samples (0)")
     p.add_argument("--adapter", help="an adapter folder")
 
-    p = verb("bench", "training, evaluation, generation and loading beside transformers + PEFT, in fresh processes")
+    p = verb("bench", "every job beside transformers + PEFT: time, floor, memory, and whether both computed the same")
     p.add_argument("--model", help="a model's folder or hub id (weights/pocket)")
-    p.add_argument("--what", nargs="+", default=["train"], help="train, evaluate, generate, load (train)")
-    p.add_argument("--batch", type=int, default=4, help="sequences of a step (4)")
-    p.add_argument("--context", type=int, default=512, help="tokens of each (512)")
-    p.add_argument("--repeats", type=int, default=2, help="fresh processes of each side (2)")
-    p.add_argument("--dtype", default="float32", help="that our weights are kept in: float32 or bfloat16 (float32)")
-    p.add_argument("--no-peer", action="store_true", help="measure this project alone")
+    p.add_argument("--what", nargs="+", metavar="WHAT", help="of train, evaluate, generate, load, count (all)")
+    p.add_argument("--peer", help="transformers or none (transformers; with --scaling none)")
+    p.add_argument("--repeats", type=int, help="fresh processes of each side (3; with --quick 1)")
+    p.add_argument("--dtype", help="that our weights are kept in: float32 or bfloat16 (bfloat16)")
+    p.add_argument("--device", help="cpu or cuda (cpu)")
+    p.add_argument("--series", type=int, help="validation series that are forecast in one call (150; with --quick 6)")
+    p.add_argument("--draft", type=int, help="nodes of the symbol tree, a forward (12)")
+    p.add_argument("--quick", action="store_true", help="small shapes, to see that all works")
+    p.add_argument("--scaling", action="store_true", help="instead: time and memory over context, batch, rank, prompt")
+    p.add_argument("--out", help="the run's folder: tables and charts go into its bench/ (runs)")
     p.add_argument("--offline", action="store_true", help="never open a connection")
     p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 
@@ -169,7 +188,7 @@ def _settings(p: argparse.ArgumentParser, *groups: str) -> None:
     add("--revision", help="of the hub's model: branch, tag or commit")
     add("--offline", action="store_true", help="never open a connection")
     add("--device", help="cpu or cuda (cpu)")
-    add("--dtype", help="that the weights are kept in: float32 or bfloat16 (float32)")
+    add("--dtype", help="that the weights are kept in: stored (as in their file), float32 or bfloat16 (stored)")
     add("--config", help="a TOML file of settings, such as a run's config.toml; flags win over it")
     if "data" in groups or not groups:
         add("--data", help="an HDF5 file with /trajectories (systems, points, variables); rebuilt by its law if absent")
@@ -181,6 +200,7 @@ def _settings(p: argparse.ArgumentParser, *groups: str) -> None:
         add("--batch-size", type=int, help="windows of a step (4)")
         add("--val-every", type=int, help="steps between validations (30); 0 for one after training")
         add("--dropout", type=float, help="on LoRA's input (0)")
+        add("--vocabulary", help="of the loss: full, or symbols: over the text's 13 alone, another loss (full)")
         add("--preset", help="learning rates by name: reports or pocket")
     if "train" in groups or "forecast" in groups:
         add("--context", type=int, help="tokens of a window (512)")
@@ -205,6 +225,14 @@ def _settings(p: argparse.ArgumentParser, *groups: str) -> None:
         add("--best-lr", type=float, help="carry this learning rate forward, not that of the lowest validation loss")
         add("--best-rank", type=int, help="carry this rank forward")
         add("--best-context", type=int, help="carry this context forward to the final run")
+
+
+def _shard(text: str) -> tuple[int, int]:
+    """ "2/4": the second of four."""
+    number, _, of = text.partition("/")
+    if number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of):
+        return int(number), int(of)
+    raise argparse.ArgumentTypeError(f"{text!r}: expected I/N, I from 1 to N, such as 1/3")
 
 
 def _flops(text: str) -> int:

@@ -14,9 +14,9 @@ import os
 import sqlite3
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ _INT64 = 2**63 - 1
 _APPLICATION = 0x464C4F50  # "FLOP", in the header field that SQLite keeps for this purpose
 _VERSION = 1
 _PATIENCE = 60  # seconds to wait for another writer
+_NOBODY = 0  # for a process's number: what is set aside for other ledgers
 _SCHEMA = f"""
 CREATE TABLE entries (
     id INTEGER PRIMARY KEY, run TEXT NOT NULL, cell TEXT NOT NULL,
@@ -73,7 +74,7 @@ class Ledger:
         self.path, self.budget = Path(path), _flops(budget)
         if not budget:
             raise ValueError("a budget is at least 1 FLOP, got 0")
-        self._owner = {"pid": os.getpid(), "started": _start_marker(os.getpid())}
+        self._owner: dict[str, Any] = {"pid": os.getpid(), "started": _start_marker(os.getpid())}
         self._held: set[int] = set()
         with self._errors():
             self._database = sqlite3.connect(self.path, timeout=_PATIENCE, isolation_level=None)
@@ -122,16 +123,8 @@ class Ledger:
             needed = sum(whole.values()) - sum(kept.values())
             if needed > max(0, left):  # a cell with nothing more to do may always settle
                 raise BudgetExceeded(self.path, f"{run}/{cell}", needed, left, self.budget)
-            # A None takes the next free number, and a number that is there is replaced.
-            entry = self._database.execute(
-                "REPLACE INTO entries VALUES (:id, :run, :cell, 'running', :pid, :started)",
-                self._owner | {"id": old.number, "run": run, "cell": cell},
-            ).lastrowid
-            assert entry is not None
-            self._database.executemany(
-                "REPLACE INTO amounts VALUES (?, ?, ?, ?, ?)",
-                [(entry, stage, whole[stage], kept[stage], wasted[stage]) for stage in STAGES],
-            )
+            new = _Entry(old.number, run, cell, "running", self._owner["pid"], whole, kept, wasted)
+            entry = self._write(new, self._owner["started"])
         self._held.add(entry)
         return entry
 
@@ -182,6 +175,38 @@ class Ledger:
         """The cell failed: what was spent stays spent, the rest of the reservation is released."""
         self._end(entry, "failed")
 
+    def set_aside(self, run: str, cell: str, predicted: Mapping[str, int]) -> None:
+        """Reserve FLOPs for work that other ledgers account for, in place of what was set aside under this name.
+
+        No process holds the entry: it stays "running" until `take_in`. Raises BudgetExceeded; the ledger is then as
+        it was."""
+        whole = _by_stage(predicted)
+        with self._transaction():
+            entries = self._read()
+            old = _set_aside(entries, run, cell) or _Entry(None, run, cell)
+            left = self.budget - sum(entry.committed for entry in entries if entry.number != old.number)
+            if sum(whole.values()) > left:
+                raise BudgetExceeded(self.path, f"{run}/{cell}", sum(whole.values()), left, self.budget)
+            self._write(_Entry(old.number, run, cell, "running", _NOBODY, predicted=whole), started="")
+
+    def take_in(self, run: str, cell: str, ledgers: Iterable["Ledger"]) -> bool:
+        """Put the entries of other ledgers in place of what was set aside for them; return whether anything was.
+
+        Nothing is refused: those FLOPs are spent."""
+        taken = []
+        for ledger in ledgers:
+            with ledger._transaction():
+                taken += ledger._read()
+        with self._transaction():
+            old = _set_aside(self._read(), run, cell)
+            if old is None:
+                return False
+            self._database.execute("DELETE FROM amounts WHERE entry = ?", (old.number,))
+            self._database.execute("DELETE FROM entries WHERE id = ?", (old.number,))
+            for entry in taken:
+                self._write(replace(entry, number=None), started="")
+        return True
+
     def entries(self) -> list[dict[str, Any]]:
         """Return a row for each entry, oldest first.
 
@@ -221,6 +246,19 @@ class Ledger:
             raise AlreadyRunning(f"{self.path}: {run}/{cell} is already running, in process {newest.pid}")
         return new if newest.state == "settled" and not anything_done else newest
 
+    def _write(self, entry: "_Entry", started: str) -> int:
+        """Write an entry in the place of the one with its number, or under the next number; within a transaction."""
+        number = self._database.execute(
+            "REPLACE INTO entries VALUES (?, ?, ?, ?, ?, ?)",
+            (entry.number, entry.run, entry.cell, entry.state, entry.pid, started),
+        ).lastrowid
+        assert number is not None
+        self._database.executemany(
+            "REPLACE INTO amounts VALUES (?, ?, ?, ?, ?)",
+            [(number, stage, entry.predicted[stage], entry.spent[stage], entry.wasted[stage]) for stage in STAGES],
+        )
+        return number
+
     def _end(self, entry: int, state: str) -> None:
         if not self._mark(entry, state):
             raise ValueError(f"{self.path}: entry {entry} is not held by this process")
@@ -237,7 +275,7 @@ class Ledger:
         """Return all entries, once those of dead processes are marked interrupted; within a transaction."""
         running = "SELECT id, pid, started FROM entries WHERE state = 'running'"
         for number, pid, started in self._database.execute(running).fetchall():
-            if _start_marker(pid) != started:
+            if pid != _NOBODY and _start_marker(pid) != started:
                 self._database.execute("UPDATE entries SET state = 'interrupted' WHERE id = ?", (number,))
         entries: dict[int, _Entry] = {}
         for number, run, cell, state, pid, stage, *amounts in self._database.execute(_SELECT):
@@ -330,6 +368,11 @@ class _Entry:
     def committed(self) -> int:
         """FLOPs that no other entry can have."""
         return self.total + self.reserved
+
+
+def _set_aside(entries: Iterable[_Entry], run: str, cell: str) -> _Entry | None:
+    wanted = run, cell, "running", _NOBODY
+    return next((e for e in entries if (e.run, e.cell, e.state, e.pid) == wanted), None)
 
 
 def table(ledger: Ledger) -> str:

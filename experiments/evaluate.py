@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from data.grammar import Grammar
 from data.windows import IGNORED
 from experiments import predict
-from experiments.constrain import Constrained
+from experiments.constrain import Constrained, Drafted
 from experiments.scores import QUANTILES, quantiles
 from experiments.settings import Settings
 from experiments.task import Task
@@ -71,16 +72,32 @@ def trained_model(settings: Settings, adapter: str | Path | None) -> Qwen:
     return load_adapter(model, adapter).eval() if adapter else model.eval()
 
 
-def forecast(task: Task, model: Qwen, systems: Sequence[int]) -> Forecasts:
+def check_draft(settings: Settings, draft: int) -> None:
+    """Raise ValueError unless forecasts can be made with `draft` nodes a forward."""
+    if draft < 0:
+        raise ValueError(f"draft is {draft}: expected 0 (off) or more")
+    if draft and (settings.num_samples > 1 or settings.sampling_temperature):
+        raise ValueError(f"draft is {draft} with sampling ({settings.judged}): expected greedy, one sample")
+
+
+def forecast(task: Task, model: Qwen, systems: Sequence[int], draft: int = 0) -> Forecasts:
     """Forecast `horizon` points after the first `points` of each system, and score the true ones on the way.
 
     A prompt's prefill runs once: its true continuation and all its samples go on from there.
 
+    Args:
+        draft: at most so many tokens in a forward, guesses included, for one system; 0 for one token. The forecast is
+            the same; what a constraint cuts off is not measured.
+
     Raises:
-        ValueError: there is no such system.
+        ValueError: there is no such system, or there are several, or samples, with a draft.
     """
     task.check(systems)
     settings, series = task.settings, task.dataset.series.astype(np.float64)
+    check_draft(settings, draft)
+    if draft and len(systems) != 1:
+        raise ValueError(f"draft is {draft} with {len(systems)} systems: expected one")
+    measured = settings.constrained and not draft
     samples = np.full((len(systems), settings.num_samples, settings.horizon, series.shape[2]), np.nan)
     losses: list[NDArray[np.float64]] = [np.empty(0)] * len(systems)
     cut = np.zeros((2, len(systems), settings.num_samples))
@@ -88,23 +105,24 @@ def forecast(task: Task, model: Qwen, systems: Sequence[int]) -> Forecasts:
     for batch in _batches(task, systems):
         ids, padding, targets = (t.to(model.device) for t in (batch.ids, batch.padding, batch.targets))
         rows = len(batch.places) * settings.num_samples
-        constraint = _constraint(task, model, rows) if settings.constrained else None
+        constraint = _constraint(task, model, rows, measured) if settings.constrained else None
+        guesses = _guesses(task, systems[0], draft) if draft else None
         with FlopMeter() as meter:
             # A true number can be wider than any of the training part.
-            room = max(task.tokens_to_forecast, targets.shape[1])
+            room = max(task.tokens_to_forecast + draft, targets.shape[1])
             prompts = prefill(model, ids, room, padding if padding.any() else None)
         with FlopMeter() as scoring:
             nats = continuation_losses(model, prompts, targets).cpu().numpy()
         flops["validation"] += scoring.total
         with meter:
-            new = _continue(task, model, prompts, constraint, seed=settings.seed + batch.places[0])
+            new = _continue(task, model, prompts, constraint, guesses, seed=settings.seed + batch.places[0])
         flops["inference"] += meter.total
         for row, place in enumerate(batch.places):
             losses[place] = nats[row, : batch.lengths[row]]
             for sample in range(settings.num_samples):
                 ids_of = new[row * settings.num_samples + sample]
                 samples[place, sample] = task.read_forecast(ids_of, systems[place])
-        if constraint is not None:
+        if constraint is not None and measured:
             for kind, values in enumerate((constraint.cut, constraint.cut_mean)):
                 cut[kind, batch.places] = np.asarray(values).reshape(len(batch.places), -1)
     chosen, points = series[np.asarray(systems, int)], settings.points
@@ -116,8 +134,8 @@ def forecast(task: Task, model: Qwen, systems: Sequence[int]) -> Forecasts:
         values=quantiles(samples)[QUANTILES.index(0.5)] if several else samples[:, 0],
         samples=samples if several else None,
         losses=losses,
-        cut=cut[0].mean(1) if settings.constrained else None,
-        cut_mean=cut[1].mean(1) if settings.constrained else None,
+        cut=cut[0].mean(1) if measured else None,
+        cut_mean=cut[1].mean(1) if measured else None,
         flops=flops,
     )
 
@@ -149,7 +167,7 @@ def _batches(task: Task, systems: Sequence[int]) -> Iterator[_Batch]:
         yield _Batch(places, torch.tensor(ids), torch.tensor(padding), torch.tensor(targets), lengths)
 
 
-def _constraint(task: Task, model: Qwen, rows: int) -> Constrained:
+def _constraint(task: Task, model: Qwen, rows: int, measure: bool) -> Constrained:
     variables = task.dataset.series.shape[2]
     return Constrained.for_tokenizer(
         task.tokenizer,
@@ -160,10 +178,16 @@ def _constraint(task: Task, model: Qwen, rows: int) -> Constrained:
         steps=task.settings.horizon,
         vocabulary=model.config.vocab_size,
         device=model.device,
+        measure=measure,
     )
 
 
-def _continue(task: Task, model: Qwen, prompts, constraint, seed: int) -> list[list[int]]:
+def _guesses(task: Task, system: int, nodes: int) -> Drafted:
+    grammar = Grammar(task.codec, task.dataset.series.shape[2], task.widest)
+    return Drafted.for_tokenizer(task.tokenizer, grammar, task.text(system, task.settings.points), nodes)
+
+
+def _continue(task: Task, model: Qwen, prompts, constraint, draft, seed: int) -> list[list[int]]:
     """New tokens of every sample, until each has written `horizon` steps or the most tokens that they can take."""
     settings, separator = task.settings, task.tokenizer.encode(";")[0]
     steps = decode(
@@ -177,6 +201,7 @@ def _continue(task: Task, model: Qwen, prompts, constraint, seed: int) -> list[l
         repetition_penalty=settings.repetition_penalty,
         seed=seed,
         constraint=constraint,
+        draft=draft,
     )
     new: list[torch.Tensor] = []
     written: Any = 0
@@ -188,8 +213,13 @@ def _continue(task: Task, model: Qwen, prompts, constraint, seed: int) -> list[l
     return torch.stack(new, 1).tolist()
 
 
-def predicted(task: Task, config, systems: Sequence[int], rank: int, logit_bias: bool = False) -> dict[str, int]:
-    """The most FLOPs that forecasts of these systems take, by ledger stage; text that ends early takes less."""
+def predicted(
+    task: Task, config, systems: Sequence[int], rank: int, logit_bias: bool = False, draft: int = 0
+) -> dict[str, int]:
+    """The most FLOPs that forecasts of these systems take, by ledger stage; text that ends early takes less.
+
+    With a `draft` that is a full tree and all logits for every token, as if no guess came true.
+    """
     settings = task.settings
     flops = {"training": 0, "validation": 0, "inference": 0}
     for batch in _batches(task, systems):
@@ -207,15 +237,29 @@ def predicted(task: Task, config, systems: Sequence[int], rank: int, logit_bias:
             )
             for n in (0, scored)
         )
-        flops["inference"] += alone
+        flops["inference"] += alone if not draft else _drafted(task, config, prompt, rank, logit_bias, draft)
         flops["validation"] += both - alone
     return flops
+
+
+def _drafted(task: Task, config, prompt: int, rank: int, logit_bias: bool, nodes: int) -> int:
+    """FLOPs of a prompt's prefill and of a forward of so many nodes for each token but the first."""
+    forwards = task.tokens_to_forecast - 1
+    # A tree is no deeper than what is left, but priced as a chain, which would leave the model's positions.
+    config = replace(config, max_position_embeddings=config.max_position_embeddings + nodes)
+    total = predict.generation(config, 1, prompt, 1, rank=rank, logit_bias=logit_bias)
+    first, last = (
+        predict.predict(config, 1, nodes, rank=rank, cached=prompt + chosen, logit_bias=logit_bias).total
+        for chosen in (0, forwards - 1)
+    )
+    return total + (first + last) * forwards // 2  # affine in what is cached
 
 
 def predicted_loss(task: Task, config, rank: int, logit_bias: bool = False) -> int:
     """FLOPs of one pass over the validation windows."""
     windows, context = len(task.validation_windows), task.settings.context
-    return windows * predict.predict(config, 1, context, rank=rank, logit_bias=logit_bias).total
+    one = predict.predict(config, 1, context, rank=rank, logit_bias=logit_bias, symbols=task.settings.symbols)
+    return windows * one.total
 
 
 def rank_of(model: Qwen) -> int:

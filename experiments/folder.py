@@ -25,23 +25,34 @@ FREE = ("budget", "offline", "model", "data", "best_lr", "best_rank", "best_cont
 
 
 @contextmanager
-def claimed(out: Path):
-    """Hold a run's folder for this process; a second one is refused with a line that names the first."""
+def claimed(out: Path, wait: float = 0.0):
+    """Hold a run's folder for this process; a second one is refused, after `wait` seconds, by the name of the first."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: is a file: expected a folder for the run")
     out.mkdir(parents=True, exist_ok=True)
     owner = out / ".owner"
     lock = filelock.FileLock(out / ".lock")
     try:
-        lock.acquire(blocking=False)
+        lock.acquire(timeout=wait)
+    except NotImplementedError:
+        raise OSError(f"{out}: its file system has no locks (flock): expected one that keeps two runs apart") from None
     except filelock.Timeout:
         who = owner.read_text().strip() if owner.is_file() else "another process"
         raise ValueError(f"{out}: {who} is at work in it: expected a folder of its own") from None
     try:
-        owner.write_text(f"process {os.getpid()}\n")
+        owner.write_text(f"process {os.getpid()} on {platform.node()}\n")
         yield
     finally:
         lock.release()
+
+
+def undivided(out: Path) -> None:
+    """Raise ValueError if the folder's grid is dealt to shards that are not merged: a whole run would do their work."""
+    plan = out / "shards" / "plan.json"
+    if plan.is_file() and not (held := files.read_json(plan))["merged"]:
+        raise ValueError(
+            f"{plan}: the grid is dealt to {held['shards']} shards: expected grid with --shard, and --merge at the end"
+        )
 
 
 def begin(task: Task, out: Path) -> None:

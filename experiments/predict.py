@@ -21,6 +21,7 @@ def predict(
     convention: str = "coursework",
     last_only: bool = False,
     logit_bias: bool = False,
+    symbols: int = 0,
 ) -> FlopMeter:
     """A meter that has seen one forward of (batch, tokens) after `cached` tokens, without weights or memory.
 
@@ -30,10 +31,12 @@ def predict(
         training: record the gradients that a LoRA step would need (all parameters' where rank is 0), and the loss.
         last_only: run the head for the last token alone, as generation does.
         logit_bias: with a trainable bias on the logits.
+        symbols: logits of so many tokens alone; 0 for the whole vocabulary.
     """
     with torch.device("meta"):
         model = Qwen(config)
         ids = torch.empty(batch, tokens, dtype=torch.int64)
+        some = torch.empty(symbols, dtype=torch.int64) if symbols else None
     if logit_bias:
         add_logit_bias(model)
     if rank:
@@ -44,11 +47,9 @@ def predict(
         cache.advance(cached)
     with unmetered(), FlopMeter(convention) as meter, torch.set_grad_enabled(training):
         if training and not cached:
-            model.loss(ids, ids)
-        elif last_only:
-            model.head(model.model(ids, cache)[:, -1:])
+            model.loss(ids, ids, vocabulary=some)
         else:
-            model(ids, cache)
+            model.head(model.model(ids, cache)[:, -1 if last_only else 0 :], some)
     return meter
 
 
@@ -100,8 +101,10 @@ def training_run(
     validations: int,
     validation_windows: int,
     logit_bias: bool = False,
+    symbols: int = 0,
 ) -> dict[str, int]:
     """Coursework FLOPs of a cell by ledger stage: `steps` updates, and `validations` passes over the windows."""
-    update = predict(config, batch, context, rank=rank, logit_bias=logit_bias).training if steps else 0
-    window = predict(config, 1, context, rank=rank, logit_bias=logit_bias).total
+    one = partial(predict, config, tokens=context, rank=rank, logit_bias=logit_bias, symbols=symbols)
+    update = one(batch=batch).training if steps else 0
+    window = one(batch=1).total
     return {"training": steps * update, "validation": validations * validation_windows * window}

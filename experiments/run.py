@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments import parallel
 from experiments.arguments import LEDGER, parser
 
 
@@ -31,6 +32,9 @@ def _gather(args: argparse.Namespace):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    first = not parallel.rank()  # of the processes that torchrun started: it speaks for all
+    if not first:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     args = parser().parse_args(argv)
     # Threads that wait should sleep: spinning, which is OpenMP's default, two busy processes on two cores made each
     # other ten times slower (889 for 10,380 tokens/s, pocket model). Read when torch is imported, below.
@@ -39,12 +43,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     from experiments.budget import BudgetExceeded
     from experiments.errors import RunFailed
 
+    trains = args.verb in parallel.VERBS and not ({"dry_run", "merge"} & vars(args).keys())
     try:
-        _VERBS[args.verb](args)
+        with parallel.joined(args.verb, trains) as args.group, args.group.together():
+            _VERBS[args.verb](args)
         sys.stdout.flush()
         return 0
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+    except KeyboardInterrupt as e:
+        if first:
+            print(str(e) or "interrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of stdout has gone, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -52,8 +59,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, RunFailed) as e:
         if getattr(args, "debug", False):
             raise
-        print(" ".join(str(e).split()), file=sys.stderr)
+        if first:
+            print(" ".join(str(e).split()), file=sys.stderr)
         return 3 if isinstance(e, BudgetExceeded) else 4 if isinstance(e, RunFailed) else 2
+    except RuntimeError as e:
+        if not parallel.lost(e):
+            raise
+        if first:
+            print("another process of the group has ended: expected all to run to the end", file=sys.stderr)
+        return 4
 
 
 def _study(args) -> None:
@@ -79,11 +93,13 @@ def _stages(args, stages: Sequence[str]) -> None:
         _price(settings, stages, getattr(args, "json", False))
         return
     out = Path(getattr(args, "out", f"runs/study-{settings.protocol}"))
-    progress = Report(settings.batch_size, settings.label)
+    progress = args.group.first(Report, settings.batch_size, settings.label) or parallel.Mute()
     try:
-        run_stages(settings, out, Path(getattr(args, "ledger", LEDGER)), progress, stages)
+        run_stages(settings, out, Path(getattr(args, "ledger", LEDGER)), progress, stages, args.group)
     finally:
         progress.close()
+    if args.group.rank:
+        return
     print(report.build(out) if stages[-1] == "final" else f"{out}; its page: python -m experiments.run report {out}")
 
 
@@ -126,7 +142,10 @@ def _report(args) -> None:
 def _grid(args) -> None:
     from experiments.grid import markdown
 
-    settings, out = _gather(args), Path(getattr(args, "out", "runs/grid"))
+    out = Path(getattr(args, "out", "runs/grid"))
+    if hasattr(args, "merge") and not hasattr(args, "config") and (out / "config.toml").is_file():
+        args.config = out / "config.toml"
+    settings = _gather(args)
     results = _run_cells(args, settings, out)
     if results:
         print(markdown(settings, results, out))
@@ -152,19 +171,30 @@ def _train(args) -> None:
 def _run_cells(args, settings, out: Path) -> list[dict[str, Any]]:
     from experiments.grid import write_results
     from experiments.progress import Report
+    from experiments.shards import Shard, merge, run_shard
     from experiments.study import prepare, price, run_stages, runs_of
 
+    shard, ledger = Shard(*getattr(args, "shard", (1, 1))), Path(getattr(args, "ledger", LEDGER))
     if getattr(args, "dry_run", False):
         task, config = prepare(settings)
-        cells = [(run.cell, price(task, config, run)["training"]) for run in runs_of(settings, "grid")]
+        cells = [(run.cell, price(task, config, run)["training"]) for run in shard.part(runs_of(settings, "grid"))]
         _dry_run(settings, cells, as_json=getattr(args, "json", False))
         return []
-    report = Report(settings.batch_size, settings.label)
+    if hasattr(args, "merge"):
+        merge(settings, out, ledger)
+        return write_results(settings, out)
+    report = args.group.first(Report, settings.batch_size, settings.label) or parallel.Mute()
     try:
-        run_stages(settings, out, Path(getattr(args, "ledger", LEDGER)), report, ("grid",))
+        if hasattr(args, "shard"):
+            run_shard(settings, out, ledger, report, shard, args.group)
+        else:
+            run_stages(settings, out, ledger, report, ("grid",), args.group)
     finally:
         report.close()
-    return write_results(settings, out)
+    if hasattr(args, "shard"):
+        print(f"shard {shard} of the grid in {out}; when all have run: grid --merge --out {out}")
+        return []
+    return args.group.first(write_results, settings, out) or []
 
 
 def _dry_run(settings, cells, as_json: bool) -> None:
@@ -256,15 +286,16 @@ def _forecast(args) -> None:
     from experiments import evaluate, naive, scores
     from experiments.budget import Ledger
 
-    settings = _gather(args)
+    settings, draft = _gather(args), args.draft
+    evaluate.check_draft(settings, draft)
     task, model = evaluate.prepare(settings, getattr(args, "adapter", None))
     task.check([args.system])
     adapter, path = getattr(args, "adapter", None), Path(getattr(args, "out", f"forecast-{args.system}.png"))
     with Ledger(getattr(args, "ledger", LEDGER), settings.budget) as ledger:
         rank, bias = evaluate.rank_of(model), model.logit_bias is not None
-        expected = evaluate.predicted(task, model.config, [args.system], rank, bias)
+        expected = evaluate.predicted(task, model.config, [args.system], rank, bias, draft)
         entry = ledger.reserve(f"forecast {adapter or settings.model}", f"system {args.system}", expected)
-        made = evaluate.forecast(task, model, [args.system])
+        made = evaluate.forecast(task, model, [args.system], draft)
         for stage, flops in made.flops.items():
             ledger.spend(entry, stage, flops)
         ledger.settle(entry)
@@ -438,27 +469,22 @@ def _generate(args) -> None:
 
 
 def _bench(args) -> None:
-    from experiments import bench
-    from experiments.settings import POCKET, Settings
+    from experiments.bench import scaling, session, table
+    from experiments.settings import POCKET
     from qwen_min.load import resolve
 
-    Settings(dtype=args.dtype)  # refuses an unknown type
-    for flag in ("batch", "context", "repeats"):
-        if getattr(args, flag) < 1:
-            raise ValueError(f"--{flag} is {getattr(args, flag)}: expected at least 1")
-    if unknown := set(args.what) - set(bench.WHATS):
-        raise ValueError(f"--what {' '.join(sorted(unknown))}: expected {', '.join(bench.WHATS)}")
+    given, scales = vars(args), hasattr(args, "scaling")
+    named = ("repeats", "dtype", "device", "series", "draft", "quick", "peer")
+    asked: dict[str, Any] = {"peer": "none"} if scales else {}
+    asked |= {"repeats": 1, "series": 6} if hasattr(args, "quick") else {}
+    asked |= {name: given[name] for name in named if name in given}
+    if hasattr(args, "what"):
+        asked["whats"] = tuple(name for names in args.what for name in names.split(",") if name)
     folder = resolve(getattr(args, "model", POCKET), offline=getattr(args, "offline", False))
-    report = bench.bench(
-        folder.resolve(),
-        args.what,
-        args.batch,
-        args.context,
-        args.repeats,
-        args.dtype,
-        peer=not hasattr(args, "no_peer"),
-    )
-    _print_json(report) if getattr(args, "json", False) else print(bench.table(report))
+    options, out = session.Options(folder, **asked), Path(getattr(args, "out", "runs")) / "bench"
+    measure, text = (scaling.scale, table.scaling_text) if scales else (session.bench, table.text)
+    report = measure(options, out, lambda line: print(f"bench: {line}", file=sys.stderr, flush=True))
+    _print_json(report) if getattr(args, "json", False) else print(text(report))
 
 
 def _pretrain_pocket(args) -> None:

@@ -8,6 +8,7 @@ from typing import Any, get_args, get_origin
 
 import torch
 
+from data.grammar import Grammar
 from experiments.budget import BUDGET
 from experiments.files import read_toml
 
@@ -22,7 +23,14 @@ SCALINGS = ("training maximum", "context percentile", "series percentile")
 """What a series is divided by: the training part's largest value / 9.99, for all; or the larger of its variables' 95th
 percentiles / 10, of the points that a forecast sees, or of all: the horizon that it is to forecast included."""
 
-_CHOICES = {"split": SPLITS, "scaling": SCALINGS, "pad_side": ("right", "left")}
+DTYPES = {"stored": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+_CHOICES = {
+    "split": SPLITS,
+    "scaling": SCALINGS,
+    "pad_side": ("right", "left"),
+    "dtype": tuple(DTYPES),
+    "vocabulary": ("full", "symbols"),
+}
 MOST_VALIDATIONS = 12  # of a run of a shortened study
 FEWEST_SERIES = 20  # that a shortened study still judges by, where the part has as many
 
@@ -40,7 +48,7 @@ class Settings:
     revision: str = ""  # of the hub's model; "" for its newest
     offline: bool = False
     device: str = "cpu"
-    dtype: str = "float32"  # that the frozen weights are kept in
+    dtype: str = "stored"  # that the frozen weights are kept in: the type of their file, or another
     seed: int = 0
     budget: int = BUDGET  # FLOPs
 
@@ -58,6 +66,7 @@ class Settings:
     stride: float = 0.5  # between training windows: tokens, or a part of the window if at most 1
     pad_side: str = "right"
     count_padding: bool = False  # padding as tokens to be predicted
+    vocabulary: str = "full"  # what the loss's softmax runs over: "symbols" is the text's own alone, another loss
 
     # a training run, and the grid
     preset: str = ""  # learning rates by name, where lr is empty; "" for the model's own
@@ -140,7 +149,8 @@ class Settings:
         for name in ("lr", "ranks", "contexts", "shown"):
             _require(len(set(getattr(self, name))) == len(getattr(self, name)), name, getattr(self, name), "each once")
         _require(self.preset in ("", *PRESETS), "preset", self.preset, f"one of {', '.join(PRESETS)}")
-        _require(self.dtype in ("float32", "bfloat16"), "dtype", self.dtype, "float32 or bfloat16")
+        holds = self.vocabulary == "full" or not self.count_padding
+        _require(holds, "vocabulary", self.vocabulary, "full where padding counts, which is no symbol")
         _require(
             self.device in ("cpu", "cuda") or self.device.startswith("cuda:"), "device", self.device, "cpu or cuda"
         )
@@ -155,7 +165,9 @@ class Settings:
     @property
     def label(self) -> str:
         """What stands over every table and figure of the run."""
-        return "toy: the pocket model" if self.is_pocket else ""
+        toy = "toy: the pocket model" if self.is_pocket else ""
+        another = "another loss: over the text's symbols alone" if self.vocabulary == "symbols" else ""
+        return "; ".join(filter(None, (toy, another)))
 
     @property
     def preset_name(self) -> str:
@@ -167,13 +179,19 @@ class Settings:
         return self.lr or PRESETS[self.preset_name]
 
     @property
-    def weight_dtype(self) -> torch.dtype:
-        return getattr(torch, self.dtype)
+    def weight_dtype(self) -> torch.dtype | None:
+        """The type that the weights are kept in; None is that of their file."""
+        return DTYPES[self.dtype]
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Products run in the weights' own type on a GPU, in float32 on a CPU, which is slow at anything else."""
-        return torch.float32 if self.device == "cpu" else self.weight_dtype
+        """Products run in float32 on a CPU, which is slow at anything else, and on a GPU in bfloat16 unless told."""
+        return torch.float32 if self.device == "cpu" or self.dtype == "float32" else torch.bfloat16
+
+    @property
+    def symbols(self) -> int:
+        """How many tokens the loss is over; 0 for all."""
+        return len(Grammar.symbols) if self.vocabulary == "symbols" else 0
 
     @property
     def judged(self) -> str:

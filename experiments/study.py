@@ -17,7 +17,8 @@ from typing import Any
 from experiments import evaluate, files, judge, naive
 from experiments.budget import STAGES as LEDGER_STAGES
 from experiments.budget import BudgetExceeded, Ledger
-from experiments.folder import begin, claimed
+from experiments.folder import begin, claimed, undivided
+from experiments.parallel import ALONE, Alone
 from experiments.preprocessing import preprocessing
 from experiments.settings import Settings
 from experiments.task import Task
@@ -183,30 +184,56 @@ def prices(settings: Settings, stages: Sequence[str]) -> tuple[list[dict[str, An
     return rows, max(0, (settings.budget - others) * settings.final_steps // trained)
 
 
-def run_stages(settings: Settings, out: Path, ledger_path: Path, progress: Progress, stages: Sequence[str]) -> None:
+def run_stages(
+    settings: Settings, out: Path, ledger_path: Path, progress: Progress, stages: Sequence[str], group: Alone = ALONE
+) -> None:
     """Run what is not finished of some stages, in their order, and write the records after each.
 
     Raises:
         BudgetExceeded: all that is still to do does not fit what is left; nothing has been run.
         ValueError: the folder holds a run of other settings, model or data, or another process works in it.
     """
-    task, config = prepare(settings)
-    if settings.protocol:
-        task.check(task.forecast_systems("shown"))
-    planned = [run for stage in stages for run in runs_of(settings, stage, dearest(settings))]
-    priced_first = [(run, price(task, config, run)) for run in planned]  # refuses what cannot run before it is begun
-    with claimed(out), Ledger(ledger_path, settings.budget) as ledger:
-        begin(task, out)
-        name = os.path.relpath(out.resolve(), ledger_path.resolve().parent)
-        _require_room(ledger, name, out, task, priced_first)
+    with group.together():
+        group.check(settings)
+        task, config = prepare(settings)
+        if settings.protocol:
+            task.check(task.forecast_systems("shown"))
+        planned = [run for stage in stages for run in runs_of(settings, stage, dearest(settings))]
+        priced = [(run, price(task, config, run)) for run in planned]  # refuses what cannot run before it is begun
+    with group.only(claimed, out), group.only(Ledger, ledger_path, settings.budget) as ledger:
+        group.tell(undivided, out)
+        group.tell(begin, task, out)
+        name = run_name(out, ledger_path)
+        group.tell(_require_room, ledger, name, out, task, priced)
         for stage in stages:
-            best = carried(settings, out, stage) if stage in ("context", "final") else None
-            for run in runs_of(settings, stage, best):
-                priced, own = price(task, config, run), task.under(run.settings)
-                run_cell(own, run.cell, priced["training"], out / run.folder, ledger, name, progress)
-                if run.parts:
-                    _judge(own, run, priced["forecasts"], out, ledger, name)
-            write_records(task, config, out)
+            best = None
+            if stage in ("context", "final"):
+                best = Best(**group.tell(lambda stage=stage: vars(carried(settings, out, stage))))
+            priced = [(run, price(task, config, run)) for run in runs_of(settings, stage, best)]
+            run_all(task, priced, out, ledger, name, progress, group)
+            group.tell(write_records, task, config, out)
+
+
+def run_name(out: Path, ledger_path: Path) -> str:
+    """What a ledger calls the run of a folder."""
+    return os.path.relpath(out.resolve(), ledger_path.resolve().parent)
+
+
+def run_all(
+    task: Task,
+    priced: Sequence[tuple[Run, Price]],
+    out: Path,
+    ledger: Ledger,
+    name: str,
+    progress: Progress,
+    group: Alone = ALONE,
+) -> None:
+    """Train and judge what is not finished of some runs, in their order."""
+    for run, flops in priced:
+        own = task.under(run.settings)
+        run_cell(own, run.cell, flops["training"], out / run.folder, ledger, name, progress, group)
+        if run.parts:
+            group.tell(_judge, own, run, flops["forecasts"], out, ledger, name)
 
 
 def _require_room(ledger: Ledger, name: str, out: Path, task: Task, priced: Sequence[tuple[Run, Price]]) -> None:
@@ -220,7 +247,7 @@ def _require_room(ledger: Ledger, name: str, out: Path, task: Task, priced: Sequ
             spent = sum(before[s] for s in LEDGER_STAGES) if before and before["state"] != "settled" else 0
             needed += max(0, sum(flops["training"].values()) - spent)
         counted.add(run.folder)
-        if not _judged(task.under(run.settings), run, out):
+        if not judged(task.under(run.settings), run, out):
             needed += sum(flops["forecasts"].values())
     left = ledger.totals()["left"]
     if needed > left:
@@ -232,7 +259,7 @@ def _systems(task: Task, run: Run) -> list[int]:
     return list(dict.fromkeys(system for part in run.parts for system in task.forecast_systems(part)))
 
 
-def _judged(task: Task, run: Run, out: Path) -> bool:
+def judged(task: Task, run: Run, out: Path) -> bool:
     """Whether a finished evaluation in the run's folder covers all that it forecasts."""
     path = out / run.folder / "evaluation" / "evaluation.json"
     if not path.is_file():
@@ -245,7 +272,7 @@ def _judge(task: Task, run: Run, expected: dict[str, int], out: Path, ledger: Le
     """Forecast and score with a finished run, unless that is done."""
     folder, entry_name = out / run.folder / "evaluation", f"{run.cell.name} forecasts"
     files.recover_folder(folder)
-    if _judged(task, run, out):
+    if judged(task, run, out):
         ledger.settle_finished(name, entry_name, files.read_json(folder / "evaluation.json")["flops"])
         return
     result = files.read_json(out / run.folder / "result.json")

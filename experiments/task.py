@@ -9,9 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data import llmtime, lotka_volterra, splits
+from data.grammar import Grammar
 from data.llmtime import Codec
 from data.lotka_volterra import Dataset
 from data.windows import Windows, make_windows
+from experiments.constrain import symbol_tokens
 from experiments.settings import Settings
 from experiments.shapes import shape, stratified
 from qwen_min import Tokenizer
@@ -145,7 +147,11 @@ class Task:
         # A stride in tokens is cut to the window: beyond it tokens would be skipped.
         step = max(1, int(stride * settings.context)) if stride <= 1 else min(int(stride), settings.context)
         pad_id = self.tokenizer.token_id("<|endoftext|>")
-        return make_windows(tokens, settings.context, step, pad_id, settings.pad_side)
+        windows = make_windows(tokens, settings.context, step, pad_id, settings.pad_side)
+        if settings.vocabulary == "full":
+            return windows
+        grammar = Grammar(self.codec, self.dataset.series.shape[2], self.widest)
+        return replace(windows, vocabulary=np.array(symbol_tokens(self.tokenizer, grammar)))
 
 
 def _split(settings: Settings, systems: int) -> splits.Split:

@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from data.windows import IGNORED, Windows, batch_indices
 from experiments import files, predict
 from experiments.budget import Ledger
 from experiments.errors import RunFailed
+from experiments.parallel import ALONE, Alone
 from experiments.settings import Settings
 from experiments.task import Task
 from lora import add_lora, save_adapter
@@ -74,6 +75,7 @@ def predicted(settings: Settings, cell: Cell, config, validation_windows: int) -
         logit_bias=bool(cell.rank and settings.logit_bias),
         validations=max(1, math.ceil(steps / settings.val_every)) if settings.val_every else 1,
         validation_windows=validation_windows,
+        symbols=settings.symbols,
     )
 
 
@@ -84,43 +86,55 @@ class Batch(NamedTuple):
     targets: Tensor
     real: Tensor  # bool: not padding
     padding: Tensor | None  # (B) how many of a window's first tokens are padding
+    vocabulary: Tensor | None  # what the loss is over, if not all tokens
 
 
 def groups(model: Qwen, windows: Windows, chosen, count_padding: bool = False) -> Iterator[Batch]:
     """The chosen windows, a few sequences at a time; with `count_padding` targets have padding as a token."""
     tokens = windows.inputs.shape[1]
     rows = max(1, FEED_FORWARD_AT_ONCE // (tokens * model.config.intermediate_size))
+    vocabulary = None if windows.vocabulary is None else torch.from_numpy(windows.vocabulary).to(model.device)
     for start in range(0, len(chosen), rows):
         part = windows.at(chosen[start : start + rows])
         targets = part.targets_with_padding if count_padding else part.targets
         arrays = part.inputs, targets, part.targets != IGNORED, part.left_padding
         inputs, wanted, real, left = (torch.from_numpy(a).to(model.device) for a in arrays)
-        yield Batch(inputs, wanted, real, left if left.any() else None)
+        yield Batch(inputs, wanted, real, left if left.any() else None, vocabulary)
 
 
 @torch.no_grad()
-def validation_loss(model: Qwen, windows: Windows, count_padding: bool = False) -> dict[str, float]:
+def validation_loss(
+    model: Qwen, windows: Windows, count_padding: bool = False, group: Alone = ALONE
+) -> dict[str, float]:
     """Mean cross-entropy in nats over all windows: `validation_loss`, per real token.
 
     With `count_padding` also `validation_loss_with_padding`: over every place, padding as a token to be predicted.
     """
     model.eval()
     real, total = 0.0, 0.0
-    for batch in groups(model, windows, range(len(windows)), count_padding):
-        each = model.token_losses(batch.inputs, batch.targets, batch.padding)  # (B, T)
+    for batch in groups(model, windows, group.share(range(len(windows))), count_padding):
+        each = model.token_losses(batch.inputs, batch.targets, batch.padding, batch.vocabulary)  # (B, T)
         real += each[batch.real].sum().item()
         total += each.sum().item()
-    losses = {"validation_loss": real / windows.real_tokens}
-    return losses | ({"validation_loss_with_padding": total / windows.targets.size} if count_padding else {})
+    losses = {"validation_loss": group.sum(real) / windows.real_tokens}
+    if count_padding:
+        losses["validation_loss_with_padding"] = group.sum(total) / windows.targets.size
+    return losses
 
 
 def training_step(
-    model: Qwen, windows: Windows, chosen, optimizer: torch.optim.Optimizer, count_padding: bool = False
+    model: Qwen,
+    windows: Windows,
+    chosen,
+    optimizer: torch.optim.Optimizer,
+    count_padding: bool = False,
+    group: Alone = ALONE,
 ) -> tuple[float, float]:
     """One update; returns the mean loss per token of the batch and the norm of its gradient.
 
     Gradients accumulate over groups of sequences, each weighted by its share of the batch's real tokens (of all, with
-    `count_padding`). They are left in place.
+    `count_padding`). They are left in place. Several ranks divide the windows; each weight is of the whole batch, times
+    the number of ranks, as the ranks' gradients are averaged.
 
     Raises:
         RunFailed: the loss or the gradient is not finite; the parameters are then as they were.
@@ -130,11 +144,14 @@ def training_step(
     batch = windows.at(chosen)
     tokens = batch.targets.size if count_padding else batch.real_tokens
     total = 0.0
-    for part in groups(model, windows, chosen, count_padding):
-        loss, _ = model.loss(part.inputs, part.targets, part.padding)
-        (loss / tokens).backward()
+    mine = list(groups(model, windows, group.share(chosen), count_padding))
+    for part in mine:
+        with group.averaging(part is mine[-1]):
+            loss, _ = group.loss(model, part.inputs, part.targets, part.padding, part.vocabulary)
+            (loss * group.world / tokens).backward()
         total += loss.item()
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    total = group.sum(total)
+    parameters = [p for some in optimizer.param_groups for p in some["params"]]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).item()
     if not (math.isfinite(total) and math.isfinite(norm)):
         raise RunFailed(
@@ -146,75 +163,96 @@ def training_step(
 
 
 def run_cell(
-    task: Task, cell: Cell, expected: dict[str, int], folder: Path, ledger: Ledger, run: str, progress: Progress
+    task: Task,
+    cell: Cell,
+    expected: dict[str, int],
+    folder: Path,
+    ledger: Ledger,
+    run: str,
+    progress: Progress,
+    group: Alone = ALONE,
 ) -> dict[str, Any]:
     """Train and validate one cell in `folder`, from where it stopped; returns its `result.json`.
 
     A finished cell is left as it is. The FLOPs `expected` of it by stage (see `predicted`) are reserved before the
-    first step, debited as they are spent and settled at the end.
+    first step, debited as they are spent and settled at the end. Of a group's ranks the first one alone reads and
+    writes the folder and the ledger, which is charged what all ran.
 
     Raises:
         BudgetExceeded: before anything ran. RunFailed: the loss is not finite. KeyboardInterrupt: stopped by a
         signal, with a checkpoint behind the step that was running.
     """
-    result = folder / "result.json"
-    if result.is_file():
-        summary = files.read_json(result)
-        for name, wanted in (("lr", cell.lr), ("rank", cell.rank), ("context", task.settings.context)):
-            if summary[name] != wanted:
-                raise ValueError(
-                    f"{result}: {name} is {summary[name]!r}, now {wanted!r}: expected the run that was asked for; "
-                    "delete its folder to run it again, or choose another --out"
-                )
-        ledger.settle_finished(run, cell.name, summary["flops"])
+    if summary := group.tell(_finished, task, cell, folder, ledger, run):
         return summary
     settings, windows = task.settings, task.validation_windows
-    folder.mkdir(parents=True, exist_ok=True)
-    files.recover_folder(folder / "checkpoint")
-    model = load_model(settings)
-    state = _State(model, cell, settings)
+    with group.together():
+        model = load_model(settings)
+        state = _State(model, cell, settings, group)
     metrics = state.resume(folder)
-    entry = ledger.reserve(run, cell.name, expected, done=state.flops)
+    entry = group.tell(ledger.reserve, run, cell.name, expected, state.flops)
 
     def note(record: dict[str, Any]) -> None:
         metrics.append(record)
-        files.append_jsonl(folder / "metrics.jsonl", record)
+        group.first(files.append_jsonl, folder / "metrics.jsonl", record)
         progress({"cell": cell.name, "steps": state.steps, "context": settings.context} | record)
+
+    def finish() -> dict[str, Any]:
+        summary = _summary(task, cell, model, metrics, state.flops, expected)
+        if cell.rank:
+            with files.atomic_folder(folder / "adapter") as adapter:
+                save_adapter(model, adapter, base=settings.model)
+        files.write_json(folder / "result.json", summary)
+        ledger.settle(entry)
+        return summary
 
     try:
         with stoppable() as stopped:
             while state.validated_at < state.steps:
                 if state.step < state.steps:
-                    note(state.train(task, ledger, entry))
-                    if (state.step - 1) % state.norms_every == 0:
-                        files.append_jsonl(folder / "gradients.jsonl", state.gradient_norms())
+                    with group.together():
+                        note(state.train(task, ledger, entry))
+                        if (state.step - 1) % state.norms_every == 0:
+                            group.first(files.append_jsonl, folder / "gradients.jsonl", state.gradient_norms())
                 last = state.step == state.steps
                 if last or (settings.val_every and state.step % settings.val_every == 0):
-                    note(state.validate(windows, ledger, entry))
-                    state.save(folder)
+                    with group.together():
+                        note(state.validate(windows, ledger, entry))
+                        group.first(state.save, folder)
                 elif state.step % settings.checkpoint_every == 0:
-                    state.save(folder)
-                if stopped() and state.step < state.steps:
-                    state.save(folder)
+                    group.tell(state.save, folder)
+                if group.any(stopped()) and state.step < state.steps:
+                    group.tell(state.save, folder)
                     raise KeyboardInterrupt
     except RunFailed as e:
         ledger.fail(entry)
         raise RunFailed(f"{folder}: step {state.step + 1}: {e}") from None
-    summary = _summary(task, cell, model, metrics, state.flops, expected)
-    if cell.rank:
-        with files.atomic_folder(folder / "adapter") as adapter:
-            save_adapter(model, adapter, base=settings.model)
-    files.write_json(result, summary)
-    ledger.settle(entry)
+    return group.tell(finish)
+
+
+def _finished(task: Task, cell: Cell, folder: Path, ledger: Ledger, run: str) -> dict[str, Any] | None:
+    """The result of a cell that is finished, now settled too; else None, with the folder ready for work."""
+    result = folder / "result.json"
+    if not result.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        files.recover_folder(folder / "checkpoint")
+        return None
+    summary = files.read_json(result)
+    for name, wanted in (("lr", cell.lr), ("rank", cell.rank), ("context", task.settings.context)):
+        if summary[name] != wanted:
+            raise ValueError(
+                f"{result}: {name} is {summary[name]!r}, now {wanted!r}: expected the run that was asked for; "
+                "delete its folder to run it again, or choose another --out"
+            )
+    ledger.settle_finished(run, cell.name, summary["flops"])
     return summary
 
 
 class _State:
     """What a checkpoint holds: LoRA matrices, Adam's moments, the random state, the step, the FLOPs so far."""
 
-    def __init__(self, model: Qwen, cell: Cell, settings: Settings):
+    def __init__(self, model: Qwen, cell: Cell, settings: Settings, group: Alone = ALONE):
         self.model, self.step, self.steps = model, 0, settings.steps if cell.rank else 0
-        self.validated_at = -1
+        self.validated_at, self.group = -1, group
         self.flops = {"training": 0, "validation": 0}
         self.settings, self.norms_every = settings, math.ceil(self.steps / GRADIENT_RECORDS) or 1
         torch.manual_seed(settings.seed)
@@ -224,13 +262,17 @@ class _State:
             add_lora(model, cell.rank, dropout=settings.dropout, seed=settings.seed)
             trainable = [p for p in model.parameters() if p.requires_grad]
             self.optimizer = torch.optim.Adam(trainable, lr=cell.lr)
+            self.group = group.of(model)
 
     def train(self, task: Task, ledger: Ledger, entry: int) -> dict[str, Any]:
         """One step; returns its line of `metrics.jsonl`."""
         settings = self.settings
         chosen = batch_indices(len(task.train_windows), settings.batch_size, self.step, settings.seed)
+        self.group.draw(settings.seed, self.step)
         with FlopMeter() as meter:
-            loss, norm = training_step(self.model, task.train_windows, chosen, self.optimizer, settings.count_padding)
+            loss, norm = training_step(
+                self.model, task.train_windows, chosen, self.optimizer, settings.count_padding, self.group
+            )
         self._spend(ledger, entry, "training", meter.training)
         self.step += 1
         return {"step": self.step, "loss": loss, "gradient_norm": norm} | self.flops
@@ -238,7 +280,7 @@ class _State:
     def validate(self, windows: Windows, ledger: Ledger, entry: int) -> dict[str, Any]:
         """One pass over the validation windows; returns its line of `metrics.jsonl`."""
         with FlopMeter() as meter:
-            losses = validation_loss(self.model, windows, self.settings.count_padding)
+            losses = validation_loss(self.model, windows, self.settings.count_padding, self.group)
         self._spend(ledger, entry, "validation", meter.total)
         self.validated_at = self.step
         return {"step": self.step} | losses | self.flops
@@ -253,6 +295,7 @@ class _State:
         return {"step": self.step, "norms": norms}
 
     def _spend(self, ledger: Ledger, entry: int, stage: str, flops: int) -> None:
+        flops = self.group.sum(flops)
         self.flops[stage] += flops
         ledger.spend(entry, stage, flops)
 
@@ -267,13 +310,21 @@ class _State:
 
     def resume(self, folder: Path) -> list[dict[str, Any]]:
         """Go back to the last checkpoint, if there is one; returns the metrics up to it, and drops later ones."""
-        checkpoint, path, gradients = folder / "checkpoint", folder / "metrics.jsonl", folder / "gradients.jsonl"
+        checkpoint, tell = folder / "checkpoint", self.group.tell
+        began = bool(self.steps) and tell(checkpoint.is_dir)
+        if began:
+            saved = tell(files.read_json, checkpoint / "state.json")
+            path = checkpoint / "state.safetensors"
+            self._load(path, tell(_read, path))
+            self.step, self.validated_at, self.flops = saved["step"], saved["validated_at"], saved["flops"]
+        return tell(self._records, folder, began)
+
+    def _records(self, folder: Path, began: bool) -> list[dict[str, Any]]:
+        """The metrics up to this step, once the lines of later ones are cut off."""
+        path, gradients = folder / "metrics.jsonl", folder / "gradients.jsonl"
         metrics: list[dict[str, Any]] = []
         norms: list[dict[str, Any]] = []
-        if self.steps and checkpoint.is_dir():
-            saved = files.read_json(checkpoint / "state.json")
-            self._load(checkpoint / "state.safetensors")
-            self.step, self.validated_at, self.flops = saved["step"], saved["validated_at"], saved["flops"]
+        if began:
             if gradients.is_file():
                 norms = [line for line in files.read_jsonl(gradients) if line["step"] <= self.step]
             metrics = [m for m in files.read_jsonl(path) if m["training"] + m["validation"] <= sum(self.flops.values())]
@@ -290,9 +341,10 @@ class _State:
                 tensors[f"{name}/{kind}"] = value
         return tensors
 
-    def _load(self, path: Path) -> None:
+    def _load(self, path: Path, data: bytes) -> None:
+        """Take up the tensors of a checkpoint, which `data` holds and `path` names."""
         try:
-            held = load_file(path)
+            held = load(data)
             with torch.no_grad():
                 for name, parameter in self._trainable():
                     parameter.copy_(held[name])
@@ -301,14 +353,25 @@ class _State:
                         for kind in ("step", "exp_avg", "exp_avg_sq")
                     }
             torch.set_rng_state(held["random_state"])
-        except (SafetensorError, OSError, KeyError, RuntimeError) as e:
-            raise ValueError(
-                f"{path}: cannot be read ({' '.join(str(e).split())[:120]}): expected a checkpoint of "
-                "this run; delete its cell's folder to begin again"
-            ) from None
+        except (SafetensorError, KeyError, RuntimeError) as e:
+            raise _unreadable(path, e) from None
 
     def _trainable(self) -> Iterator[tuple[str, Tensor]]:
         return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as e:
+        raise _unreadable(path, e) from None
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{path}: cannot be read ({' '.join(str(error).split())[:120]}): expected a checkpoint of "
+        "this run; delete its cell's folder to begin again"
+    )
 
 
 def _summary(task: Task, cell: Cell, model: Qwen, metrics, flops, expected) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """The training loss of a run: padding on either side, padding as a token, a logit bias, the norms that are written."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -79,3 +81,22 @@ def test_a_logit_bias_is_trained_and_its_flops_are_predicted():
         model.config, steps=1, batch=4, context=24, rank=4, validations=0, validation_windows=0
     )
     assert priced["training"] - plain["training"] == 3 * 4 * 24 * model.config.vocab_size
+
+
+def test_a_loss_over_the_symbols_alone_is_that_of_their_logits_and_its_flops_are_predicted(model):
+    symbols = np.arange(19, 0, -1)
+    some = dataclasses.replace(windows("right"), vocabulary=symbols)
+    with torch.no_grad():
+        logits = model.eval()(torch.from_numpy(some.inputs))[..., torch.from_numpy(symbols)].double()
+    targets = torch.from_numpy(np.where(some.targets == IGNORED, IGNORED, 19 - some.targets))
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()
+    with FlopMeter() as validation:
+        assert validation_loss(model, some)["validation_loss"] == pytest.approx(expected, rel=1e-6)
+    assert expected < validation_loss(model, windows("right"))["validation_loss"]
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    with FlopMeter() as step:
+        training_step(model, some, np.arange(4), optimizer)
+    priced = predict.training_run(
+        model.config, steps=1, batch=4, context=24, rank=4, validations=1, validation_windows=len(some), symbols=19
+    )
+    assert {"training": step.training, "validation": validation.total} == priced

@@ -1,0 +1,204 @@
+"""A grid in shards: each runs its share of the cells, on any machine that shares the folder; `merge` ends it.
+
+RUN/shards/plan.json         into how many shards, what each may spend, whether they are merged
+RUN/shards/<i>-of-<n>/ledger.sqlite
+
+A shard has a ledger of its own: SQLite is not made for several machines that write one file over a network. Its budget,
+the allowance, is set aside in the main ledger for all shards together before the first cell runs; `merge` puts what
+they spent in the place of that.
+"""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments import files
+from experiments.budget import STAGES, Ledger
+from experiments.folder import begin, claimed
+from experiments.parallel import ALONE, Alone
+from experiments.settings import Settings
+from experiments.study import Price, Run, judged, prepare, price, run_all, run_name, runs_of, write_records
+from experiments.task import Task
+from experiments.train import Progress
+
+SET_ASIDE = "shards"
+"""What the main ledger calls the cell that stands for all shards until they are merged."""
+
+PATIENCE = 60.0
+"""Seconds that a shard waits while another one begins."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The `number`-th, from 1, of `of` shards."""
+
+    number: int
+    of: int
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.of}"
+
+    def part(self, runs: Sequence[Any]) -> list[Any]:
+        """Its share of the grid's runs, of which the untrained model goes with the first shard."""
+        return [*runs[: self.number == 1], *runs[self.number :: self.of]]
+
+    def folder(self, out: Path) -> Path:
+        return out / "shards" / f"{self.number}-of-{self.of}"
+
+    @property
+    def all(self) -> list["Shard"]:
+        return [Shard(number, self.of) for number in range(1, self.of + 1)]
+
+
+def run_shard(
+    settings: Settings, out: Path, ledger_path: Path, progress: Progress, shard: Shard, group: Alone = ALONE
+) -> None:
+    """Run what is not finished of a shard's cells.
+
+    Raises:
+        BudgetExceeded: the whole grid does not fit what is left of the budget; nothing has been run.
+        ValueError: the folder holds another run, other shards or merged ones, or a process at work on this shard.
+    """
+    with group.together():
+        group.check(settings)
+        task, config = prepare(settings)
+        priced = [(run, price(task, config, run)) for run in runs_of(settings, "grid")]
+        if shard.of >= len(priced):
+            raise ValueError(f"shard is {shard}: expected at most {len(priced) - 1} shards, one for each cell")
+    name = run_name(out, ledger_path)
+    with group.only(claimed, shard.folder(out)):
+        allowance = group.tell(_allow, shard, task, priced, out, ledger_path, name)
+        with group.only(Ledger, shard.folder(out) / "ledger.sqlite", allowance) as ledger:
+            run_all(task, shard.part(priced), out, ledger, name, progress, group)
+
+
+def merge(settings: Settings, out: Path, ledger_path: Path) -> None:
+    """Write the records of a grid that shards have run, and charge the main ledger what they spent, once.
+
+    Raises:
+        ValueError: a cell is missing, a shard is at work, the folder has no shards, or the ledger is another one.
+    """
+    task, config = prepare(settings)
+    path = out / "shards" / "plan.json"
+    if not path.is_file():
+        raise ValueError(f"{out}: has no shards: expected grid --shard I/N to have run in it, for I from 1 to N")
+    with claimed(out), ExitStack() as held:
+        begin(task, out)
+        plan, runs = files.read_json(path), runs_of(settings, "grid")
+        if missing := [run.cell.name for run in runs if not _finished(out, run) or not _judged(task, out, run)]:
+            raise ValueError(
+                f"{out}: {len(missing)} of {len(runs)} runs are not finished: {', '.join(missing)}: "
+                f"expected all {plan['shards']} shards to have ended"
+            )
+        if not plan["merged"]:
+            for shard in Shard(1, plan["shards"]).all:
+                held.enter_context(claimed(shard.folder(out)))
+            _charge(plan["shards"], runs, out, ledger_path, settings.budget)
+            files.write_json(path, plan | {"merged": True})
+        write_records(task, config, out)
+
+
+def _charge(shards: int, runs: Sequence[Run], out: Path, ledger_path: Path, budget: int) -> None:
+    """Put what the shards spent in the place of what the main ledger has set aside for them."""
+    name = run_name(out, ledger_path)
+    if not ledger_path.is_file():
+        raise ValueError(f"{ledger_path}: no such ledger: expected the one that the shards began with")
+    with ExitStack() as held:
+        ledger, own = held.enter_context(Ledger(ledger_path, budget)), []
+        for shard in Shard(1, shards).all:
+            if (path := shard.folder(out) / "ledger.sqlite").is_file():
+                own.append(held.enter_context(Ledger(path)))
+        for theirs in own:  # what a process that was killed behind its result had still to say
+            for run in runs:
+                theirs.settle_finished(name, run.cell.name, files.read_json(out / run.folder / "result.json")["flops"])
+        if not ledger.take_in(name, SET_ASIDE, own):
+            entered = {(row["run"], row["cell"]) for row in ledger.entries()}
+            if not entered.issuperset((row["run"], row["cell"]) for theirs in own for row in theirs.entries()):
+                raise ValueError(f"{ledger_path}: knows no shards of {name}: expected the ledger that they began with")
+
+
+def _allow(
+    shard: Shard, task: Task, priced: Sequence[tuple[Run, Price]], out: Path, ledger_path: Path, name: str
+) -> int:
+    """The budget of a shard: what is predicted of its cells, and what was wasted on them.
+
+    The first shard to begin sets aside what all of them need; one that goes on behind a kill adds what that wasted.
+    """
+    with claimed(out / "shards", PATIENCE), claimed(out):
+        begin(task, out)
+        path, mine = out / "shards" / "plan.json", shard.number - 1
+        plan = files.read_json(path) if path.is_file() else _plan(shard, task, priced, out)
+        if plan["merged"]:
+            raise ValueError(f"{path}: the shards are merged: expected grid without --shard")
+        if plan["shards"] != shard.of:
+            raise ValueError(f"{path}: it is dealt to {plan['shards']} shards: expected as many, got --shard {shard}")
+        with Ledger(shard.folder(out) / "ledger.sqlite") as own:
+            needed = own.totals()["spent"]
+            for run, flops in shard.part(priced):
+                needed += sum(_to_do(task, run, flops, out).values()) + _undebited(own, name, run, out)
+        more = max(0, needed - plan["allowances"][mine])
+        if more or not path.is_file():
+            plan["allowances"][mine] += more
+            plan["set_aside"]["training"] += more
+            with Ledger(ledger_path, task.settings.budget) as ledger:
+                ledger.set_aside(name, SET_ASIDE, plan["set_aside"])
+            files.write_json(path, plan)
+        return max(1, plan["allowances"][mine])
+
+
+def _plan(shard: Shard, task: Task, priced: Sequence[tuple[Run, Price]], out: Path) -> dict[str, Any]:
+    """What `plan.json` holds: FLOPs that each shard may spend, and together by stage.
+
+    Raises:
+        ValueError: a run without shards has begun a cell; what it spent is in the main ledger.
+    """
+    for run, _ in priced:
+        if (out / run.folder / "checkpoint").is_dir() and not _finished(out, run):
+            raise ValueError(f"{out / run.folder}: was begun without shards: expected grid to end it, or delete it")
+    needs = [[_to_do(task, run, flops, out) for run, flops in one.part(priced)] for one in shard.all]
+    return {
+        "shards": shard.of,
+        "merged": False,
+        "allowances": [sum(sum(need.values()) for need in part) for part in needs],
+        "set_aside": {stage: sum(need[stage] for part in needs for need in part) for stage in STAGES},
+    }
+
+
+def _to_do(task: Task, run: Run, flops: Price, out: Path) -> dict[str, int]:
+    """FLOPs by stage that a run has yet to spend, behind its last checkpoint."""
+    left = dict.fromkeys(STAGES, 0)
+    kept = _kept(out, run)
+    for stage in STAGES:
+        if not _finished(out, run):
+            left[stage] += flops["training"].get(stage, 0) - kept.get(stage, 0)
+        if not _judged(task, out, run):
+            left[stage] += flops["forecasts"].get(stage, 0)
+    return left
+
+
+def _undebited(own: Ledger, name: str, run: Run, out: Path) -> int:
+    """FLOPs that a run's files stand for and its ledger does not: a power cut may lose the last debits."""
+    row = own.latest(name, run.cell.name)
+    if row is None and _finished(out, run):  # by an earlier run, without shards
+        return 0
+    return max(0, sum(_kept(out, run).values()) - (sum(row[stage] for stage in STAGES) if row else 0))
+
+
+def _kept(out: Path, run: Run) -> dict[str, int]:
+    """FLOPs of a run by stage, up to its result or its last checkpoint."""
+    folder = out / run.folder
+    files.recover_folder(folder / "checkpoint")
+    for path in (folder / "result.json", folder / "checkpoint" / "state.json"):
+        if path.is_file():
+            return files.read_json(path)["flops"]
+    return {}
+
+
+def _finished(out: Path, run: Run) -> bool:
+    return (out / run.folder / "result.json").is_file()
+
+
+def _judged(task: Task, out: Path, run: Run) -> bool:
+    return judged(task.under(run.settings), run, out)
