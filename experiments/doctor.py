@@ -11,7 +11,7 @@ import torch
 from data import lotka_volterra
 from experiments import files
 from experiments.settings import Settings
-from qwen_min import QwenConfig, Tokenizer
+from qwen_min import QwenConfig, Tokenizer, kernels
 from qwen_min.load import resolve, weight_files
 
 NEEDED = (
@@ -25,6 +25,7 @@ NEEDED = (
     "scipy",
     "tqdm",
     "filelock",
+    "jinja2",
 )
 HUB = ("huggingface.co", 443)
 
@@ -41,6 +42,11 @@ def lines(settings: Settings) -> Iterator[str]:
         "ok  " + torch.cuda.get_device_name()
         if torch.cuda.is_available()
         else "--  no CUDA device: everything runs on the CPU; --device cpu is the default"
+    )
+    yield (
+        "ok  the kernel for bfloat16 weights is compiled"
+        if kernels.available()
+        else "--  no kernel for bfloat16 weights: generation is slower; a C++ compiler (c++) would make it"
     )
     yield from _model(settings)
     yield from _data(settings)
