@@ -180,7 +180,7 @@ def test_a_loss_that_is_not_finite_stops_at_that_step_with_exit_4(data, capsys, 
 
     true, calls = Qwen.loss, []
 
-    def poisoned(self, ids, targets, padding=None):
+    def poisoned(self, ids, targets, padding=None, vocabulary=None):
         loss, count = true(self, ids, targets)
         calls.append(self.training)
         return (loss * float("nan") if self.training and calls.count(True) == 4 else loss), count
