@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data.grammar import Grammar
 from data.windows import IGNORED
 from experiments import predict
 from experiments.constrain import Constrained, Drafted
@@ -183,8 +182,7 @@ def _constraint(task: Task, model: Qwen, rows: int, measure: bool) -> Constraine
 
 
 def _guesses(task: Task, system: int, nodes: int) -> Drafted:
-    grammar = Grammar(task.codec, task.dataset.series.shape[2], task.widest)
-    return Drafted.for_tokenizer(task.tokenizer, grammar, task.text(system, task.settings.points), nodes)
+    return Drafted.for_tokenizer(task.tokenizer, task.grammar, task.text(system, task.settings.points), nodes)
 
 
 def _continue(task: Task, model: Qwen, prompts, constraint, draft, seed: int) -> list[list[int]]:

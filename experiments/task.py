@@ -124,6 +124,11 @@ class Task:
         largest = np.round((series / self.alphas[self.split.train, None, None]).max(), self.codec.decimals)
         return len(str(int(largest)))
 
+    @cached_property
+    def grammar(self) -> Grammar:
+        """Of the series as text, no number wider than those of the training part."""
+        return Grammar(self.codec, self.dataset.series.shape[2], self.widest)
+
     @property
     def tokens_to_forecast(self) -> int:
         """How many tokens the horizon takes at most, when no number is wider than those of the training part."""
@@ -150,8 +155,7 @@ class Task:
         windows = make_windows(tokens, settings.context, step, pad_id, settings.pad_side)
         if settings.vocabulary == "full":
             return windows
-        grammar = Grammar(self.codec, self.dataset.series.shape[2], self.widest)
-        return replace(windows, vocabulary=np.array(symbol_tokens(self.tokenizer, grammar)))
+        return replace(windows, vocabulary=np.array(symbol_tokens(self.tokenizer, self.grammar)))
 
 
 def _split(settings: Settings, systems: int) -> splits.Split:

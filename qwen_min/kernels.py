@@ -21,7 +21,7 @@ FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp")
 ENABLED = True
 
 MOST_TOKENS = 64
-"""Above it widening the weight once costs less than the library's product gains."""
+"""Above it the library's product gains more than it costs to widen the weight for it."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:

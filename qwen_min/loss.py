@@ -12,8 +12,11 @@ from qwen_min.ops import LINEAR, LOGIT_BIAS, _wanted, product
 IGNORED = -100
 """The target of a token that does not count, as in torch and Hugging Face."""
 
-LOGITS_AT_ONCE = {"cpu": 2**21, "cuda": 2**28}
+LOGITS_AT_ONCE = {"cpu": 2**21}
 """At most how many logits exist at a time, in blocks of the vocabulary: on a CPU as many as its caches hold (8 MB)."""
+
+LOGITS_ELSEWHERE = 2**28
+"""The same on any other device; on torch's meta device, where prices are predicted, a block is but overhead."""
 
 LOGITS_KEPT = 2**26
 """At most how many are kept where the head or a bias has a gradient, in chunks of tokens."""
@@ -140,7 +143,7 @@ def _losses(rows, weight, targets, bias, gradients) -> Tensor:
     counted, index = (targets != IGNORED)[:, None], targets.clamp(min=0)[:, None]  # (n, 1)
     top = torch.full_like(index, -math.inf, dtype=torch.float32)
     sums, chosen, kept = torch.zeros_like(index, dtype=torch.float64), torch.zeros_like(top), []
-    size = max(1, LOGITS_AT_ONCE.get(rows.device.type, 2**21) // len(rows))
+    size = max(1, LOGITS_AT_ONCE.get(rows.device.type, LOGITS_ELSEWHERE) // len(rows))
     for first in range(0, len(weight), size):
         block = slice(first, first + size)
         wide = weight[block].to(rows.dtype)  # once, for two products

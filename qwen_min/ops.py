@@ -44,12 +44,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, coursework_out
     """x Wᵀ + b for x (..., I), W (O, I), b (O). `coursework_out`: the outputs that convention charges, if not O."""
     n, (o, i) = x.numel() // x.shape[-1], weight.shape
     out = _width(o, coursework_out)
-    charge(LINEAR, n, i, out, *_wanted(x, weight))
+    gx, gw, gb = _wanted(x, weight, bias)
+    charge(LINEAR, n, i, out, gx, gw)
     if bias is not None:
-        charge(BIAS, n, out, *_wanted(bias))
-    if _wanted(weight, bias) != (0, 0) and weight.dtype == x.dtype:
+        charge(BIAS, n, out, gb)
+    if (gw or gb) and weight.dtype == x.dtype:
         return F.linear(x, weight, bias)
-    if _wanted(x, weight, bias) == (0, 0, 0):
+    if not (gx or gw or gb):
         return product(x, weight, bias)
     return _FrozenLinear.apply(x, weight, bias)
 
@@ -143,8 +144,9 @@ RMS_NORM = Price(
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """w · x / sqrt(mean(x²) + eps) over the last dimension (Zhang and Sennrich 2019), computed in float32."""
-    charge(RMS_NORM, x.numel() // x.shape[-1], x.shape[-1], *_wanted(x, weight))
-    return _RMSNorm.apply(x, weight, eps) if any(_wanted(x, weight)) else _normed(x, weight, eps)[0]
+    wanted = _wanted(x, weight)
+    charge(RMS_NORM, x.numel() // x.shape[-1], x.shape[-1], *wanted)
+    return _RMSNorm.apply(x, weight, eps) if any(wanted) else _normed(x, weight, eps)[0]
 
 
 def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -201,9 +203,10 @@ ROTATION = Price(
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate each pair (x[i], x[i + D/2]) of (B, heads, T, D) by its angle, in the type of x."""
-    charge(ROTATION, x.numel(), *_wanted(x))
+    (wanted,) = _wanted(x)
+    charge(ROTATION, x.numel(), wanted)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    return _Rotation.apply(x, cos, sin) if any(_wanted(x)) else _rotated(x, cos, sin)
+    return _Rotation.apply(x, cos, sin) if wanted else _rotated(x, cos, sin)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, direction: int = 1) -> Tensor:
