@@ -506,3 +506,18 @@ def test_figures_need_something_to_draw(tmp_path):
     for draw in (plots.bench_bars, plots.bench_scaling):
         with pytest.raises(ValueError, match="at least one"):
             draw([], tmp_path / "f.png", "title")
+
+
+@pytest.mark.parametrize("flags", [["--quick"], ["--scaling"]])
+def test_a_damaged_checkpoint_is_one_line_and_exit_code_2_before_anything_is_measured(
+    flags, checkpoint, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(session, "fresh", None)
+    for file in checkpoint.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    assert run.main(["bench", "--model", str(tmp_path), "--out", str(tmp_path / "out"), *flags]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1
+    assert f"{weights}: cannot be read" in captured.err and not (tmp_path / "out").exists()

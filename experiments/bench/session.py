@@ -20,7 +20,7 @@ from experiments.bench.cases import Case
 from experiments.bench.texts import Texts
 from experiments.errors import RunFailed
 from experiments.settings import Settings
-from qwen_min import QwenConfig, kernels
+from qwen_min import Qwen, QwenConfig, kernels
 from qwen_min.load import weight_files
 
 PEERS = ("transformers", "none")
@@ -111,6 +111,7 @@ class Session:
     def __init__(self, options: Options, say: Callable[[str], None]):
         self.options, self.say, self.calibrations = options, say, list[dict[str, Any]]()
         self.texts, self.config = Texts(options.model), QwenConfig.from_file(options.model / "config.json")
+        Qwen.from_pretrained(options.model, dtype=None)  # maps the files: a bad one is refused here, as by any verb
         serves = (options.dtype, options.compute, options.device) == ("bfloat16", "float32", "cpu")
         self.kernels = "C++" if serves and kernels.available() else "torch"  # compiled here, not under a clock
         self.common = {
