@@ -75,6 +75,12 @@ class KVCache:
         if list(places) != list(range(length, self.length)):
             self.store[..., length : self.length, :] = self.store[..., list(places), :]
 
+    def rows(self, start: int, stop: int) -> "KVCache":
+        """The cache of some of the sequences: what is written there stands here, once `advance` counts it here too."""
+        some = copy.copy(self)
+        some.store = self.store[:, :, start:stop]
+        return some
+
     def repeat(self, times: int) -> "KVCache":
         """A copy in which each sequence stands `times` times, one behind the other."""
         longer = copy.copy(self)

@@ -229,8 +229,11 @@ class Metered(nn.Module):
     def __call__(self, *args, **kwargs):
         if not _meters.get():
             return super().__call__(*args, **kwargs)
-        with self.charged():
+        token = _module.set(self.path)  # as `charged` does, whose generator would cost as much as the charges
+        try:
             return super().__call__(*args, **kwargs)
+        finally:
+            _module.reset(token)
 
     @contextmanager
     def charged(self) -> Iterator[None]:

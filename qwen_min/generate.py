@@ -88,7 +88,7 @@ class Prefill:
 
 @torch.inference_mode()
 def prefill(model, ids: Tensor, room: int, padding: Tensor | None = None) -> Prefill:
-    """One forward over the prompts.
+    """Read the prompts, as many at once as `Qwen.sequences_at_once` says.
 
     Args:
         model: a `Qwen`.
@@ -97,7 +97,12 @@ def prefill(model, ids: Tensor, room: int, padding: Tensor | None = None) -> Pre
         padding: (B) how many of each row's first tokens are padding; None for none.
     """
     cache = KVCache(model.config, ids.shape[0], ids.shape[1] + room, model.compute_dtype, model.device)
-    return Prefill(cache, ids, padding, model.model(ids, cache, padding)[:, -1:])
+    hidden, rows = [], model.sequences_at_once(ids.shape[1])
+    for start in range(0, len(ids), rows):
+        some, left = ids[start : start + rows], None if padding is None else padding[start : start + rows]
+        hidden.append(model.model(some, cache.rows(start, start + rows), left)[:, -1:])
+    cache.advance(ids.shape[1])
+    return Prefill(cache, ids, padding, torch.cat(hidden))
 
 
 @torch.inference_mode()

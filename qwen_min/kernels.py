@@ -20,20 +20,20 @@ FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp")
 
 ENABLED = True
 
-MOST_TOKENS = 64
-"""Above it the library's product gains more than it costs to widen the weight for it."""
-
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    """x Wᵀ + b for float32 x (..., I) and bfloat16 W (O, I); None where the kernel does not serve."""
-    inputs, outputs = weight.shape[1], weight.shape[0]
-    tokens = x.numel() // inputs
+    """x Wᵀ + b for float32 x (..., I) and bfloat16 W (O, I); None where the kernel does not serve.
+
+    W, or its transpose (as in a backward), is contiguous.
+    """
+    outputs, inputs = weight.shape
+    transposed = not weight.is_contiguous()
     if not (
         x.is_cpu
-        and 0 < tokens <= MOST_TOKENS
+        and x.numel()
         and x.dtype == torch.float32
         and weight.dtype == torch.bfloat16
-        and weight.is_contiguous()
+        and (weight.T if transposed else weight).is_contiguous()
     ):
         return None
     kernel = _kernel() if ENABLED else None
@@ -42,12 +42,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     x, out = x.contiguous(), x.new_empty((*x.shape[:-1], outputs))
     bias = None if bias is None else bias.float().contiguous()
     pointers = x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr()
-    kernel(*pointers, tokens, inputs, outputs)
+    kernel(*pointers, x.numel() // inputs, inputs, outputs, transposed)
     return out
 
 
 def available() -> bool:
-    """Whether the kernel serves here; asking compiles it, half a second once."""
+    """Whether the kernel serves here; asking compiles it, two seconds once."""
     return ENABLED and _kernel() is not None
 
 
@@ -59,9 +59,9 @@ def _kernel():
         return None
     try:
         function = ctypes.CDLL(str(_compiled(compiler))).linear_bfloat16
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, subprocess.SubprocessError, AttributeError):  # not compiled, not loaded, or another library
         return None
-    function.argtypes, function.restype = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 3, None
+    function.argtypes, function.restype = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 3 + [ctypes.c_int], None
     return function
 
 

@@ -146,18 +146,17 @@ def _losses(rows, weight, targets, bias, gradients) -> Tensor:
     size = max(1, LOGITS_AT_ONCE.get(rows.device.type, LOGITS_ELSEWHERE) // len(rows))
     for first in range(0, len(weight), size):
         block = slice(first, first + size)
-        wide = weight[block].to(rows.dtype)  # once, for two products
-        logits = product(rows, wide).float()  # (n, size)
+        logits = product(rows, weight[block]).float()  # (n, size)
         if bias is not None:
             logits += bias[block]
-        inside = (first <= index) & (index < first + len(wide))
-        chosen = logits.gather(1, (index - first).clamp(0, len(wide) - 1)).where(inside, chosen)
+        inside = (first <= index) & (index < first + logits.shape[1])
+        chosen = logits.gather(1, (index - first).clamp(0, logits.shape[1] - 1)).where(inside, chosen)
         higher = torch.maximum(top, logits.amax(1, keepdim=True))
         shrink = (top - higher).exp_()  # of what the earlier blocks gave, to the new highest logit
         weights, top = logits.sub_(higher).exp_(), higher
         sums = sums * shrink + weights.sum(1, keepdim=True)
         if d_rows is not None:
-            d_rows.mul_(shrink).add_(product(weights.to(rows.dtype), wide.T))
+            d_rows.mul_(shrink).add_(product(weights.to(rows.dtype), weight[block].T))
         if d_weight is not None or d_bias is not None:
             kept.append((block, weights, higher))
     # d loss / d logits = softmax - one-hot, nothing for a token that does not count

@@ -85,7 +85,7 @@ ONEDNN_FROM = 2**20  # multiplications
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ + b for x (..., I), W (O, I), b (O), in the type of x; no gradient and no charge.
 
-    W and b may be kept in another type: they are widened inside the product for few tokens, before it for many.
+    W and b may be kept in another type: they are widened inside the product, or before it where no kernel serves.
     """
     if weight.dtype != x.dtype:
         y = kernels.linear(x, weight, bias)
