@@ -9,15 +9,20 @@ from qwen_min.flops import Metered
 
 
 class Embedding(Metered):
-    """Token ids (B, T) to hidden states (B, T, E), in `compute_dtype` whatever type the table is kept in."""
+    """Token ids (B, T) to hidden states (B, T, E), in `compute_dtype` whatever type the table is kept in.
 
-    def __init__(self, vocabulary: int, hidden: int):
+    tied: the head reads the table too.
+    """
+
+    def __init__(self, vocabulary: int, hidden: int, tied: bool = False):
         super().__init__()
+        self.tied = tied
         self.weight = nn.Parameter(torch.empty(vocabulary, hidden))
         self.compute_dtype: torch.dtype | None = None
 
     def forward(self, ids: Tensor) -> Tensor:
-        return ops.embedding(ids, self.weight).to(self.compute_dtype or self.weight.dtype)
+        weight = ops.shared(self.weight, readers=1 + self.tied)
+        return ops.embedding(ids, weight).to(self.compute_dtype or self.weight.dtype)
 
 
 class Linear(Metered):

@@ -41,7 +41,7 @@ class Decoder(Metered):
     def __init__(self, config: QwenConfig, attention: str):
         super().__init__()
         self.config = config
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, config.tie_word_embeddings)
         self.layers = nn.ModuleList(Block(config, i, attention) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 

@@ -46,6 +46,11 @@ def rotation_angles(width: int) -> int:
     return width // 2 * (MULTIPLY + SINE + COSINE)
 
 
+def loss(tokens: int, vocabulary: int) -> int:
+    """Cross-entropy from logits: exponentials, their sum, its logarithm, and the target's logit off it."""
+    return tokens * (vocabulary * EXPONENTIAL + (vocabulary - 1) * ADD + EXPONENTIAL + ADD)
+
+
 def forward(
     config,
     batch: int,
@@ -126,6 +131,87 @@ def forward(
         flops["norm"] += n * rms_norm(d)
         flops["logit_bias"] += logit_bias * read * v * ADD
     return +flops
+
+
+def rms_norm_backward(tokens: int, width: int, weight: bool) -> int:
+    """dx = w·g/r - x · sum(w·g·x) / (E·r³) for x / r · w; and dw = sum over tokens of g·x/r, if it is wanted."""
+    cube, sum_of_products = 2 * MULTIPLY, width * MULTIPLY + (width - 1) * ADD
+    along = sum_of_products + cube + MULTIPLY + DIVIDE
+    total = tokens * (width * MULTIPLY + along + width * MULTIPLY + width * (MULTIPLY + ADD))
+    return total + weight * (tokens * 2 * width * MULTIPLY + (tokens - 1) * width * ADD)
+
+
+def silu_times_up_backward() -> int:
+    """One element: s = 1 / (1 + e^-x) again, x·s·g for the other branch, (1 + x·(1 - s))·s·u·g for this one."""
+    again = NEGATE + EXPONENTIAL + ADD + DIVIDE
+    return again + 2 * MULTIPLY + (ADD + MULTIPLY + ADD + 3 * MULTIPLY)
+
+
+def softmax_backward(length: int) -> int:
+    """One row: y · (g - sum(g · y))."""
+    return length * MULTIPLY + (length - 1) * ADD + length * ADD + length * MULTIPLY
+
+
+def backward(config, batch: int, new: int, *, rank: int = 0, convention: str = "coursework") -> int:
+    """The backward of a training step's loss: of LoRA on q and v, the rest frozen, or of every parameter at rank 0.
+
+    Walks the equations from the loss down. Nothing is wanted below the lowest trained matrix: with LoRA the first
+    layer's input, and so its norm and its keys, have no gradient.
+    """
+    if convention == "coursework":
+        return 2 * forward(config, batch, new, rank=rank).total()
+    d, h, k = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+    f, v, head, n, everything = config.intermediate_size, config.vocab_size, d // h, batch * new, not rank
+    rows = batch * h * new
+    products = other = 0  # `other` is what is not a matrix product
+
+    # Logits and loss: the hidden states' gradient is divided by the softmax's sum, less the target's row, times the
+    # incoming gradient; the head's likewise, from its own factors.
+    products += product(n, v, d, convention)
+    other += n * d * (DIVIDE + ADD + MULTIPLY)
+    if everything:
+        products += product(v, n, d, convention)
+        other += n * DIVIDE + n * v * MULTIPLY + n * d * ADD + v * d * MULTIPLY
+        other += n * d * ADD  # each token's gradient, into the embedding table
+        other += v * d * ADD * config.tie_word_embeddings  # the one table's two gradients meet
+    other += rms_norm_backward(n, d, everything)
+    for layer in range(config.num_hidden_layers):
+        below = everything or layer > 0  # whether the layer's input has a gradient
+
+        def linear(inputs: int, outputs: int, wanted: bool = True) -> int:
+            x = product(n, outputs, inputs, convention) if wanted else 0
+            return x + (product(outputs, n, inputs, convention) if everything else 0)
+
+        products += linear(f, d) + 2 * linear(d, f)  # down; gate and up
+        other += n * f * silu_times_up_backward()
+        other += n * d * ADD  # gate's and up's gradients meet
+        other += rms_norm_backward(n, d, everything)
+        other += n * d * ADD  # and the branch's and the residual's
+        products += linear(h * head, d)
+        products += rows * product(1, head, new, convention)  # the weights' gradient
+        products += batch * k * product(new, h // k * new, head, convention)  # v's, over the queries of its group
+        other += rows * (softmax_backward(new) + new * MULTIPLY)
+        products += rows * product(1, new, head, convention)  # q's
+        other += n * h * rotation_of_a_vector(head)
+        if below:
+            products += batch * k * product(new, h // k * new, head, convention)  # k's
+            other += n * k * rotation_of_a_vector(head)
+        for outputs in (h * head, k * head, k * head):
+            products += linear(d, outputs, below)
+            other += everything * outputs * (n - 1) * ADD  # the bias
+        if rank:
+            for outputs in (h * head, k * head):
+                other += n * outputs * MULTIPLY  # the scale
+                products += product(outputs, n, rank, convention) + product(n, outputs, rank, convention)  # B, and A·x
+                products += product(rank, n, d, convention)
+                if below:
+                    products += product(n, rank, d, convention)
+                    other += n * d * ADD  # to what the frozen matrix gives x
+        if below:
+            other += 2 * n * d * ADD  # q's, k's and v's gradients meet
+            other += rms_norm_backward(n, d, everything)
+            other += n * d * ADD  # and the residual's
+    return products + (0 if convention == "matmul" else other)
 
 
 # What autograd runs, priced op by op from what torch dispatches: an op's name to the FLOPs of each element it returns.

@@ -3,19 +3,22 @@
 import itertools
 from collections import Counter
 
+import brute_force_flops
 import pytest
 import torch
-from brute_force_flops import dispatched, forward
+from brute_force_flops import backward, dispatched, forward
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from experiments.predict import predict
 from lora import LoRALinear, add_logit_bias, add_lora
 from qwen_min import FlopMeter, Qwen, QwenConfig
 from qwen_min.cache import KVCache
 from qwen_min.flops import CONVENTIONS, PRIMITIVES, Metered, component, unmetered
 
 SIZES = ["0.5B", "1.5B", "3B", "7B", "14B", "32B", "72B"]
+PREDICTED, RANKS, MODES = (1, 100, 512), (0, 8), ("alone", "cache", "training")  # tokens, of LoRA, of a forward
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SHAPES: list[dict] = [
     {},
@@ -56,21 +59,35 @@ def test_a_forward_equals_the_brute_force_count_part_by_part(shape, convention, 
             assert meter.total == expected.total()
 
 
+def same_as_the_brute_force(config, length: int, rank: int, mode: str) -> None:
+    """A prediction on the meta device, its forward part by part and its backward, in every convention."""
+    cached, training = 333 if mode == "cache" else 0, mode == "training"
+    meter = predict(config, 4, length, rank=rank, cached=cached, training=training)
+    for convention in CONVENTIONS:
+        priced = FlopMeter(convention)
+        priced.add(meter)
+        expected = forward(config, 4, length, cached, rank=rank, convention=convention)
+        if training and convention == "exact":
+            expected["loss"] = brute_force_flops.loss(4 * length, config.vocab_size)
+        assert Counter(priced.by_component()) == expected and priced.total == expected.total()
+        gradient = 2 * expected.total() if convention == "coursework" else 0
+        if training:
+            gradient = backward(config, 4, length, rank=rank, convention=convention)
+        assert priced.backward == gradient and type(priced.training) is int
+
+
 @pytest.mark.parametrize("size", SIZES)
-def test_a_meta_forward_of_a_released_size_equals_the_brute_force_count(size):
-    """3 lengths, without anything and with LoRA over a cache, forward and training."""
+def test_42_predictions_for_the_7_released_sizes_equal_the_brute_force_count(size):
+    """Of each size 6: with and without LoRA, alone, over a cache, and in training (which has no cache)."""
     config = QwenConfig.named(f"Qwen2.5-{size}")
-    with torch.device("meta"):
-        models = {0: Qwen(config), 8: add_lora(Qwen(config), 8)}
-    for new, (rank, cached) in itertools.product((1, 100, 512), ((0, 0), (8, 333))):
-        ids = torch.empty(4, new, dtype=torch.int64, device="meta")
-        cache = KVCache(config, 4, cached + new, device="meta")
-        cache.advance(cached)
-        with torch.no_grad():
-            meter = metered(models[rank], ids, cache=cache)
-        expected = forward(config, 4, new, cached, rank=rank)
-        assert Counter(meter.by_component()) == expected
-        assert meter.training == 3 * expected.total() == 3 * meter.total and type(meter.total) is int
+    for i, (rank, mode) in enumerate(itertools.product(RANKS, MODES), SIZES.index(size)):
+        same_as_the_brute_force(config, PREDICTED[i % 3], rank, mode)
+
+
+@pytest.mark.endurance
+def test_126_predictions_for_7_sizes_and_3_lengths_equal_the_brute_force_count():
+    for size, length, rank, mode in itertools.product(SIZES, PREDICTED, RANKS, MODES):
+        same_as_the_brute_force(QwenConfig.named(f"Qwen2.5-{size}"), length, rank, mode)
 
 
 def test_the_worked_number_of_the_half_billion_model():
@@ -205,11 +222,14 @@ class Dispatched(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])
 @pytest.mark.parametrize("kind", TRAINED)
-def test_an_exact_backward_is_what_autograd_runs_op_by_op(kind, kv_heads, random_model):
-    """Once the sum over the query heads of a key head was missing, and RMSNorm's gradient was not autograd's."""
-    model = trainable(kind, random_model(attention="explicit", num_key_value_heads=kv_heads))
+def test_an_exact_backward_is_what_autograd_runs_op_by_op(kind, kv_heads, tied, random_model):
+    """Once the sum over the query heads of a key head was missing, and RMSNorm's gradient was not autograd's; and the
+    sum of a tied table's two gradients."""
+    fields = {"num_key_value_heads": kv_heads, "tie_word_embeddings": tied}
+    model = trainable(kind, random_model(attention="explicit", **fields))
     with FlopMeter("exact") as meter:
         logits = model(torch.randint(97, (3, 11)))
     gradient = torch.randn_like(logits)
