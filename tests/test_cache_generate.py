@@ -12,6 +12,7 @@ from lora import add_logit_bias
 from qwen_min import FlopMeter, ops
 from qwen_min.cache import KVCache
 from qwen_min.generate import Sampling, decode, left_padded, prefill, sample, stream
+from qwen_min.model import FEED_FORWARD_AT_ONCE
 
 TOLERANCE = 1e-5
 """Logits are near 1; other products' shapes sum in another order: 3e-6 was the most seen."""
@@ -183,6 +184,43 @@ def test_a_padded_batch_generates_what_each_prompt_does_alone(attention, random_
     assert together == [model.generate([row], max_new_tokens=15)[0] for row in rows]
 
 
+@pytest.mark.parametrize("attention", ["fused", "explicit"])
+@torch.inference_mode()
+def test_50_prompts_have_the_same_logits_and_tokens_without_a_cache_with_one_and_in_padded_batches_of_8(
+    attention, random_model
+):
+    """Each prompt and 8 greedy tokens, by full passes; the same tokens must come of a cache alone and beside others."""
+    model, draw = random_model(attention=attention), random.Random(0)
+    rows = prompts([draw.randint(1, 40) for _ in range(50)])
+    expected: list[Tensor] = []  # (8, V) logits of each prompt
+    tokens: list[list[int]] = []
+    for row in rows:
+        line, logits = list(row), []
+        for _ in range(8):
+            logits.append(model(torch.tensor([line]))[0, -1])
+            line.append(int(logits[-1].argmax()))
+        expected.append(torch.stack(logits))
+        tokens.append(line[len(row) :])
+    assert min(logits.topk(2).values.diff().abs().min() for logits in expected) > 2 * TOLERANCE  # no token is a tie
+
+    def cached(batch: list[int]) -> Tensor:
+        """(rows, 8, V) logits of one prefill and a forward for each token."""
+        ids, padding = left_padded([rows[i] for i in batch])
+        cache = KVCache(model.config, len(batch), ids.shape[1] + 7)
+        logits = [model(ids, cache, padding)[:, -1]]
+        for _ in range(7):
+            logits.append(model(logits[-1].argmax(-1, keepdim=True), cache, padding)[:, -1])
+        return torch.stack(logits, 1)
+
+    alone, eights = [[i] for i in range(50)], [[i % 50 for i in range(start, start + 8)] for start in range(0, 50, 8)]
+    for batch in alone + eights:
+        for i, logits in zip(batch, cached(batch), strict=True):
+            close(logits, expected[i])
+            assert logits.argmax(-1).tolist() == tokens[i]
+        got = model.generate([rows[i] for i in batch], max_new_tokens=8)
+        assert got == [rows[i] + tokens[i] for i in batch]
+
+
 def test_generation_equals_argmax_over_full_passes(random_model):
     model = random_model()
     ids = torch.tensor(prompts([6, 6]))
@@ -198,6 +236,25 @@ def test_new_tokens_cost_one_forward_each(random_model):
     model.model.register_forward_pre_hook(lambda module, arguments: seen.append(tuple(arguments[0].shape)))
     model.generate([[1, 2, 3, 4], [5]], max_new_tokens=5)
     assert seen == [(2, 4), (2, 1), (2, 1), (2, 1), (2, 1)]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_prompts_read_a_few_rows_at_a_time_leave_the_cache_and_the_charge_of_all_at_once(
+    rows, random_model, monkeypatch
+):
+    random = random_model()
+    ids, padding = left_padded(prompts(LENGTHS))
+    expected, read = [], []
+    for at_once, into in ((8, expected), (rows, read)):
+        wide = at_once * ids.shape[1] * random.config.intermediate_size
+        monkeypatch.setitem(FEED_FORWARD_AT_ONCE, "cpu", wide)
+        assert random.sequences_at_once(ids.shape[1]) == at_once
+        with FlopMeter("exact") as meter:
+            made = prefill(random, ids, 4, padding)
+        into += [made.hidden, made.cache.store[..., : ids.shape[1], :], torch.tensor([made.cache.length, meter.total])]
+        into += list(decode(random, made, 5))
+    for got, wanted in zip(read, expected, strict=True):
+        torch.testing.assert_close(got, wanted, atol=TOLERANCE, rtol=0)
 
 
 def test_a_tensor_of_prompts_gives_a_tensor_and_a_list_gives_lists(random_model):

@@ -1,6 +1,10 @@
 """Series as text: what is written reads back, no text breaks the reader, scales see what they say."""
 
+import itertools
+from collections import Counter
 from collections.abc import Callable
+from decimal import ROUND_HALF_EVEN, Context, Decimal
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +21,9 @@ from data.llmtime import (
     training_percentile,
     whole_series_percentile,
 )
+from qwen_min import Tokenizer
+
+POCKET = Path(__file__).parents[1] / "weights" / "pocket"
 
 codecs = st.integers(0, 6).flatmap(
     lambda d: st.builds(Codec, st.just(d), st.integers(1, 9), st.booleans() if d else st.just(False))
@@ -127,6 +134,168 @@ def test_of_any_text_exactly_the_steps_that_could_have_been_written_are_kept(
     assert (decoded.steps, decoded.rejected) == (len(steps), len(steps) - len(kept))
     assert decoded.values.shape == (len(kept), variables)
     assert codec.encode(decoded.values) == "".join(steps[i] + ";" for i in kept)
+
+
+CODECS = [Codec(), Codec(3, shortest=True), Codec(0, 2), Codec(4, 1), Codec(1, 3, shortest=True), Codec(6)]
+
+
+def number(field: str, codec: Codec) -> float | None:
+    """A number as the codec's docstring says it is written, read character by character; None for any other text."""
+    digits = field.removeprefix("-")
+    whole, point, fraction = digits.partition(".")
+    if not whole or not set(whole + fraction) <= set("0123456789") or bool(point) != (codec.decimals > 0):
+        return None
+    if codec.shortest:
+        fits = len(fraction) == 1 or 1 < len(fraction) <= codec.decimals and not fraction.endswith("0")
+    else:
+        fits = len(fraction) == codec.decimals
+    narrow = codec.integer_digits <= len(whole) <= 15 - codec.decimals
+    filled = whole[0] == "0" and len(whole) > codec.integer_digits
+    size, negative = int(whole + fraction), field != digits
+    if not fits or not narrow or filled or negative and not size:
+        return None
+    return (-1 if negative else 1) * (size / 10 ** len(fraction))
+
+
+def plainly_read(text: str, codec: Codec, variables: int) -> tuple[list[int], list[list[float]], int]:
+    """Which steps parse, their numbers, and how many steps there are."""
+    steps = text.split(";")
+    if not steps[-1]:
+        del steps[-1]
+    index, rows = [], []
+    for i, step in enumerate(steps):
+        row = [number(field, codec) for field in step.split(",")]
+        if len(row) == variables and None not in row:
+            index.append(i)
+            rows.append([value for value in row if value is not None])
+    return index, rows, len(steps)
+
+
+def same_as_plainly_read(text: str, codec: Codec, variables: int) -> Counter[str]:
+    """Assert that the codec reads what the plain reader reads; how many steps were parsed and rejected."""
+    decoded, (index, rows, steps) = codec.decode(text, variables), plainly_read(text, codec, variables)
+    assert (decoded.steps, decoded.rejected) == (steps, steps - len(index)), repr(text)
+    assert decoded.index.tolist() == index and decoded.values.tolist() == rows, repr(text)
+    assert decoded.values.shape == (len(rows), variables)
+    return Counter(texts=1, parsed=len(rows), rejected=steps - len(rows), empty=not steps)
+
+
+def series(draw: np.random.Generator, points: int, variables: int) -> np.ndarray:
+    return draw.normal(scale=10.0 ** draw.integers(-2, 4), size=(points, variables))
+
+
+def test_100000_token_sequences_over_all_ids_are_read_as_a_plain_reader_reads_them() -> None:
+    """A third of any ids (and of some that have no token), a third of symbols, a third of series with ids changed."""
+    draw, tokenizer, seen = np.random.default_rng(0), Tokenizer.from_pretrained(POCKET), Counter[str]()
+    symbols = np.array(tokenizer.encode("0123456789" * 2 + ".,;" * 6 + "-"))
+    for start, sequences in itertools.product(range(0, 100000, 100), ["any", "symbols", "series"]):
+        lengths = draw.integers(1, 61, size=34 if sequences == "series" else 33)
+        codec, variables = CODECS[start // 100 % len(CODECS)], 1 + start // 100 % 3
+        if sequences == "series":
+            ids = np.array(tokenizer.encode(codec.encode(series(draw, 600 // variables, variables))))[: lengths.sum()]
+            changed = draw.random(len(ids)) < 0.02
+            ids[changed] = draw.integers(0, len(tokenizer) + 10, size=changed.sum())
+        elif sequences == "symbols":
+            ids = draw.choice(symbols, lengths.sum())
+        else:
+            ids = draw.integers(0, len(tokenizer) + 10, size=lengths.sum())
+        for part in np.split(ids, np.cumsum(lengths)[:-1]):
+            seen += same_as_plainly_read(tokenizer.decode(part.tolist()), codec, variables)
+    print(dict(seen))
+    assert seen["texts"] == 100000 and seen["parsed"] > 30000 and seen["rejected"] > 100000 and seen["empty"]
+
+
+STRANGE = [
+    *"0123456789.,;-",
+    *"+ e_\n\t\0\x7f",
+    "\u0661",
+    "\uff11",
+    "\u2212",
+    "\ud800",
+    "\udcff",
+    "\U0001f40d",
+    "nan",
+    "1e9",
+]
+
+
+def mutated(text: str, draw: np.random.Generator) -> str:
+    """One to four characters inserted, deleted, replaced or swapped with the next."""
+    characters = list(text)
+    for _ in range(draw.integers(1, 5)):
+        at, how = int(draw.integers(len(characters))), draw.integers(4)
+        strange = STRANGE[draw.integers(len(STRANGE))]
+        if how == 0:
+            characters.insert(at, strange)
+        elif how == 1:
+            del characters[at]
+        elif how == 2:
+            characters[at] = strange
+        else:
+            characters[at : at + 2] = characters[at : at + 2][::-1]
+    return "".join(characters)
+
+
+def test_10000_mutated_texts_are_read_as_a_plain_reader_reads_them() -> None:
+    draw, seen = np.random.default_rng(1), Counter[str]()
+    for i in range(10000):
+        codec, variables = CODECS[i % len(CODECS)], 1 + i % 3
+        text = mutated(codec.encode(series(draw, int(draw.integers(1, 7)), variables)) + ";" * 4, draw)
+        seen += same_as_plainly_read(text, codec, variables)
+    print(dict(seen))
+    assert seen["texts"] == 10000 and min(seen["parsed"], seen["rejected"]) > 10000
+
+
+EXACT = Context(prec=2000)  # digits of any float64, and of any difference here
+
+
+def hard_values(draw: np.random.Generator, codec: Codec, points: int, variables: int) -> np.ndarray:
+    """Ordinary numbers, some replaced by what is hard to write: one kind in each series."""
+    values, limit = series(draw, points, variables), 10.0 ** (15 - codec.decimals)
+    unit, whole = 10.0**-codec.decimals, draw.integers(-(10**6), 10**6, size=values.shape)
+    some = draw.random(values.shape) < 0.3
+    hard = [
+        (whole + 0.5) * unit,  # near a tie
+        (whole * 2 + 1) / 2.0 ** draw.integers(1, 8),  # a tie exactly, at 1 to 7 decimals
+        np.full(values.shape, -0.0),
+        np.sign(values) * 5e-324 * np.abs(whole),  # denormal
+        np.sign(values) * (limit - unit / 2 * draw.integers(0, 4, size=values.shape)),  # at the width's limit
+        np.sign(values) * np.nextafter(limit - unit / 2, draw.choice([0, np.inf], values.shape)),
+        np.sign(values) * 10.0 ** draw.uniform(10, 308, size=values.shape),
+        draw.choice([np.nan, np.inf, -np.inf], values.shape),
+    ]
+    return np.where(some, hard[draw.integers(len(hard))], values)
+
+
+def test_10000_series_read_back_to_half_a_unit_or_are_refused_in_one_line() -> None:
+    """Half a unit of the decimal numbers themselves, exactly; float64 then is the nearest to what was written."""
+    draw, seen = np.random.default_rng(2), Counter[str]()
+    for i in range(10000):
+        codec, variables = CODECS[i % len(CODECS)], 1 + i % 3
+        values = hard_values(draw, codec, int(draw.integers(1, 8)), variables)
+        numbers = [Decimal(value) for value in values.ravel().tolist()]
+        unit = Decimal(1).scaleb(-codec.decimals)
+        if not all(
+            x.is_finite() and abs(x.quantize(unit, ROUND_HALF_EVEN, EXACT)) < Decimal(10) ** (15 - codec.decimals)
+            for x in numbers
+        ):
+            with pytest.raises(ValueError, match="^encode: .*; expected ") as caught:
+                codec.encode(values)
+            assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
+            seen["refused"] += 1
+            continue
+        text = codec.encode(values)
+        written = [Decimal(field) for step in text.split(";")[:-1] for field in step.split(",")]
+        assert all(
+            abs(EXACT.subtract(a, b)) <= unit / 2 and (not a or (a > 0) == (b > 0))
+            for a, b in zip(written, numbers, strict=True)
+        )
+        decoded = codec.decode(text, variables)
+        assert decoded.values.tolist() == np.array(written, dtype=np.float64).reshape(values.shape).tolist()
+        assert not np.signbit(decoded.values[decoded.values == 0]).any() and decoded.rejected == 0
+        seen["kept"] += 1
+    print(dict(seen))
+    assert min(seen.values()) > 2000 and seen.total() == 10000
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,13 @@
 
 import json
 import random
+import re
+import unicodedata
 from pathlib import Path
 
 import pytest
 import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
 from qwen_min import Tokenizer
 
@@ -51,25 +53,39 @@ TEXTS = [
 ]
 
 
+POOLS: dict[str, list[str]] = {
+    "numbers": list("0123456789.,;-e "),
+    "English": [*" abcdefgh'sdtmllvereXYZ.,!?0123456789", "'ll", "'VE", "\n"],
+    "white space": [*" \t\n\r\v\f\x85\xa0\u2003\u2028\u3000", "   ", "\n\n", "\r\n", "a", "1"],
+    "control characters": [*map(chr, [*range(32), *range(127, 160)]), "\u200b", "\u200d", "\u202e", "\ufeff", "x"],
+    "marks": ["e", "o", "\u0301", "\u0308", "\u0323", "\u1100", "\u1161", "\u0915", "\u094d", "\u212b", "\ufb01"],
+    "emoji": ["👍", "🏽", "👩", "\u200d", "👧", "🇩", "🇪", "❤", "\ufe0f", "1\ufe0f\u20e3", " ", "🐍"],
+    "special tokens": ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|", "|>", "<|im_", " ", "user\n", "1.2"],
+    "scripts": [
+        chr(point)
+        for start in (0x370, 0x410, 0x5D0, 0x621, 0x905, 0xE01, 0x3041, 0x4E00, 0xAC00, 0x1F00, 0x10A0, 0x13A0)
+        for point in range(start, start + 26)
+    ],
+}
+
+
 def random_texts(number: int, seed: int = 0) -> list[str]:
-    """Texts of digits and separators, of common characters, and of all of Unicode."""
+    """Texts of each pool in turn, of all pools mixed, and of any characters of Unicode."""
     draw = random.Random(seed)
-    pools = ["0123456789.,;-e ", " \n\tabcdefgh'sdtmllvereXYZ.,!?0123456789", None]
+    mixed = [piece for pool in POOLS.values() for piece in pool]
     texts = []
-    for _ in range(number):
-        pool = draw.choice(pools)
-        length = draw.randint(1, 60)
-        if pool is None:
-            points = (
-                draw.choice(
-                    [draw.randrange(0x20, 0x250), draw.randrange(0x20, 0xD800), draw.randrange(0xE000, 0x110000)]
-                )
-                for _ in range(length)
-            )
-            texts.append("".join(map(chr, points)))
+    for i in range(number):
+        length, which = draw.randint(3, 60), i % (len(POOLS) + 2)
+        if which == len(POOLS):
+            ranges = [(0x20, 0x250), (0x20, 0xD800), (0xE000, 0x110000)]  # all but the surrogates
+            texts.append("".join(chr(draw.randrange(*draw.choice(ranges))) for _ in range(length)))
         else:
-            texts.append("".join(draw.choice(pool) for _ in range(length)))
+            pool = [*POOLS.values(), mixed][min(which, len(POOLS))]
+            texts.append("".join(draw.choices(pool, k=length)))
     return texts
+
+
+TEXTS_2000 = TEXTS + random_texts(2000 - len(TEXTS))
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +104,33 @@ def bytewise(tmp_path_factory) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
+def qwens_kind(tmp_path_factory) -> Path:
+    """A folder with a tokenizer made as Qwen's is (its normal form, its pattern, bytes, merges), of 700 tokens.
+
+    For its class transformers builds normal form, pattern and bytes itself; of the file it takes tokens and merges.
+    """
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    library = tokenizers.Tokenizer(models.BPE())
+    library.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+    of_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    library.pre_tokenizer = pre_tokenizers.Sequence([split, of_bytes])
+    library.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=697, initial_alphabet=alphabet, show_progress=False)
+    library.train_from_iterator(TEXTS * 2 + random_texts(500, seed=2), trainer)
+    library.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    folder = tmp_path_factory.mktemp("qwens")
+    library.save(str(folder / "tokenizer.json"))
+    told = {"tokenizer_class": "Qwen2Tokenizer", "clean_up_tokenization_spaces": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(told))
+    return folder
+
+
+@pytest.fixture(scope="module")
 def transformers_own(real_checkpoint):
     from transformers import AutoTokenizer
 
@@ -102,12 +145,36 @@ def same_ids_as_transformers(ours: Tokenizer, theirs, texts: list[str]) -> None:
         assert ours.decode(ids) == expected, repr(text)
 
 
-@pytest.mark.skipif(not POCKET.is_dir(), reason="weights/pocket is missing: it is made by `pretrain-pocket`")
-def test_2000_texts_have_the_ids_of_transformers_with_the_pocket_tokenizer():
+@pytest.mark.parametrize("kind", ["pocket", "Qwen's"])
+def test_2000_texts_have_the_ids_of_transformers(kind, qwens_kind):
     from transformers import AutoTokenizer
 
-    theirs = AutoTokenizer.from_pretrained(POCKET)
-    same_ids_as_transformers(Tokenizer.from_pretrained(POCKET), theirs, TEXTS + random_texts(2000 - len(TEXTS)))
+    folder = POCKET if kind == "pocket" else qwens_kind
+    same_ids_as_transformers(Tokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(folder), TEXTS_2000)
+
+
+def test_the_2000_texts_are_of_many_kinds():
+    """Of each at least a hundred, and hardly a text twice."""
+    assert len(TEXTS_2000) == 2000 and len(set(TEXTS_2000)) > 1950
+    patterns = {
+        "digits": r"\d{2}",
+        "white space runs": r"[^\S\n]{3}",
+        "line ends": r"\r\n",
+        "control characters": r"[\x00-\x08\x0e-\x1f\x7f]",
+        "combining marks": r"\w[\u0300-\u036f]",
+        "emoji with joiners": r"[\U0001f300-\U0001faff]\u200d",
+        "whole special tokens inside": r".<\|im_(start|end)\|>.",
+        "broken special tokens": r"<\|im_(?!start|end)",
+        "private use and above": r"[\ue000-\uf8ff\U00010000-\U0010ffff]",
+    }
+    scripts = "Greek Cyrillic Hebrew Arabic Devanagari Thai Hiragana CJK Hangul Georgian Cherokee".split()
+    counts = {name: sum(bool(re.search(p, text)) for text in TEXTS_2000) for name, p in patterns.items()}
+    for script in scripts:
+        letters = {
+            chr(c) for c in range(0x370, 0xD7A4) if unicodedata.name(chr(c), "").upper().startswith(script.upper())
+        }
+        counts[script] = sum(not letters.isdisjoint(text) for text in TEXTS_2000)
+    assert min(counts.values()) >= 100, counts
 
 
 @pytest.mark.skipif(not POCKET.is_dir(), reason="weights/pocket is missing: it is made by `pretrain-pocket`")
@@ -118,8 +185,7 @@ def test_the_pocket_tokenizer_has_qwens_ids_for_numbers():
 
 
 def test_2000_texts_have_the_ids_of_transformers_with_the_real_tokenizer(real_checkpoint, transformers_own):
-    texts = TEXTS + random_texts(2000 - len(TEXTS), seed=1)
-    same_ids_as_transformers(Tokenizer.from_pretrained(real_checkpoint), transformers_own, texts)
+    same_ids_as_transformers(Tokenizer.from_pretrained(real_checkpoint), transformers_own, TEXTS_2000)
 
 
 def test_the_real_tokenizer_has_the_ids_that_the_reports_rest_on(real_checkpoint):
