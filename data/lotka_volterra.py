@@ -26,6 +26,7 @@ from scipy.integrate import solve_ivp
 CACHE = Path(__file__).with_name("lotka_volterra_data.h5")
 EXPECTED = "expected an HDF5 file with /trajectories (systems, points, variables)"
 REMEDY = "delete it, and it is rebuilt when it is next needed"
+MOST_PER_BYTE = 1032  # bytes that deflate makes of one at most, and so the most that a file can hold
 WRITTEN_DIGEST = "values_sha256"  # attribute: the exact values as they were written
 REAL, REBUILT, OTHER = "real file, as published", "rebuilt by its law", "other data"
 
@@ -66,7 +67,8 @@ def load(path: Path | None = None) -> Dataset:
 
     path: an HDF5 file with `/trajectories` (S, P, V), finite and not negative, and optionally `/time` (P,),
     which is 0, 1, 2, ... where it is absent.
-    Raises FileNotFoundError, OSError or ValueError with one line: the file, what is wrong, what was expected.
+    Raises ValueError with one line: the file, what is wrong, what was expected; OSError where the data set that is
+    rebuilt cannot be written.
     """
     if path is not None:
         return _read(Path(path))
@@ -134,28 +136,54 @@ def derivatives(
 
 def _read(path: Path) -> Dataset:
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file; {EXPECTED}")
+        raise ValueError(f"{path}: no such file; {EXPECTED}")
     if not path.is_file():
         raise ValueError(f"{path}: is not a file; {EXPECTED}")
     try:
         content = path.read_bytes()  # once, so that the digest is of the bytes that the values come from
     except OSError as error:
-        raise OSError(f"{path}: cannot be read ({error.strerror}); {EXPECTED}") from None
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); {EXPECTED}") from None
     try:
         with h5py.File(io.BytesIO(content), "r") as file:
-            found = {name: file.get(name) for name in ("trajectories", "time")}
-            stored = {name: item[()] for name, item in found.items() if isinstance(item, h5py.Dataset)}
+            stored = {name: _values(file, name, len(content)) for name in ("trajectories", "time")}
             written_digest = bytes(np.bytes_(file.attrs.get(WRITTEN_DIGEST, b"")))
     except Exception as error:  # h5py raises OSError, RuntimeError, KeyError, ... by where the damage is
         raise ValueError(f"{path}: is not readable as HDF5 ({_one_line(error)}); {EXPECTED}") from None
+    stored = {name: values for name, values in stored.items() if values is not None}
     if "trajectories" not in stored:
         raise ValueError(f"{path}: has no dataset /trajectories; {EXPECTED}")
     series = _checked_series(path, np.asarray(stored["trajectories"]))
     points, variables = series.shape[1:]
     time = _checked_time(path, np.asarray(stored.get("time", np.arange(points))), points)
     names = ("prey", "predator") if variables == 2 else tuple(f"x{variable}" for variable in range(variables))
+    if written_digest and (found := _exact_digest(time, series)).encode() != written_digest:
+        recorded = ascii(written_digest.decode("latin-1"))[1:-1]
+        raise ValueError(
+            f"{path}: sha256 of its values is {found}, recorded {recorded:.64}; expected the file as it was written"
+        )
     source = _source(time, series, written_digest)
     return Dataset(time, series, names, hashlib.sha256(content).hexdigest(), source, path)
+
+
+def _values(file: h5py.File, name: str, size: int) -> NDArray[Any] | None:
+    """What a dataset of a file of `size` bytes holds; None where it is no dataset.
+
+    A file could have it in another file, or claim more than memory holds: it is asked before anything is read.
+    """
+    links, key = file.id.links, name.encode()
+    if not links.exists(key):
+        return None
+    if links.get_info(key).type == h5py.h5l.TYPE_EXTERNAL:
+        raise ValueError(f"/{name} lies in another file")
+    item = file.get(name)
+    if not isinstance(item, h5py.Dataset):
+        return None
+    if item.external or item.is_virtual:
+        raise ValueError(f"/{name} lies in another file")
+    if item.size is not None and item.size * item.dtype.itemsize > MOST_PER_BYTE * size:
+        raise ValueError(f"/{name} has shape {item.shape}, more than {size} bytes can hold")
+    # What is no number is refused by its type; to read it could ask for anything.
+    return item[()] if item.dtype.kind in "iufcSb" else np.empty(0, item.dtype)
 
 
 def _checked_series(path: Path, stored: NDArray[Any]) -> NDArray[np.float32]:

@@ -62,7 +62,9 @@ class Forecasts:
 def prepare(settings: Settings, adapter: str | Path | None) -> tuple[Task, Qwen]:
     """The task and the model of a run, with an adapter if one is named."""
     folder = resolve(settings.model, settings.revision or None, settings.offline)
-    return Task.prepare(settings, Tokenizer(folder / "tokenizer.json")), trained_model(settings, adapter)
+    task, model = Task.prepare(settings, Tokenizer(folder / "tokenizer.json")), trained_model(settings, adapter)
+    task.check_fits(model.config)
+    return task, model
 
 
 def trained_model(settings: Settings, adapter: str | Path | None) -> Qwen:

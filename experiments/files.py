@@ -5,11 +5,13 @@ old content or the new, also after a kill or a power cut. One process at a time 
 """
 
 import csv
+import errno
 import hashlib
 import io
 import json
 import math
 import os
+import re
 import shutil
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,22 +20,43 @@ from pathlib import Path
 from typing import Any
 
 
-def write_bytes(path: str | Path, data: bytes) -> None:
-    """Write `data` to `path` atomically, making the folders above it; a failure leaves no temporary."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def unwritable(path: str | Path, error: OSError) -> str:
+    """Return the one line about a write that failed: the machine is at fault, not the input."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    expected = "free space on its disk" if full else "a place on a sound disk that this process may write"
+    return f"{path}: cannot be written ({error.strerror or error}): expected {expected}"
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Name `path` and the reason in one line, in an OSError from inside that does not yet."""
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
-    _fsync(path.parent)
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(unwritable(path, error)) from error
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write `data` to `path` atomically, making the folders above it; a failure leaves no temporary.
+
+    Raises OSError with one line that names the path, as every function here that writes."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+        _fsync(path.parent)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -55,17 +78,18 @@ def append_jsonl(path: str | Path, record: dict[str, Any]) -> None:
     """Append `record` as one line in one write, once what a killed writer left of its last is cut off."""
     line = (_dumps(path, record) + "\n").encode()
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b", buffering=0) as file:
-        end = file.seek(0, os.SEEK_END)
-        if end:
-            file.seek(end - 1)
-            if file.read(1) != b"\n":
-                end = path.read_bytes().rfind(b"\n") + 1
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+b", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            if end:
+                file.seek(end - 1)
+                if file.read(1) != b"\n":
+                    end = path.read_bytes().rfind(b"\n") + 1
+                    file.truncate(end)
+            if file.write(line) != len(line):  # a full disk may take a part only
                 file.truncate(end)
-        if file.write(line) != len(line):  # a full disk may take a part only
-            file.truncate(end)
-            raise OSError(f"{path}: a record could not be written whole")
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -143,7 +167,7 @@ def file_digest(path: str | Path) -> str:
         with Path(path).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from error
+        raise ValueError(f"{path}: cannot be read ({error.strerror or error}): expected a file") from error
 
 
 @contextmanager
@@ -157,23 +181,24 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path}: expected a folder, got a file")
     recover_folder(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     new, old = _beside(path)
-    try:
-        new.mkdir()
-        yield new
-        for folder, _, names in os.walk(new):
-            for name in names:
-                _fsync(Path(folder, name))
-            _fsync(Path(folder))
-        if path.exists():
-            os.rename(path, old)
-        os.rename(new, path)
-        _fsync(path.parent)
-    except BaseException:
-        with suppress(OSError):  # the first failure is the one to report; a later call can recover
-            recover_folder(path)
-        raise
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            new.mkdir()
+            yield new
+            for folder, _, names in os.walk(new):
+                for name in names:
+                    _fsync(Path(folder, name))
+                _fsync(Path(folder))
+            if path.exists():
+                os.rename(path, old)
+            os.rename(new, path)
+            _fsync(path.parent)
+        except BaseException:
+            with suppress(OSError):  # the first failure is the one to report; a later call can recover
+                recover_folder(path)
+            raise
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -181,19 +206,22 @@ def recover_folder(path: str | Path) -> bool:
     """Undo an `atomic_folder(path)` that was killed half-way; return whether there is a folder at `path`."""
     path = Path(path)
     new, old = _beside(path)
-    if old.exists() and not path.exists():  # killed between the two renames: the previous folder is whole
-        os.rename(old, path)
-        _fsync(path.parent)
-    for leftover in (new, old):
-        if leftover.exists():
-            shutil.rmtree(leftover)
+    with writing(path):
+        if old.exists() and not path.exists():  # killed between the two renames: the previous folder is whole
+            os.rename(old, path)
+            _fsync(path.parent)
+        for leftover in (new, old):
+            if leftover.exists():
+                shutil.rmtree(leftover)
     return path.is_dir()
 
 
 def remove_leftovers(folder: str | Path) -> None:
     """Remove what killed writers left of files below `folder`, where nobody may be writing now."""
     for leftover in Path(folder).rglob(".*.tmp"):
-        leftover.unlink()
+        if re.search(r"\.\d+\.tmp$", leftover.name):
+            with writing(leftover):
+                leftover.unlink()
 
 
 def _beside(path: Path) -> tuple[Path, Path]:
@@ -229,7 +257,7 @@ def _loads(data: bytes, where: str) -> Any:
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}expected UTF-8 text, got byte {data[error.start]:#04x}") from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}not valid JSON ({error})") from error
+        raise ValueError(f"{where}not valid JSON ({error}): expected it as it was written") from error
 
 
 def _finite(text: str) -> float:

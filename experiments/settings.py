@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -31,6 +32,8 @@ _CHOICES = {
     "dtype": tuple(DTYPES),
     "vocabulary": ("full", "symbols"),
 }
+# Far above what any run needs: a damaged file must not ask for all memory.
+_MOST = {"batch_size": 2**20, "context": 2**20, "contexts": 2**20, "num_samples": 10_000, "ranks": 4096}
 MOST_VALIDATIONS = 12  # of a run of a shortened study
 FEWEST_SERIES = 20  # that a shortened study still judges by, where the part has as many
 
@@ -121,6 +124,10 @@ class Settings:
         ):
             _require(0 <= getattr(self, name) < float("inf"), name, getattr(self, name), "0 or more")
         _require(self.budget < 2**63, "budget", self.budget, "less than 2^63")
+        for name, most in _MOST.items():
+            values = getattr(self, name)
+            largest = max(values, default=0) if isinstance(values, tuple) else values
+            _require(largest <= most, name, values, f"at most {most}")
         for name in ("context", "contexts"):
             values = getattr(self, name)
             least = min(values, default=0) if isinstance(values, tuple) else values
@@ -139,7 +146,8 @@ class Settings:
         )
         _require(0 <= self.dropout < 1, "dropout", self.dropout, "at least 0, less than 1")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "more than 0, at most 1")
-        _require(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "a positive number")
+        holds = 0 < self.repetition_penalty < float("inf")
+        _require(holds, "repetition_penalty", self.repetition_penalty, "a positive number")
         _require(0 < self.shortened <= 1, "shortened", self.shortened, "more than 0, at most 1")
         for name in ("seed", "split_seed"):
             _require(0 <= getattr(self, name) < 2**32, name, getattr(self, name), "0 to 2^32 - 1")
@@ -151,11 +159,12 @@ class Settings:
         _require(self.preset in ("", *PRESETS), "preset", self.preset, f"one of {', '.join(PRESETS)}")
         holds = self.vocabulary == "full" or not self.count_padding
         _require(holds, "vocabulary", self.vocabulary, "full where padding counts, which is no symbol")
-        _require(
-            self.device in ("cpu", "cuda") or self.device.startswith("cuda:"), "device", self.device, "cpu or cuda"
-        )
-        if self.device != "cpu":
-            _require(torch.cuda.is_available(), "device", self.device, "cpu, as torch finds no CUDA device here")
+        _require(bool(re.fullmatch(r"cpu|cuda(:\d{1,3})?", self.device)), "device", self.device, "cpu or cuda")
+
+    def check_device(self) -> None:
+        """Raise ValueError if the device is not here. No check of a field: a run's `config.toml` is read anywhere."""
+        holds = self.device == "cpu" or torch.cuda.is_available()
+        _require(holds, "device", self.device, "cpu, as torch finds no CUDA device here")
 
     @property
     def is_pocket(self) -> bool:
@@ -241,7 +250,7 @@ class Settings:
         kinds = {f.name: f.type for f in dataclasses.fields(self)}
         for name in changes:
             if name not in kinds:
-                raise ValueError(f"{name} is no setting: expected one of {', '.join(kinds)}")
+                raise ValueError(f"{name!r:.60} is no setting: expected one of {', '.join(kinds)}")
         return dataclasses.replace(self, **{n: _converted(n, kinds[n], v) for n, v in changes.items()})
 
     @classmethod
@@ -263,11 +272,13 @@ class Settings:
 def _require(holds: bool, name: str, value: Any, expected: str) -> None:
     if not holds:
         shown = list(value) if isinstance(value, tuple) else value
-        raise ValueError(f"{name} is {shown!r}: expected {expected}")
+        raise ValueError(f"{name} is {shown!r:.200}: expected {expected}")
 
 
 def _converted(name: str, kind: Any, value: Any) -> Any:
     """`value` as the field's type: a list becomes a tuple, a whole number may stand for a float."""
+    if isinstance(value, int) and not abs(value) < 2**63:  # which a hexadecimal one in TOML can pass by far
+        raise ValueError(f"{name} is beyond 2^63: expected a smaller number")
     if get_origin(kind) is tuple:
         if isinstance(value, (list, tuple)):
             return tuple(_converted(name, get_args(kind)[0], v) for v in value)
@@ -276,7 +287,7 @@ def _converted(name: str, kind: Any, value: Any) -> Any:
     elif type(value) is kind:
         return value
     wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}.get(kind, "a list")
-    raise ValueError(f"{name} is {value!r}: expected {wanted}")
+    raise ValueError(f"{name} is {value!r:.200}: expected {wanted}")
 
 
 def _toml(value: Any) -> str:

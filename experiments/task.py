@@ -16,7 +16,7 @@ from data.windows import Windows, make_windows
 from experiments.constrain import symbol_tokens
 from experiments.settings import Settings
 from experiments.shapes import shape, stratified
-from qwen_min import Tokenizer
+from qwen_min import QwenConfig, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,11 @@ class Task:
             ValueError: the data is bad, or a number in it cannot be written.
         """
         dataset = lotka_volterra.load(Path(settings.data) if settings.data else None)
-        split = _split(settings, len(dataset.series))
-        alphas = _alphas(settings, dataset.series, split.train)
+        try:
+            split = _split(settings, len(dataset.series))
+            alphas = _alphas(settings, dataset.series, split.train)
+        except ValueError as e:
+            raise ValueError(f"{dataset.path}: {e}") from None
         codec = Codec(settings.decimals, shortest=not settings.trailing_zeros)
         return cls(settings, dataset, split, alphas, codec, tokenizer)
 
@@ -72,6 +75,15 @@ class Task:
         for system in systems:
             if not 0 <= system <= last:
                 raise ValueError(f"{self.dataset.path}: has no system {system}: expected 0 to {last}")
+
+    def check_fits(self, config: QwenConfig) -> None:
+        """Raise ValueError for a window or a token that a model has no place for."""
+        if self.settings.context > config.max_position_embeddings:
+            raise ValueError(
+                f"{self.tokenizer.path.with_name('config.json')}: max_position_embeddings is "
+                f"{config.max_position_embeddings}: expected at least the context, which is {self.settings.context}"
+            )
+        self.tokenizer.check_fits(config.vocab_size)
 
     def scaled(self, system: int) -> NDArray[np.float64]:
         """Series `system` divided by its alpha, (P, V)."""

@@ -1,17 +1,16 @@
-"""Adapters on disk, in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`."""
+"""Adapters on disk, in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`, which carries a digest."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from lora.layer import add_logit_bias, add_lora, check, lora_layers
 from qwen_min.config import read_object
 from qwen_min.load import listed
 from qwen_min.model import Qwen
+from qwen_min.tensors import from_bytes, to_bytes, unreadable
 
 # Fields of PEFT's with one or more values that leave the maths that of `LoRALinear`, and those that never touch it.
 # Every other one must be off: null, false or empty.
@@ -60,10 +59,10 @@ def save_adapter(model: Qwen, folder: str | Path, base: str = "") -> None:
     for name, layer in layers.items():
         tensors[_key(name, "A")] = layer.lora_a.detach().contiguous()
         tensors[_key(name, "B")] = layer.lora_b.detach().contiguous()
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_model.safetensors").write_bytes(to_bytes(tensors))
     bias = folder / "logit_bias.safetensors"
     if model.logit_bias is not None:
-        save_file({"logit_bias": model.logit_bias.detach().contiguous()}, bias)
+        bias.write_bytes(to_bytes({"logit_bias": model.logit_bias.detach().contiguous()}))
     else:
         bias.unlink(missing_ok=True)
     # PEFT reads a list as endings of module names; the shortest that tell are those add_lora was given.
@@ -150,11 +149,10 @@ def _read_bias(path: Path, vocabulary: int) -> torch.Tensor | None:
 
 def _read(path: Path) -> dict[str, torch.Tensor]:
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as e:
-        raise ValueError(
-            f"{path}: cannot be read ({' '.join(str(e).split())[:200]}): expected a complete safetensors file"
-        ) from None
+        data = path.read_bytes()
+    except OSError as e:
+        raise unreadable(path, e) from None
+    return from_bytes(data, path)
 
 
 def _read_config(path: Path) -> dict:
@@ -162,11 +160,14 @@ def _read_config(path: Path) -> dict:
     for name, value in config.items():
         if value and name not in _HARMLESS and value not in _SUPPORTED.get(name, ()):
             expected = " or ".join(map(repr, _SUPPORTED.get(name, ()))) or "null, false or empty"
-            raise ValueError(f"{path}: {name} is {value!r}: expected {expected}: no other is implemented")
+            raise ValueError(
+                f"{path}: {listed([name])} is {value!r:.200}: expected {expected}: no other is implemented"
+            )
     targets = config.get("target_modules")
     if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets) or not targets:
-        raise ValueError(f"{path}: target_modules is {targets!r}: expected a list of layer names")
+        raise ValueError(f"{path}: target_modules is {targets!r:.200}: expected a list of layer names")
     for name, kinds in {"r": (int,), "lora_alpha": (int, float), "lora_dropout": (int, float, type(None))}.items():
-        if type(config.get(name)) not in kinds:
-            raise ValueError(f"{path}: {name} is {config.get(name)!r}: expected a number")
+        value = config.get(name)
+        if type(value) not in kinds or (isinstance(value, int) and abs(value) >= 2**63):
+            raise ValueError(f"{path}: {name} is {value!r:.200}: expected a number")
     return config

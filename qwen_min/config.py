@@ -1,6 +1,7 @@
 """The shape of a Qwen2.5 model, under Hugging Face's field names, read from `config.json` or known by name."""
 
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -51,13 +52,13 @@ class QwenConfig:
             # Bounds far above any model: a damaged file must not ask for a billion layers, or overflow a shape.
             most = 1024 if name == "num_hidden_layers" else 2**24
             if type(value) is not int or not 0 < value <= most:
-                raise ValueError(f"{name} is {value!r}: expected a positive whole number, at most {most}")
+                raise ValueError(f"{name} is {value!r:.200}: expected a positive whole number, at most {most}")
         for name in ("rope_theta", "rms_norm_eps"):
             value = getattr(self, name)
-            if type(value) not in (int, float) or not 0 < value < float("inf"):
-                raise ValueError(f"{name} is {value!r}: expected a positive number")
+            if type(value) not in (int, float) or not 0 < value < 1e300:
+                raise ValueError(f"{name} is {value!r:.200}: expected a positive number below 1e300")
         if type(self.tie_word_embeddings) is not bool:
-            raise ValueError(f"tie_word_embeddings is {self.tie_word_embeddings!r}: expected true or false")
+            raise ValueError(f"tie_word_embeddings is {self.tie_word_embeddings!r:.200}: expected true or false")
         if self.hidden_size % (2 * self.num_attention_heads):
             raise ValueError(
                 f"hidden_size is {self.hidden_size}: expected an even head size for each of the "
@@ -99,7 +100,7 @@ class QwenConfig:
     @classmethod
     def from_file(cls, path: Path) -> "QwenConfig":
         """Read a `config.json`, as transformers 4 or 5 writes it. Errors start with the file's name."""
-        fields = read_object(path, "a model's config.json")
+        fields = read_object(path, f"a model's config.json{how_to_fetch(path)}")
         try:
             return cls.from_dict(fields)
         except ValueError as e:
@@ -109,7 +110,7 @@ class QwenConfig:
     def from_dict(cls, fields: dict[str, Any]) -> "QwenConfig":
         """The fields of a `config.json`; what would change the maths and is not implemented is refused by name."""
         if fields.get("model_type") != "qwen2":
-            raise ValueError(f"model_type is {fields.get('model_type')!r}: expected 'qwen2'")
+            raise ValueError(f"model_type is {fields.get('model_type')!r:.200}: expected 'qwen2'")
         _refuse_unsupported(fields)
         missing = [
             name
@@ -124,7 +125,7 @@ class QwenConfig:
         config = cls(**(known | {"rope_theta": _rope_theta(fields)}))
         if fields.get("head_dim") not in (None, config.head_dim):
             raise ValueError(
-                f"head_dim is {fields['head_dim']!r}: expected hidden_size / num_attention_heads, "
+                f"head_dim is {fields['head_dim']!r:.200}: expected hidden_size / num_attention_heads, "
                 f"which is {config.head_dim}"
             )
         return config
@@ -154,6 +155,17 @@ def read_object(path: str | Path, expected: str) -> dict[str, Any]:
     return fields
 
 
+def how_to_fetch(path: Path, again: bool = False) -> str:
+    """What to say of a file that a snapshot of the hub's cache lacks (or, with `again`, has): how it is fetched.
+
+    Nothing for a file elsewhere.
+    """
+    found = re.fullmatch(r"models--(\w[\w.-]*?)--(\w[\w.-]*)", path.parents[2].name if len(path.parents) > 2 else "")
+    if found is None or path.parents[1].name != "snapshots" or (path.exists() and not again):
+        return ""
+    return f"; 'hf download {found[1]}/{found[2]}' fetches it"
+
+
 def _rope_theta(fields: dict[str, Any]) -> float:
     """The rotary base: `rope_parameters.rope_theta` (transformers 5) or `rope_theta` (4). No default is assumed."""
     for name in ("rope_parameters", "rope_scaling"):
@@ -161,10 +173,10 @@ def _rope_theta(fields: dict[str, Any]) -> float:
         if rope is None:
             continue
         if not isinstance(rope, dict):
-            raise ValueError(f"{name} is {rope!r}: expected an object")
+            raise ValueError(f"{name} is {rope!r:.200}: expected an object")
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
-            raise ValueError(f"{name}.rope_type is {kind!r}: expected 'default', the only one implemented")
+            raise ValueError(f"{name}.rope_type is {kind!r:.200}: expected 'default', the only one implemented")
     theta = (fields.get("rope_parameters") or {}).get("rope_theta", fields.get("rope_theta"))
     if theta is None:
         raise ValueError("rope_theta is missing: expected it, or rope_parameters.rope_theta")
@@ -180,7 +192,9 @@ def _refuse_unsupported(fields: dict[str, Any]) -> None:
     }
     for name, allowed in expected.items():
         if fields.get(name) not in allowed:
-            raise ValueError(f"{name} is {fields[name]!r}: expected {json.dumps(allowed[0])}, the only one implemented")
+            raise ValueError(
+                f"{name} is {fields[name]!r:.200}: expected {json.dumps(allowed[0])}, the only one implemented"
+            )
     kinds = fields.get("layer_types") or []
     if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
-        raise ValueError(f"layer_types is {kinds!r}: expected 'full_attention' in every layer")
+        raise ValueError(f"layer_types is {kinds!r:.200}: expected 'full_attention' in every layer")

@@ -1,5 +1,6 @@
 """Official safetensors weights into the model, strictly: a folder or hub id, one file or sharded. No pickle is read."""
 
+import errno
 import json
 import re
 from pathlib import Path
@@ -8,9 +9,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from qwen_min.config import QwenConfig
+from qwen_min.config import QwenConfig, how_to_fetch
+from qwen_min.tensors import check_names, unreadable
 
 _FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "*.safetensors", "model.safetensors.index.json"]
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 _FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
 
@@ -22,6 +25,7 @@ def resolve(name_or_folder: str | Path, revision: str | None = None, offline: bo
 
     Raises:
         ValueError: there is no such folder, or the id is not cached and cannot be fetched.
+        OSError: the hub's cache cannot be written.
     """
     folder = Path(name_or_folder)
     if folder.is_dir():
@@ -32,21 +36,41 @@ def resolve(name_or_folder: str | Path, revision: str | None = None, offline: bo
             f"{name}: no such folder: expected a model's folder or a hub id such as Qwen/Qwen2.5-0.5B-Instruct"
         )
     # Imported here: it takes a third of a second, and a local model needs nothing of it.
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub import HfApi, constants, snapshot_download
 
+    problem: Exception | None = None
+    if not offline:
+        try:  # asked with a time limit: the download has none, and waits minutes for a network that drops what is sent
+            HfApi().repo_info(name, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        except Exception as e:  # the library's own errors, its HTTP client's, and what changes with their versions
+            problem = e
     try:
-        return Path(snapshot_download(name, revision=revision, local_files_only=offline, allow_patterns=_FILES))
-    except RepositoryNotFoundError:
-        why = "the hub has no such model, or it is private"
-    except RevisionNotFoundError:
-        why = f"the hub has no revision {revision!r} of it"
-    except (OSError, ValueError, RuntimeError, HfHubHTTPError) as e:
-        # The cause is named by its kind alone: the library's own text spans lines and may quote request headers.
-        why = "not cached, and offline was asked for" if offline else f"could not be fetched ({type(e).__name__})"
-    raise ValueError(
-        f"{name}: {why}: expected the network or a cached copy; 'hf download {name}' fetches it, or name a folder"
-    )
+        local = offline or problem is not None
+        return Path(snapshot_download(name, revision=revision, local_files_only=local, allow_patterns=_FILES))
+    except Exception as e:
+        if isinstance(e, OSError) and e.errno in _OF_THE_DISK:
+            raise
+        problem = problem or e
+    # Outside of the handlers, so that the library's text is in no traceback either: it may quote a request's headers.
+    why = "not cached, and offline was asked for" if offline else _reason(problem, revision)
+    command = f"'hf download {name}'" + (f" with '--revision {revision}'" if revision else "")
+    raise ValueError(f"{name}: {why}: expected the network or a cached copy; {command} fetches it, or name a folder")
+
+
+def _reason(problem: Exception, revision: str | None) -> str:
+    """Why the hub's library found nothing: by the error's kind alone."""
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    kind, answer = type(problem).__name__, getattr(getattr(problem, "response", None), "status_code", None)
+    if isinstance(problem, RepositoryNotFoundError):
+        return "the hub has no such model, or it is private"
+    if isinstance(problem, RevisionNotFoundError):
+        return f"the hub has no revision {revision!r} of it"
+    if answer is not None:
+        return f"could not be fetched: the hub answered {answer}"
+    if {"ConnectionError", "TransportError", "Timeout"} & {base.__name__ for base in type(problem).__mro__}:
+        return f"could not be fetched: the network could not be reached ({kind})"
+    return f"could not be fetched ({kind})"
 
 
 def from_pretrained(cls, name_or_folder, dtype, device, revision, offline, compute_dtype, attention):
@@ -121,7 +145,9 @@ def weight_files(folder: Path) -> list[Path]:
     if single.is_file():
         return [single]
     if not index.is_file():
-        raise ValueError(f"{single}: no such file: expected it, or {index.name} and the files it names")
+        raise ValueError(
+            f"{single}: no such file: expected it, or {index.name} and the files it names{how_to_fetch(single)}"
+        )
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -130,7 +156,9 @@ def weight_files(folder: Path) -> list[Path]:
         if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name):
             raise ValueError(f"{index}: names the file {name!r}: expected the plain name of a .safetensors file")
         if not (folder / name).is_file():
-            raise ValueError(f"{folder / name}: no such file: expected it, as {index.name} names it")
+            raise ValueError(
+                f"{folder / name}: no such file: expected it, as {index.name} names it{how_to_fetch(index)}"
+            )
     if not names:
         raise ValueError(f"{index}: names no file: expected at least one")
     return [folder / name for name in names]
@@ -138,11 +166,11 @@ def weight_files(folder: Path) -> list[Path]:
 
 def _open(path: Path):
     try:
-        return safe_open(path, framework="pt")
+        file = safe_open(path, framework="pt")
+        check_names(path)
+        return file
     except (SafetensorError, OSError) as e:
-        raise ValueError(
-            f"{path}: cannot be read ({' '.join(str(e).split())[:200]}): expected a complete safetensors file"
-        ) from None
+        raise unreadable(path, e) from None
 
 
 def listed(names) -> str:

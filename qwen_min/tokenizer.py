@@ -1,14 +1,21 @@
 """Qwen's byte-level BPE tokenizer, read from `tokenizer.json`."""
 
+import json
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
 from qwen_min import load
+from qwen_min.config import how_to_fetch
 
 SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 """The system message that Qwen2.5's own chat template puts where none is given."""
+
+OTHERS = ("WordLevel", "WordPiece", "Unigram")
+"""Kinds of tokenizer that the library knows besides BPE."""
 
 
 class Tokenizer:
@@ -22,22 +29,23 @@ class Tokenizer:
     """
 
     def __init__(self, path: str | Path):
-        path = Path(path)
+        self.path = path = Path(path)
         if not path.is_file():
-            raise ValueError(f"{path}: no such file: expected a model's tokenizer.json")
+            raise ValueError(f"{path}: no such file: expected a model's tokenizer.json{how_to_fetch(path)}")
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            text = path.read_bytes().decode()
+            fault = _fault(json.loads(text))
+            if not fault:
+                self._tokenizer = tokenizers.Tokenizer.from_str(text)
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as e:  # the library raises bare Exception, and a panic of its Rust is not even that
-            reason = " ".join(str(e).split())[:200]
-            raise ValueError(f"{path}: not a tokenizer ({reason}): expected a model's tokenizer.json") from None
-        if not isinstance(self._tokenizer.model, tokenizers.models.BPE):
-            raise ValueError(f"{path}: is a {type(self._tokenizer.model).__name__} tokenizer: expected Qwen's, a BPE")
+            fault = f"not a tokenizer ({' '.join(str(e).split())[:200]})"
+        if fault:
+            raise ValueError(f"{path}: {fault}: expected Qwen's, a BPE")
         # A file may ask for truncation or padding; ids here are the text's, all of it and nothing else.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.path = path
 
     @classmethod
     def from_pretrained(
@@ -65,8 +73,19 @@ class Tokenizer:
         """The id of one token, such as "<|im_end|>"; ValueError where the vocabulary lacks it."""
         number = self._tokenizer.token_to_id(token)
         if number is None:
-            raise ValueError(f"{self.path}: has no token {token!r}")
+            raise ValueError(f"{self.path}: has no token {token!r}: expected the tokenizer of a Qwen2.5")
         return number
+
+    def check_fits(self, vocab_size: int) -> None:
+        """Raise ValueError where an id is beyond a model's vocabulary, as with the tokenizer of another model."""
+        if self._largest >= vocab_size:
+            raise ValueError(
+                f"{self.path}: has the id {self._largest}: expected ids below {vocab_size}, the model's vocab_size"
+            )
+
+    @cached_property
+    def _largest(self) -> int:
+        return max(self._tokenizer.get_vocab().values(), default=0)
 
     def __len__(self) -> int:
         """How many tokens there are, special ones included."""
@@ -97,3 +116,27 @@ class Tokenizer:
             messages = [("system", SYSTEM), *messages]
         turns = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in messages)
         return turns + "<|im_start|>assistant\n"
+
+
+def _fault(file: Any) -> str:
+    """What is wrong with a tokenizer.json that the library would panic at, or worse: "" if nothing.
+
+    It slices the second part of a merge by the length of the prefix, and writes what a merge makes into a buffer as
+    long as the longest token, both unchecked: some files end the process.
+    """
+    model = file.get("model") if isinstance(file, dict) else None
+    if not isinstance(model, dict) or "merges" not in model and "type" not in model:
+        return "not a tokenizer (it has no model)"
+    if (kind := model.get("type", "BPE")) != "BPE":
+        return f"is a {kind} tokenizer" if kind in OTHERS else f"not a tokenizer (its type is {ascii(kind):.40})"
+    for name in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
+        if model.get(name):
+            return f"its {name} is {model[name]!r:.40}, not null"
+    tokens, merges = model.get("vocab"), model.get("merges")
+    if not isinstance(tokens, dict) or not isinstance(merges, list):
+        return "not a tokenizer (it has no vocab and merges)"
+    pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in merges]
+    for pair in pairs:
+        if len(pair) != 2 or pair[0] + pair[1] not in tokens:
+            return f"not a tokenizer (the merge {ascii(pair):.60} makes no token)"
+    return ""

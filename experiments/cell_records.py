@@ -1,0 +1,154 @@
+"""What a cell's folder says of its training, read strictly: metrics.jsonl, result.json, checkpoint/state.json.
+
+What follows from something else is computed again and compared, so that an altered number is named and not carried on.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments import files
+
+_FLOPS = {"training": int, "validation": int}
+_STEP = {"step": int, "loss": float, "gradient_norm": float} | _FLOPS
+_VALIDATION = {"step": int, "validation_loss": float} | _FLOPS
+_STATE = {"step": int, "validated_at": int, "flops": dict}
+_NUMBER_OR_NULL = (float, type(None))
+_RESULT: dict[str, Any] = {
+    **{"cell": str, "lr": float, "rank": int, "steps": int, "context": int, "label": str},
+    **{"validation_loss": float, "validation_loss_with_padding": _NUMBER_OR_NULL},
+    **{"best_validation_loss": float, "best_step": int},
+    **{"first_loss": _NUMBER_OR_NULL, "last_losses_mean": _NUMBER_OR_NULL},
+    **{"flops": dict, "predicted_flops": dict, "convention": str, "trainable_parameters": int},
+    **{"train_windows": int, "validation_windows": int, "validation_tokens": int, "data_sha256": str},
+}
+
+
+def summary(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The part of `result.json` that follows from `metrics.jsonl`, the last line of which is a validation."""
+    losses = [m["loss"] for m in metrics if "loss" in m]
+    validation = [m for m in metrics if "validation_loss" in m]
+    best, last = min(validation, key=lambda m: m["validation_loss"]), validation[-1]
+    return {
+        "steps": len(losses),
+        "validation_loss": last["validation_loss"],
+        "validation_loss_with_padding": last.get("validation_loss_with_padding"),
+        "best_validation_loss": best["validation_loss"],
+        "best_step": best["step"],
+        "first_loss": losses[0] if losses else None,
+        "last_losses_mean": sum(losses[-10:]) / len(losses[-10:]) if losses else None,
+        "flops": {stage: last[stage] for stage in _FLOPS},
+    }
+
+
+def digest(metrics: Sequence[Mapping[str, Any]]) -> str:
+    """SHA-256 of the metrics up to a checkpoint or a result, which records it."""
+    return hashlib.sha256(json.dumps(metrics, sort_keys=True).encode()).hexdigest()
+
+
+def _check_digest(path: Path, found: Sequence[Mapping[str, Any]], recorded: Any, where: str) -> None:
+    if recorded is not None and digest(found) != recorded:
+        raise ValueError(
+            f"{path}: sha256 of its lines is {digest(found)}, recorded in {where} {recorded!r:.66}: expected the file "
+            "as it was written"
+        )
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl`: steps from 1, one by one, with validations between them.
+
+    Raises:
+        ValueError: a line is not as a run writes it, or does not follow from the one before it.
+    """
+    lines, step, flops = files.read_jsonl(path), 0, (0, 0)
+    for number, line in enumerate(lines, 1):
+        where = f"{path}: line {number}"
+        trains = "loss" in line
+        _check(where, line, _STEP if trains else _VALIDATION)
+        step += trains
+        if line["step"] != step:
+            raise ValueError(f"{where}: step is {line['step']}: expected {step}")
+        spent = line["training"], line["validation"]
+        if spent[0] < flops[0] or spent[1] < flops[1]:
+            raise ValueError(f"{where}: fewer FLOPs than before, {spent}: expected at least {flops}")
+        flops = spent
+    return lines
+
+
+def read_gradients(path: Path) -> list[dict[str, Any]]:
+    """The lines of `gradients.jsonl`; ValueError where one is not as a run writes it."""
+    lines = files.read_jsonl(path)
+    for number, line in enumerate(lines, 1):
+        _check(f"{path}: line {number}", line, {"step": int, "norms": dict})
+        _check(f"{path}: line {number}", line["norms"], dict.fromkeys(line["norms"], float))
+    return lines
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """The `result.json` of a finished cell.
+
+    Raises:
+        ValueError: it is not as a run writes it, or not what the cell's `metrics.jsonl` says.
+    """
+    path = folder / "result.json"
+    result = files.read_json(path)
+    _check(f"{path}", result, _RESULT)
+    for name in ("flops", "predicted_flops"):
+        _check(f"{path}: {name}", result[name], _FLOPS)
+    metrics = read_metrics(folder / "metrics.jsonl")
+    if not metrics or "validation_loss" not in metrics[-1]:
+        raise ValueError(f"{folder / 'metrics.jsonl'}: ends without a validation: expected all of a finished run")
+    for name, value in summary(metrics).items():
+        same = result[name] == value
+        if name == "last_losses_mean" and value is not None:  # Python 3.12 adds up in another way
+            same = math.isclose(result[name] or 0.0, value, rel_tol=1e-12)
+        if not same:
+            raise ValueError(f"{path}: {name} is {result[name]!r}: expected {value!r}, as metrics.jsonl says")
+    _check_digest(folder / "metrics.jsonl", metrics, result.get("metrics_sha256"), path.name)
+    return result
+
+
+def read_state(path: Path, steps: int) -> dict[str, Any]:
+    """The `state.json` of a checkpoint of a run of `steps` steps; ValueError where it is not as a run writes it."""
+    state = files.read_json(path)
+    _check(f"{path}", state, _STATE)
+    _check(f"{path}: flops", state["flops"], _FLOPS)
+    for name, least, most in (("step", 1, steps), ("validated_at", -1, state["step"])):
+        if not least <= state[name] <= most:
+            raise ValueError(f"{path}: {name} is {state[name]}: expected {least} to {most}")
+    return state
+
+
+def upto(state: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
+    """The metrics of a cell up to a checkpoint, which its `state` describes; later ones will be written again.
+
+    Raises:
+        ValueError: they do not lead to it.
+    """
+    path, spent = folder / "metrics.jsonl", sum(state["flops"].values())
+    metrics = [m for m in read_metrics(path) if m["training"] + m["validation"] <= spent]
+    last: Mapping[str, Any] = metrics[-1] if metrics else {}
+    validated = max((m["step"] for m in metrics if "validation_loss" in m), default=-1)
+    found = {"step": last.get("step"), "validated_at": validated, "flops": {s: last.get(s) for s in _FLOPS}}
+    for name, value in found.items():
+        if state[name] != value:
+            raise ValueError(f"{path}: {name} is {value!r} there: expected {state[name]!r}, as the checkpoint says")
+    _check_digest(path, metrics, state.get("metrics_sha256"), "checkpoint/state.json")
+    return metrics
+
+
+def _check(where: str, found: Any, kinds: Mapping[str, Any]) -> None:
+    """Raise ValueError unless `found` is an object with all of these, each of its kind; numbers of FLOPs are whole."""
+    if not isinstance(found, dict):
+        raise ValueError(f"{where}: is a {type(found).__name__}: expected an object")
+    for name, kind in kinds.items():
+        if name not in found:
+            raise ValueError(f"{where}: has no {name}: expected {', '.join(kinds)}")
+        value, allowed = found[name], kind if isinstance(kind, tuple) else (kind,)
+        holds = type(value) in allowed or (float in allowed and type(value) is int)
+        if not holds or (type(value) is int and not -1 <= value < 2**63):
+            wanted = "text" if kind is str else "an object" if kind is dict else "a number as a run writes it"
+            raise ValueError(f"{where}: {name} is {value!r:.60}: expected {wanted}")

@@ -1,0 +1,299 @@
+"""Files that are damaged, hostile or altered: refused in one line that names them, with nothing written."""
+
+import hashlib
+import json
+import random
+import resource
+import time
+from collections import Counter
+from pathlib import Path
+
+import h5py
+import hostile
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from hostile import KINDS, Inputs
+from huggingface_hub import constants
+
+from data import lotka_volterra
+from experiments import protocols, run
+from experiments.errors import one_line
+from qwen_min import Qwen, Tokenizer
+from qwen_min.tensors import from_bytes, to_bytes
+
+VERB = {
+    "weights": ["generate", "--prompt", "1.00", "--max-new-tokens", "1"],
+    "index": ["generate", "--prompt", "1.00", "--max-new-tokens", "1"],
+    "hdf5": ["data"],
+    "config": ["generate", "--prompt", "1.00", "--max-new-tokens", "1"],
+    "tokenizer": ["generate", "--prompt", "1.00", "--max-new-tokens", "1"],
+    "toml": ["grid", "--dry-run"],
+    "protocol": ["grid", "--dry-run", "--protocol", "hostile"],
+    "adapter_config": ["generate", "--prompt", "1.00", "--max-new-tokens", "1"],
+    "adapter_weights": ["generate", "--prompt", "1.00", "--max-new-tokens", "1"],
+}
+NAMED_INSTEAD = {
+    "config": ["model.safetensors", "model: "],
+    "weights": ["model: "],
+    "index": ["sharded", "model-0000"],
+    "toml": ["config.json", "waves.h5"],
+    "protocol": ["config.json", "waves.h5"],
+    "state_json": ["metrics.jsonl"],
+}
+"""What a line may name besides the file that was damaged: the one that it no longer fits."""
+
+CPU_SECONDS, LONGEST_LINE, GROWTH = 5.0, 500, 300 * 2**10  # the last in KiB
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("elsewhere"))
+        yield hostile.make(tmp_path_factory.mktemp("inputs") / "in", patch)
+
+
+def command(kind: str, inputs: Inputs, path: Path) -> list[str]:
+    """The verb that reads a damaged file."""
+    root = inputs.root
+    if kind not in VERB:
+        return inputs.train(path.relative_to(root).parts[0])
+    flags = inputs.flags if kind == "protocol" else [*inputs.flags, *inputs.config]
+    if kind == "index":
+        flags += ["--model", str(root / "sharded")]
+    if kind.startswith("adapter"):
+        flags += ["--adapter", str(root / "adapter")]
+    return [*VERB[kind], *flags]
+
+
+def mutations(make, counts: range, inputs: Inputs, capfd, monkeypatch) -> Counter[str]:
+    """Damage one kind of input again and again, and read it by the command line; how often it was refused, and not."""
+    kind, root, seen = make.__name__, inputs.root, Counter[str]()
+    monkeypatch.chdir(root.parent)
+    monkeypatch.setattr(protocols, "FOLDER", root / "protocols")
+    monkeypatch.setattr(run, "_product_rate", lambda settings: 1e9)
+    before, ended = hostile.tree(root), (root / "finished" / hostile.CELL / "result.json").read_bytes()
+    copy = root.parent / "seen"
+    copy.mkdir(exist_ok=True)
+    for seed in counts:
+        draw = random.Random(f"{kind} {seed}")
+        path, must_fail = make(draw, root)
+        damaged, argv = hostile.tree(root), command(kind, inputs, path)
+        if path.is_file():
+            (copy / path.name).write_bytes(path.read_bytes())
+        capfd.readouterr()
+        began = time.process_time()
+        try:
+            code, now = run.main(argv), hostile.tree(root)
+        finally:
+            results = root / path.relative_to(root).parts[0] / hostile.CELL / "result.json"
+            ended_now = results.read_bytes() if results.is_file() else b""
+            hostile.restore(root, before)
+        seconds, said = time.process_time() - began, capfd.readouterr()
+        where = f"{kind} {seed}: {path.name}: exit {code}: {said.err[-1500:]}"
+        assert seconds < CPU_SECONDS, where
+        if code == 0:
+            assert not must_fail, f"{where} accepted"
+            was = before.get(str(path.relative_to(root))) or b""
+            assert hostile.harmless(path, was, copy / path.name), f"{where} accepted"
+            if kind not in VERB:  # a run of a damaged folder that was accepted ends as the one that was not damaged
+                assert ended_now == ended or kind == "result", where
+        else:
+            line = said.err
+            assert code == 2 and said.out == "", where
+            assert line.count("\n") == 1 and line.endswith("\n") and line[:-1].isprintable(), where
+            assert len(line) < LONGEST_LINE and "expected" in line and "Traceback" not in line, where
+            assert any(name in line for name in (path.name, *NAMED_INSTEAD.get(kind, ()))), where
+            written = {name for name in now.keys() | damaged.keys() if now.get(name) != damaged.get(name)}
+            assert not written, f"{where}: {written}"
+        seen["refused" if code else "accepted"] += 1
+    return seen
+
+
+def refused_or_harmless(make, counts: range, inputs: Inputs, capfd, monkeypatch) -> None:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seen = mutations(make, counts, inputs, capfd, monkeypatch)
+    assert seen.total() == len(counts)
+    assert seen["refused"] >= 0.6 * len(counts), seen
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < GROWTH
+    with capfd.disabled():
+        print(f" {make.__name__} {dict(seen)}", end="", flush=True)
+
+
+@pytest.mark.parametrize(("number", "make"), [*enumerate(KINDS)], ids=[make.__name__ for make in KINDS])
+def test_200_malformed_inputs_are_refused_in_one_line(number, make, inputs, capfd, monkeypatch):
+    """14 or 15 of each of 14 kinds."""
+    refused_or_harmless(make, range(14 + (number < 4)), inputs, capfd, monkeypatch)
+
+
+@pytest.mark.endurance
+@pytest.mark.parametrize("make", KINDS, ids=lambda make: make.__name__)
+def test_1400_malformed_inputs_are_refused_in_one_line(make, inputs, capfd, monkeypatch):
+    refused_or_harmless(make, range(100), inputs, capfd, monkeypatch)
+
+
+def flipped(draw: random.Random, path: Path, begin: int, end: int) -> None:
+    """Flip one bit of a file, between two places in it."""
+    data = bytearray(path.read_bytes())
+    data[draw.randrange(begin, end)] ^= 1 << draw.randrange(8)
+    path.write_bytes(data)
+
+
+def values_of(path: Path) -> tuple[int, int]:
+    """Where the tensors of a safetensors file lie."""
+    data = path.read_bytes()
+    return 8 + int.from_bytes(data[:8], "little"), len(data)
+
+
+def flip_of(kind: str, draw: random.Random, inputs: Inputs) -> tuple[Path, list[str], str]:
+    """Alter one bit of a file that stays valid: the file, the command that reads it, and what must be said of it."""
+    root, out = inputs.root, draw.choice(("stopped", "finished"))
+    if kind == "adapter":
+        path = root / "adapter" / "adapter_model.safetensors"
+        flipped(draw, path, *values_of(path))
+        return path, command("adapter_weights", inputs, path), f"{path}: sha256 of its tensors is "
+    if kind == "checkpoint":
+        path = root / "stopped" / hostile.CELL / "checkpoint" / "state.safetensors"
+        flipped(draw, path, *values_of(path))
+        return path, inputs.train("stopped"), f"{path}: sha256 of its tensors is "
+    if kind == "model":
+        path = root / "model" / "model.safetensors"
+        flipped(draw, path, *values_of(path))
+        return path, inputs.train(out), f"{root / out / 'manifest.json'}: model_sha256 is "
+    path = root / "waves.h5"
+    with h5py.File(path, "r") as file:
+        times, series = file["time"][()], file["trajectories"][()]
+    if kind == "rebuilt":
+        with h5py.File(path, "r+") as file:
+            file.attrs[lotka_volterra.WRITTEN_DIGEST] = np.bytes_(lotka_volterra._exact_digest(times, series))
+    at = path.read_bytes().index(series.tobytes()) + 4 * draw.randrange(series.size)
+    flipped(draw, path, at, at + 2)  # of the fraction: it stays a number
+    if kind == "rebuilt":
+        return path, command("hdf5", inputs, path), f"{path}: sha256 of its values is "
+    return path, inputs.train(out), f"{root / out / 'manifest.json'}: data_sha256 is "
+
+
+def flips(inputs: Inputs, capfd, monkeypatch) -> int:
+    """Alter 200 files by one bit each, and start the run that reads them; returns how many."""
+    root, done = inputs.root, 0
+    monkeypatch.chdir(root.parent)
+    before = hostile.tree(root)
+    for kind, count in {"adapter": 60, "checkpoint": 50, "model": 30, "data": 30, "rebuilt": 30}.items():
+        for seed in range(count):
+            path, argv, said = flip_of(kind, random.Random(f"{kind} {seed}"), inputs)
+            altered = hostile.tree(root)
+            code, error, now = run.main(argv), capfd.readouterr().err, hostile.tree(root)
+            hostile.restore(root, before)
+            assert code == 2 and error.startswith(said) and "expected" in error and error.count("\n") == 1, error
+            assert altered != before and now == altered, "something was written"
+            done += 1
+    return done
+
+
+def test_200_files_altered_by_one_bit_are_refused_by_their_digest(inputs, capfd, monkeypatch):
+    assert flips(inputs, capfd, monkeypatch) == 200
+
+
+def test_a_tensor_that_is_named_twice_is_refused_where_the_library_takes_the_last(inputs, tmp_path):
+    entry = b'"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
+    text = b"{" + entry + b"," + entry + b"}"
+    data = len(text).to_bytes(8, "little") + text + bytes(8)
+    assert safetensors.torch.load(data).keys() == {"a"}
+    with pytest.raises(ValueError, match="x.safetensors: names 'a' twice: expected each tensor once"):
+        from_bytes(data, "x.safetensors")
+    (tmp_path / "model.safetensors").write_bytes(data)
+    (tmp_path / "config.json").write_bytes((inputs.root / "model" / "config.json").read_bytes())
+    with pytest.raises(ValueError, match="model.safetensors: names 'a' twice: expected each tensor once"):
+        Qwen.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"continuing_subword_prefix": "#", "vocab": {"a": 0, "é": 1, "aé": 2}, "merges": ["a é"]},
+        {"continuing_subword_prefix": "##", "vocab": {"a": 0, "aa": 1}, "merges": ["a a"]},
+        {"vocab": {"a": 0}, "merges": ["a a"]},
+    ],
+    ids=["ends the process", "panics", "panics for want of the merged token"],
+)
+def test_a_tokenizer_that_the_library_would_panic_at_is_refused_before_it_reads_it(change, tmp_path, capfd):
+    """Its Rust cuts a string in the middle of a character, unchecked: the whole process was aborted."""
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": {"type": "BPE"} | change}))
+    with pytest.raises(ValueError, match="tokenizer.json: .*: expected Qwen's, a BPE"):
+        Tokenizer(path)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "text", ["a\nb\x1b[2Jc", "x" * 10**6 + ": expected y", "\udcff\x00", "a.h5: bad\u2028; expected b"]
+)
+def test_a_line_of_any_text_is_printable_and_short_and_keeps_its_ends(text):
+    line = one_line(text)
+    assert line.isprintable() and len(line) < LONGEST_LINE and line[0] == ascii(text[0])[1] and line[-1] in text + "0"
+
+
+def test_equal_tensors_are_equal_files_and_a_file_without_a_digest_is_taken_as_it_is():
+    """The library writes two entries of metadata in any order: two runs gave different bytes."""
+    tensors = {"b": torch.ones(3), "a": torch.zeros(2, 2, dtype=torch.bfloat16)}
+    data = to_bytes(tensors)
+    assert data == to_bytes(dict(reversed(tensors.items()))) and b'{"format":"pt","sha256":"' in data[:60]
+    for held in (from_bytes(data, "x"), from_bytes(safetensors.torch.save(tensors), "x"), safetensors.torch.load(data)):
+        assert held.keys() == tensors.keys() and all(torch.equal(held[name], t) for name, t in tensors.items())
+
+
+@pytest.fixture
+def cached(inputs, tmp_path, monkeypatch) -> Path:
+    """The hub's cache with the model as the hub's library keeps it; returns the folder of its one snapshot."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    commit, held = "0123456789abcdef0123456789abcdef01234567", tmp_path / "hub" / "models--owner--name"
+    snapshot = held / "snapshots" / commit
+    for folder in (snapshot, held / "blobs", held / "refs"):
+        folder.mkdir(parents=True)
+    (held / "refs" / "main").write_text(commit)
+    for path in (inputs.root / "model").iterdir():
+        data = path.read_bytes()
+        large = path.suffix == ".safetensors"
+        digest = hashlib.sha256(data) if large else hashlib.sha1(b"blob %d\0" % len(data) + data)
+        (held / "blobs" / digest.hexdigest()).write_bytes(data)
+        (snapshot / path.name).symlink_to(Path("../../blobs", digest.hexdigest()))
+    return snapshot
+
+
+def from_the_hub(inputs: Inputs) -> list[str]:
+    argv = inputs.train("finished")
+    return [*argv[: argv.index("--out")], "--model", "owner/name", "--offline", "--out", "run"]
+
+
+def test_a_run_takes_a_cached_model_whose_files_are_what_their_names_say(cached, inputs, monkeypatch):
+    monkeypatch.setattr("experiments.grid.plots.loss_curves", lambda *_, **__: None)
+    monkeypatch.setattr("experiments.grid.plots.heat_map", lambda *_, **__: None)
+    assert run.main(from_the_hub(inputs)) == 0
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_cached_file_that_was_altered_is_refused_by_its_digest(name, cached, inputs, capfd):
+    blob = (cached / name).resolve()
+    data = blob.read_bytes()
+    blob.write_bytes(data[:-1] + bytes([data[-1] ^ 1]) if name == "model.safetensors" else data + b"\n")
+    assert run.main(from_the_hub(inputs)) == 2
+    line = capfd.readouterr().err
+    assert line.count("\n") == 1 and f"/{name}: its digest is " in line and blob.name in line
+    assert "expected it as it was fetched" in line and "'hf download owner/name' fetches it" in line
+    assert not Path("run").exists() or not (Path("run") / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_half_download_is_no_file_and_the_line_says_what_fetches_it(name, cached, inputs, capfd):
+    """The hub's library writes BLOB.incomplete, and makes the link once the blob is whole."""
+    blob = (cached / name).resolve()
+    blob.with_name(blob.name + ".1a2b.incomplete").write_bytes(blob.read_bytes()[:100])
+    blob.unlink()
+    for there in ("a link to nothing", "no link"):
+        assert run.main(from_the_hub(inputs)) == 2
+        line = capfd.readouterr().err
+        assert line.count("\n") == 1 and f"/{name}: " in line and "expected" in line, there
+        assert "'hf download owner/name' fetches it" in line
+        (cached / name).unlink(missing_ok=True)
