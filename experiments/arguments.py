@@ -23,6 +23,7 @@ EXAMPLES = {
     "forecast": "python -m experiments.run forecast --system 906 --adapter runs/grid/cells/lr0.01-r8/adapter",
     "data": "python -m experiments.run data --decimals 3",
     "flops": "python -m experiments.run flops --model Qwen2.5-7B --batch 4 --context 512 --rank 8 --train",
+    "status": "python -m experiments.run status runs/grid",
     "budget": "python -m experiments.run budget",
     "doctor": "python -m experiments.run doctor --model Qwen/Qwen2.5-0.5B-Instruct",
     "generate": "python -m experiments.run generate --prompt '1.00,0.50;1.20,0.60;' --max-new-tokens 50",
@@ -124,6 +125,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--plot", help="draw the components' shares into this PNG")
     p.add_argument("--offline", action="store_true", help="never open a connection")
 
+    p = verb("status", "what is running, done or failed in a run's folder, how far it is, and the time left")
+    p.add_argument("run", metavar="RUN", help="the folder of a study, a grid, its shards or a training run")
+    p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+
     p = verb("budget", "what the ledger of this folder holds: spent, reserved, left")
     p.add_argument("--ledger", help=f"the ledger ({LEDGER})")
     p.add_argument("--budget", type=_flops, help="FLOPs (1e17)")
@@ -200,6 +205,12 @@ def _settings(p: argparse.ArgumentParser, *groups: str) -> None:
         add("--batch-size", type=int, help="windows of a step (4)")
         add("--val-every", type=int, help="steps between validations (30); 0 for one after training")
         add("--dropout", type=float, help="on LoRA's input (0)")
+        add(
+            "--allow-drift",
+            action="store_true",
+            help="go on with another torch, device, dtype, processor or number of threads or processes: bits may "
+            "differ; the manifest lists it",
+        )
         add("--vocabulary", help="of the loss: full, or symbols: over the text's 13 alone, another loss (full)")
         add("--preset", help="learning rates by name: reports or pocket")
     if "train" in groups or "forecast" in groups:

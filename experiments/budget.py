@@ -12,13 +12,14 @@ stopped.
 
 import os
 import sqlite3
-import subprocess
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from experiments.owner import start_marker
 
 BUDGET = 10**17
 STAGES = ("training", "validation", "inference")
@@ -27,6 +28,11 @@ _INT64 = 2**63 - 1
 _APPLICATION = 0x464C4F50  # "FLOP", in the header field that SQLite keeps for this purpose
 _VERSION = 1
 _PATIENCE = 60  # seconds to wait for another writer
+_OF_THE_MACHINE = (  # SQLite's codes for what is no fault of the file's content
+    *(sqlite3.SQLITE_PERM, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_READONLY),
+    *(sqlite3.SQLITE_INTERRUPT, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN),
+    *(sqlite3.SQLITE_PROTOCOL, sqlite3.SQLITE_NOLFS),
+)
 _NOBODY = 0  # for a process's number: what is set aside for other ledgers
 _SCHEMA = f"""
 CREATE TABLE entries (
@@ -74,8 +80,10 @@ class Ledger:
         self.path, self.budget = Path(path), _flops(budget)
         if not budget:
             raise ValueError("a budget is at least 1 FLOP, got 0")
-        self._owner: dict[str, Any] = {"pid": os.getpid(), "started": _start_marker(os.getpid())}
+        self._owner: dict[str, Any] = {"pid": os.getpid(), "started": start_marker(os.getpid())}
         self._held: set[int] = set()
+        if self.path.is_dir() or not self.path.parent.is_dir():
+            raise ValueError(f"{self.path}: is a folder or in none: expected a file, or a place for one")
         with self._errors():
             self._database = sqlite3.connect(self.path, timeout=_PATIENCE, isolation_level=None)
             try:
@@ -275,7 +283,7 @@ class Ledger:
         """Return all entries, once those of dead processes are marked interrupted; within a transaction."""
         running = "SELECT id, pid, started FROM entries WHERE state = 'running'"
         for number, pid, started in self._database.execute(running).fetchall():
-            if pid != _NOBODY and _start_marker(pid) != started:
+            if pid != _NOBODY and not (started and start_marker(pid) == started):
                 self._database.execute("UPDATE entries SET state = 'interrupted' WHERE id = ?", (number,))
         entries: dict[int, _Entry] = {}
         for number, run, cell, state, pid, stage, *amounts in self._database.execute(_SELECT):
@@ -300,7 +308,9 @@ class Ledger:
             elif application != _APPLICATION:
                 raise ValueError(f"{self.path}: expected a ledger of FLOPs, got another program's SQLite file")
             elif version > _VERSION:
-                raise ValueError(f"{self.path}: a ledger of version {version}, this program knows up to {_VERSION}")
+                raise ValueError(
+                    f"{self.path}: a ledger of version {version}: expected at most {_VERSION}, of this program"
+                )
             (fault,) = database.execute("PRAGMA quick_check(1)").fetchone()
             if fault != "ok":
                 raise sqlite3.DatabaseError(" ".join(fault.split()))
@@ -337,10 +347,14 @@ class Ledger:
             yield
         except sqlite3.ProgrammingError:  # a ledger that is closed: no fault of the file
             raise
-        except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError) and "no such" not in str(error):
-                raise OSError(f"{self.path}: the ledger cannot be used ({error})") from error
-            raise ValueError(f"{self.path}: expected a ledger of FLOPs, got a damaged file ({error})") from error
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF in _OF_THE_MACHINE:
+                raise OSError(
+                    f"{self.path}: the ledger cannot be used ({error}): expected a file that can be read and written, "
+                    "on a disk with free space"
+                ) from error
+            said = "".join(c for c in str(error)[:150] if c.isprintable())  # it may quote what is in the file
+            raise ValueError(f"{self.path}: expected a ledger of FLOPs, got a damaged file ({said})") from error
 
 
 @dataclass
@@ -425,20 +439,3 @@ def _flops(value: int) -> int:
     if type(value) is not int or not 0 <= value <= _INT64:
         raise ValueError(f"FLOPs are integers from 0 to 2^63 - 1, got {value!r}")
     return value
-
-
-def _start_marker(pid: int) -> str:
-    """Return what tells a process from a later one of its number: "" if it is dead, "?" if none can tell."""
-    if Path("/proc/self/stat").exists():
-        try:
-            stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # the name can hold blanks
-            boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        except OSError:
-            return ""
-        return "" if stat[0] in "ZX" else f"{boot} {stat[19]}"  # state; start, in ticks since boot
-    try:
-        ps = subprocess.run(["ps", "-o", "stat=,lstart=", "-p", str(pid)], capture_output=True, text=True)
-    except OSError:
-        return "?"
-    state, _, start = ps.stdout.strip().partition(" ")
-    return "" if state.startswith("Z") else start.strip()

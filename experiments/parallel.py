@@ -66,7 +66,11 @@ class Alone:
         return nullcontext()
 
     def draw(self, seed: int, step: int) -> None:
-        """Begin the random draws of a step (dropout), where they must not be the same on every rank."""
+        """Begin the random draws of a step (dropout): they depend on the seed, the step and the rank alone."""
+        import numpy as np
+        import torch
+
+        torch.manual_seed(np.random.SeedSequence([seed, step, self.rank]).generate_state(1, np.uint64).item())
 
     def sum(self, value):
         """The sum over ranks of an int, exact to 2^63, or of a float, in float64."""
@@ -158,12 +162,6 @@ class Ranks(Alone):
     def averaging(self, now: bool) -> AbstractContextManager:
         return nullcontext() if now else self._averaged.no_sync()
 
-    def draw(self, seed: int, step: int) -> None:
-        import numpy as np
-        import torch
-
-        torch.manual_seed(np.random.SeedSequence([seed, step, self.rank]).generate_state(1, np.uint64).item())
-
     def sum(self, value):
         import torch
         from torch import distributed
@@ -233,12 +231,19 @@ class _ToldBudgetExceeded(BudgetExceeded):
         ValueError.__init__(self, text)
 
 
-_KINDS: dict[str, type[Exception]] = {"budget": _ToldBudgetExceeded, "run": RunFailed, "input": ValueError}
+_KINDS: dict[str, type[Exception]] = {
+    "budget": _ToldBudgetExceeded,
+    "run": RunFailed,
+    "machine": OSError,
+    "input": ValueError,
+}
 
 
 def _kind(failure: Exception | None) -> str:
     """What decides the exit code."""
-    return "budget" if isinstance(failure, BudgetExceeded) else "run" if isinstance(failure, RunFailed) else "input"
+    if isinstance(failure, BudgetExceeded):
+        return "budget"
+    return next((kind for kind in ("run", "machine") if isinstance(failure, _KINDS[kind])), "input")
 
 
 @contextmanager
@@ -274,7 +279,7 @@ def joined(verb: str, trains: bool) -> Iterator[Alone]:
         distributed.destroy_process_group()
 
 
-def lost(error: RuntimeError) -> bool:
+def lost(error: Exception) -> bool:
     """Whether an error says that another process of the group is gone."""
     if world() == 1:
         return False

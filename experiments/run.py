@@ -1,15 +1,19 @@
 """The command line: `python -m experiments.run VERB`.
 
-Exit codes: 0 done; 2 bad input (one line on stderr); 3 over the budget; 4 the run failed; 130 interrupted.
+Exit codes: 0 done; 2 bad input (one line on stderr); 3 over the budget; 4 the run or the machine failed: a loss that is
+not finite, no memory, a disk that is full or cannot be written; 130 interrupted.
 """
 
 import argparse
 import json
 import math
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +32,8 @@ def _gather(args: argparse.Namespace):
         settings = Settings.from_toml(given["config"], settings)
     names = Settings.__dataclass_fields__.keys() & given.keys()
     settings = settings.updated({name: given[name] for name in names})
+    if "merge" not in given:  # which computes nothing
+        settings.check_device()
     return settings.shorten(given["scale"]) if "scale" in given else settings
 
 
@@ -40,12 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     # other ten times slower (889 for 10,380 tokens/s, pocket model). Read when torch is imported, below.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Imported behind the parser: --help and a mistyped flag need no torch.
+    from experiments import files
     from experiments.budget import BudgetExceeded
-    from experiments.errors import RunFailed
+    from experiments.errors import RunFailed, one_line
 
     trains = args.verb in parallel.VERBS and not ({"dry_run", "merge"} & vars(args).keys())
     try:
-        with parallel.joined(args.verb, trains) as args.group, args.group.together():
+        with _terminable(), parallel.joined(args.verb, trains) as args.group, args.group.together():
             _VERBS[args.verb](args)
         sys.stdout.flush()
         return 0
@@ -60,14 +67,50 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(args, "debug", False):
             raise
         if first:
-            print(" ".join(str(e).split()), file=sys.stderr)
-        return 3 if isinstance(e, BudgetExceeded) else 4 if isinstance(e, RunFailed) else 2
-    except RuntimeError as e:
-        if not parallel.lost(e):
+            line = files.unwritable(e.filename or "a file", e) if isinstance(e, OSError) and e.errno else str(e)
+            print(one_line(line), file=sys.stderr)
+        return 3 if isinstance(e, BudgetExceeded) else 4 if isinstance(e, (RunFailed, OSError)) else 2
+    except (RuntimeError, MemoryError) as e:
+        lost, full = parallel.lost(e), _out_of_memory(e)
+        if getattr(args, "debug", False) or not (lost or full):
             raise
-        if first:
+        if lost and first:
             print("another process of the group has ended: expected all to run to the end", file=sys.stderr)
+        elif full:  # on one rank, perhaps: the others see that it has ended
+            said = " ".join(str(e).split())[:200] or "none is left"
+            print(f"{args.verb}: not enough memory ({said}): expected {_SMALLER}", file=sys.stderr)
         return 4
+
+
+_SMALLER = "smaller --batch-size, --context, --rank or --forecast-series, --dtype bfloat16, or a machine with more"
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed: Python's or numpy's error, torch's own, or what its allocator on the CPU says."""
+    text = str(error)
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "not enough memory" in text
+        or "can't allocate memory" in text
+    )
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM end what runs as Ctrl-C does; where a cell trains, both wait for its step (see `train.stoppable`)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number, frame) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _study(args) -> None:
@@ -95,7 +138,8 @@ def _stages(args, stages: Sequence[str]) -> None:
     out = Path(getattr(args, "out", f"runs/study-{settings.protocol}"))
     progress = args.group.first(Report, settings.batch_size, settings.label) or parallel.Mute()
     try:
-        run_stages(settings, out, Path(getattr(args, "ledger", LEDGER)), progress, stages, args.group)
+        ledger = Path(getattr(args, "ledger", LEDGER))
+        run_stages(settings, out, ledger, progress, stages, args.group, getattr(args, "allow_drift", False))
     finally:
         progress.close()
     if args.group.rank:
@@ -175,6 +219,7 @@ def _run_cells(args, settings, out: Path) -> list[dict[str, Any]]:
     from experiments.study import prepare, price, run_stages, runs_of
 
     shard, ledger = Shard(*getattr(args, "shard", (1, 1))), Path(getattr(args, "ledger", LEDGER))
+    allow_drift = getattr(args, "allow_drift", False)
     if getattr(args, "dry_run", False):
         task, config = prepare(settings)
         cells = [(run.cell, price(task, config, run)["training"]) for run in shard.part(runs_of(settings, "grid"))]
@@ -186,9 +231,9 @@ def _run_cells(args, settings, out: Path) -> list[dict[str, Any]]:
     report = args.group.first(Report, settings.batch_size, settings.label) or parallel.Mute()
     try:
         if hasattr(args, "shard"):
-            run_shard(settings, out, ledger, report, shard, args.group)
+            run_shard(settings, out, ledger, report, shard, args.group, allow_drift)
         else:
-            run_stages(settings, out, ledger, report, ("grid",), args.group)
+            run_stages(settings, out, ledger, report, ("grid",), args.group, allow_drift)
     finally:
         report.close()
     if hasattr(args, "shard"):
@@ -408,6 +453,16 @@ def _flops_verb(args) -> None:
     print(flops_table.table(meter, training, getattr(args, "per_layer", False)))
 
 
+def _status(args) -> None:
+    from experiments import status
+
+    found = status.status(Path(args.run))
+    if getattr(args, "json", False):
+        _print_json(found.as_json())
+    else:
+        print(status.text(found))
+
+
 def _budget(args) -> None:
     from experiments import budget
 
@@ -439,6 +494,7 @@ def _generate(args) -> None:
     settings = _gather(args)
     tokenizer = Tokenizer.from_pretrained(settings.model, settings.revision or None, settings.offline)
     model = load_model(settings)
+    tokenizer.check_fits(model.config.vocab_size)
     if hasattr(args, "adapter"):
         load_adapter(model, args.adapter).eval()
     text = Tokenizer.chat([("user", args.prompt)]) if getattr(args, "chat", False) else args.prompt
@@ -513,6 +569,7 @@ _VERBS = {
     "forecast": _forecast,
     "data": _data,
     "flops": _flops_verb,
+    "status": _status,
     "budget": _budget,
     "doctor": _doctor,
     "generate": _generate,

@@ -16,10 +16,11 @@ from typing import Any
 
 from experiments import files
 from experiments.budget import STAGES, Ledger
-from experiments.folder import begin, claimed
+from experiments.folder import begin, check_drift
+from experiments.owner import claimed
 from experiments.parallel import ALONE, Alone
 from experiments.settings import Settings
-from experiments.study import Price, Run, judged, prepare, price, run_all, run_name, runs_of, write_records
+from experiments.study import Price, Run, judged, prepare, price, run_all, run_name, runs_of, start_work, write_records
 from experiments.task import Task
 from experiments.train import Progress
 
@@ -53,13 +54,20 @@ class Shard:
 
 
 def run_shard(
-    settings: Settings, out: Path, ledger_path: Path, progress: Progress, shard: Shard, group: Alone = ALONE
+    settings: Settings,
+    out: Path,
+    ledger_path: Path,
+    progress: Progress,
+    shard: Shard,
+    group: Alone = ALONE,
+    allow_drift: bool = False,
 ) -> None:
     """Run what is not finished of a shard's cells.
 
     Raises:
         BudgetExceeded: the whole grid does not fit what is left of the budget; nothing has been run.
-        ValueError: the folder holds another run, other shards or merged ones, or a process at work on this shard.
+        ValueError: the folder holds another run, other shards or merged ones, or a process at work on this shard; or
+            the environment is another one than of the shard that began last (see `check_drift`) without `allow_drift`.
     """
     with group.together():
         group.check(settings)
@@ -68,8 +76,9 @@ def run_shard(
         if shard.of >= len(priced):
             raise ValueError(f"shard is {shard}: expected at most {len(priced) - 1} shards, one for each cell")
     name = run_name(out, ledger_path)
-    with group.only(claimed, shard.folder(out)):
-        allowance = group.tell(_allow, shard, task, priced, out, ledger_path, name)
+    with group.only(claimed, shard.folder(out)) as claim:
+        allowance = group.tell(_allow, shard, task, priced, out, ledger_path, name, allow_drift)
+        group.tell(start_work, claim, out, {"grid": priced}, shard.part(priced))
         with group.only(Ledger, shard.folder(out) / "ledger.sqlite", allowance) as ledger:
             run_all(task, shard.part(priced), out, ledger, name, progress, group)
 
@@ -120,7 +129,13 @@ def _charge(shards: int, runs: Sequence[Run], out: Path, ledger_path: Path, budg
 
 
 def _allow(
-    shard: Shard, task: Task, priced: Sequence[tuple[Run, Price]], out: Path, ledger_path: Path, name: str
+    shard: Shard,
+    task: Task,
+    priced: Sequence[tuple[Run, Price]],
+    out: Path,
+    ledger_path: Path,
+    name: str,
+    allow_drift: bool,
 ) -> int:
     """The budget of a shard: what is predicted of its cells, and what was wasted on them.
 
@@ -128,6 +143,7 @@ def _allow(
     """
     with claimed(out / "shards", PATIENCE), claimed(out):
         begin(task, out)
+        check_drift(task.settings, out, allow_drift)
         path, mine = out / "shards" / "plan.json", shard.number - 1
         plan = files.read_json(path) if path.is_file() else _plan(shard, task, priced, out)
         if plan["merged"]:

@@ -1,6 +1,7 @@
 """A whole report in stages: baseline, default run, grid, context sweep, final run, each judged; all in one folder.
 
-RUN/config.toml  protocol.toml  manifest.json  study.json  preprocessing.json  results.csv  flops.csv  accounting.*
+RUN/config.toml  protocol.toml  manifest.json  plan.json  study.json  preprocessing.json  results.csv  flops.csv
+RUN/accounting.csv  accounting.json
 RUN/untrained/  default/  cells/<name>/  contexts/<context>/  final/   each with
     metrics.jsonl  gradients.jsonl  result.json  adapter/  checkpoint/  evaluation/ (see `judge.py`)
 RUN/naive/<part>.csv   forecasts that need no model
@@ -9,7 +10,7 @@ The page (`report`) is made from these files alone.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ from typing import Any
 from experiments import evaluate, files, judge, naive
 from experiments.budget import STAGES as LEDGER_STAGES
 from experiments.budget import BudgetExceeded, Ledger
-from experiments.folder import begin, claimed, undivided
+from experiments.folder import begin, check_drift, undivided
+from experiments.owner import Claim, claimed
 from experiments.parallel import ALONE, Alone
 from experiments.preprocessing import preprocessing
 from experiments.settings import Settings
+from experiments.status import PLAN, spent, stages_of
 from experiments.task import Task
 from experiments.train import Cell, Progress, predicted, run_cell
 from qwen_min import QwenConfig, Tokenizer
@@ -42,6 +45,9 @@ class Run:
     cell: Cell
     settings: Settings
     parts: tuple[str, ...] = ()
+
+
+Priced = Sequence[tuple[Run, Price]]
 
 
 @dataclass(frozen=True)
@@ -139,6 +145,7 @@ def price(task: Task, config: QwenConfig, run: Run) -> Price:
         ValueError: the series are too short for the forecasts, or lack a system that is to be shown.
     """
     own = task.under(run.settings)
+    own.check_fits(config)
     training = predicted(run.settings, run.cell, config, len(own.validation_windows))
     forecasts = dict.fromkeys(LEDGER_STAGES, 0)
     if run.parts:
@@ -185,33 +192,84 @@ def prices(settings: Settings, stages: Sequence[str]) -> tuple[list[dict[str, An
 
 
 def run_stages(
-    settings: Settings, out: Path, ledger_path: Path, progress: Progress, stages: Sequence[str], group: Alone = ALONE
+    settings: Settings,
+    out: Path,
+    ledger_path: Path,
+    progress: Progress,
+    stages: Sequence[str],
+    group: Alone = ALONE,
+    allow_drift: bool = False,
 ) -> None:
     """Run what is not finished of some stages, in their order, and write the records after each.
 
     Raises:
         BudgetExceeded: all that is still to do does not fit what is left; nothing has been run.
-        ValueError: the folder holds a run of other settings, model or data, or another process works in it.
+        ValueError: the folder holds a run of other settings, model or data, or another process works in it; or the
+            environment is another one (see `check_drift`) without `allow_drift`.
     """
     with group.together():
         group.check(settings)
         task, config = prepare(settings)
         if settings.protocol:
             task.check(task.forecast_systems("shown"))
-        planned = [run for stage in stages for run in runs_of(settings, stage, dearest(settings))]
-        priced = [(run, price(task, config, run)) for run in planned]  # refuses what cannot run before it is begun
-    with group.only(claimed, out), group.only(Ledger, ledger_path, settings.budget) as ledger:
+        planned = {  # refuses what cannot run before it is begun
+            stage: [(run, price(task, config, run)) for run in runs_of(settings, stage, dearest(settings))]
+            for stage in stages
+        }
+        priced = [one for runs in planned.values() for one in runs]
+    with group.only(claimed, out) as claim, group.only(Ledger, ledger_path, settings.budget) as ledger:
         group.tell(undivided, out)
         group.tell(begin, task, out)
         name = run_name(out, ledger_path)
         group.tell(_require_room, ledger, name, out, task, priced)
+        group.tell(check_drift, settings, out, allow_drift)
+        group.tell(files.remove_leftovers, out)
+        group.tell(start_work, claim, out, planned, priced)
         for stage in stages:
             best = None
             if stage in ("context", "final"):
                 best = Best(**group.tell(lambda stage=stage: vars(carried(settings, out, stage))))
             priced = [(run, price(task, config, run)) for run in runs_of(settings, stage, best)]
+            group.tell(write_plan, out, {stage: priced})
             run_all(task, priced, out, ledger, name, progress, group)
             group.tell(write_records, task, config, out)
+
+
+def start_work(claim: Claim, out: Path, planned: Mapping[str, Priced], mine: Priced) -> None:
+    """Say in the folder what is asked for, by stage, and that this process works at its own part from now on."""
+    write_plan(out, planned)
+    folders = list(dict.fromkeys(run.folder for run, _ in mine))
+    claim.begins(folders, sum(spent(out / folder) for folder in folders))
+
+
+def write_plan(out: Path, planned: Mapping[str, Priced]) -> None:
+    """Put the runs of some stages into `plan.json`, in the place of what it says of them.
+
+    Raises:
+        ValueError: the file is there and damaged.
+    """
+    path = out / PLAN
+    held = stages_of(path) if path.is_file() else {}
+    rows = {}
+    for stage, priced in planned.items():
+        rows[stage] = [_row(run, flops) | {"parts": list(run.parts)} for run, flops in priced]
+    if any(held.get(stage) != runs for stage, runs in rows.items()):
+        now = held | rows
+        files.write_json(path, {"stages": [{"stage": stage, "runs": now[stage]} for stage in STAGES if stage in now]})
+
+
+def _row(run: Run, priced: Price) -> dict[str, Any]:
+    """What is planned of a run."""
+    return {
+        "stage": run.stage,
+        "name": run.cell.name,
+        "folder": run.folder,
+        "lr": run.cell.lr,
+        "rank": run.cell.rank,
+        "context": run.settings.context,
+        "steps": run.settings.steps if run.cell.rank else 0,
+        "predicted": _together(priced),
+    }
 
 
 def run_name(out: Path, ledger_path: Path) -> str:
@@ -220,13 +278,7 @@ def run_name(out: Path, ledger_path: Path) -> str:
 
 
 def run_all(
-    task: Task,
-    priced: Sequence[tuple[Run, Price]],
-    out: Path,
-    ledger: Ledger,
-    name: str,
-    progress: Progress,
-    group: Alone = ALONE,
+    task: Task, priced: Priced, out: Path, ledger: Ledger, name: str, progress: Progress, group: Alone = ALONE
 ) -> None:
     """Train and judge what is not finished of some runs, in their order."""
     for run, flops in priced:
@@ -236,7 +288,7 @@ def run_all(
             group.tell(_judge, own, run, flops["forecasts"], out, ledger, name)
 
 
-def _require_room(ledger: Ledger, name: str, out: Path, task: Task, priced: Sequence[tuple[Run, Price]]) -> None:
+def _require_room(ledger: Ledger, name: str, out: Path, task: Task, priced: Priced) -> None:
     """Refuse runs that would pass the budget before any of them has run."""
     needed = 0
     counted: set[str] = set()
@@ -356,19 +408,7 @@ def _study(task: Task, config: QwenConfig, runs: Sequence[Run], out: Path) -> di
         "budget": settings.budget,
         "sampling": settings.judged,
         "prices": PRIMITIVES,
-        "stages": [
-            {
-                "stage": run.stage,
-                "name": run.cell.name,
-                "folder": run.folder,
-                "lr": run.cell.lr,
-                "rank": run.cell.rank,
-                "context": run.settings.context,
-                "steps": run.settings.steps if run.cell.rank else 0,
-                "predicted": _together(price(task, config, run)),
-            }
-            for run in dict.fromkeys(runs)
-        ],
+        "stages": [_row(run, price(task, config, run)) for run in dict.fromkeys(runs)],
         "best": best
         and {
             "rule": "lowest validation loss per real token",

@@ -4,31 +4,25 @@ import math
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save_file
 from torch import Tensor
 
 from data.windows import IGNORED, Windows, batch_indices
-from experiments import files, predict
+from experiments import cell_records, files, predict
 from experiments.budget import Ledger
-from experiments.errors import RunFailed
+from experiments.errors import FAILURE, RunFailed
 from experiments.parallel import ALONE, Alone
 from experiments.settings import Settings
 from experiments.task import Task
 from lora import add_lora, save_adapter
 from lora.layer import add_logit_bias, lora_layers
 from qwen_min import FlopMeter, Qwen
-
-FEED_FORWARD_AT_ONCE = 2**22
-"""Elements of the widest activation, tokens times feed-forward width, that run at once. A batch is cut into groups of
-whole sequences below it: for the 0.5B model one sequence at a time, which takes a third of the memory and is no slower;
-the pocket model runs its batch whole."""
+from qwen_min.tensors import from_bytes, to_bytes
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -91,8 +85,7 @@ class Batch(NamedTuple):
 
 def groups(model: Qwen, windows: Windows, chosen, count_padding: bool = False) -> Iterator[Batch]:
     """The chosen windows, a few sequences at a time; with `count_padding` targets have padding as a token."""
-    tokens = windows.inputs.shape[1]
-    rows = max(1, FEED_FORWARD_AT_ONCE // (tokens * model.config.intermediate_size))
+    rows = model.sequences_at_once(windows.inputs.shape[1])
     vocabulary = None if windows.vocabulary is None else torch.from_numpy(windows.vocabulary).to(model.device)
     for start in range(0, len(chosen), rows):
         part = windows.at(chosen[start : start + rows])
@@ -179,8 +172,9 @@ def run_cell(
     writes the folder and the ledger, which is charged what all ran.
 
     Raises:
-        BudgetExceeded: before anything ran. RunFailed: the loss is not finite. KeyboardInterrupt: stopped by a
-        signal, with a checkpoint behind the step that was running.
+        BudgetExceeded: before anything ran. RunFailed: a loss or a gradient is not finite; `failure.json` says so until
+        the cell is started again. KeyboardInterrupt: stopped by a signal, with a checkpoint behind the step that was
+        running.
     """
     if summary := group.tell(_finished, task, cell, folder, ledger, run):
         return summary
@@ -220,24 +214,37 @@ def run_cell(
                         group.first(state.save, folder)
                 elif state.step % settings.checkpoint_every == 0:
                     group.tell(state.save, folder)
-                if group.any(stopped()) and state.step < state.steps:
+                if state.validated_at < state.steps and group.any(stopped()):
                     group.tell(state.save, folder)
                     raise KeyboardInterrupt
     except RunFailed as e:
         ledger.fail(entry)
-        raise RunFailed(f"{folder}: step {state.step + 1}: {e}") from None
-    return group.tell(finish)
+        group.first(_record_failure, folder, state.step, str(e))
+        raise RunFailed(f"{folder}: {e}") from None
+    summary = group.tell(finish)
+    if group.any(stopped()):  # in the last step or its validation
+        raise KeyboardInterrupt
+    return summary
+
+
+def _record_failure(folder: Path, step: int, error: str) -> None:
+    with suppress(OSError):  # the failure itself is the one to report
+        files.write_json(folder / FAILURE, {"step": step, "error": error})
 
 
 def _finished(task: Task, cell: Cell, folder: Path, ledger: Ledger, run: str) -> dict[str, Any] | None:
     """The result of a cell that is finished, now settled too; else None, with the folder ready for work."""
     result = folder / "result.json"
-    if not result.is_file():
+    if not result.exists():
         folder.mkdir(parents=True, exist_ok=True)
         files.recover_folder(folder / "checkpoint")
+        with files.writing(folder / FAILURE):
+            (folder / FAILURE).unlink(missing_ok=True)
         return None
-    summary = files.read_json(result)
-    for name, wanted in (("lr", cell.lr), ("rank", cell.rank), ("context", task.settings.context)):
+    summary, settings = cell_records.read_result(folder), task.settings
+    asked = {"cell": cell.name, "lr": cell.lr, "rank": cell.rank, "context": settings.context}
+    asked |= {"steps": settings.steps if cell.rank else 0, "data_sha256": task.dataset.digest}
+    for name, wanted in asked.items():
         if summary[name] != wanted:
             raise ValueError(
                 f"{result}: {name} is {summary[name]!r}, now {wanted!r}: expected the run that was asked for; "
@@ -248,14 +255,14 @@ def _finished(task: Task, cell: Cell, folder: Path, ledger: Ledger, run: str) ->
 
 
 class _State:
-    """What a checkpoint holds: LoRA matrices, Adam's moments, the random state, the step, the FLOPs so far."""
+    """What a checkpoint holds: LoRA matrices, Adam's moments, the step, the FLOPs so far; draws come from the step."""
 
     def __init__(self, model: Qwen, cell: Cell, settings: Settings, group: Alone = ALONE):
         self.model, self.step, self.steps = model, 0, settings.steps if cell.rank else 0
         self.validated_at, self.group = -1, group
         self.flops = {"training": 0, "validation": 0}
+        self.metrics: list[dict[str, Any]] = []  # the lines of metrics.jsonl, which whoever runs this adds to
         self.settings, self.norms_every = settings, math.ceil(self.steps / GRADIENT_RECORDS) or 1
-        torch.manual_seed(settings.seed)
         if cell.rank:
             if settings.logit_bias:
                 add_logit_bias(model)
@@ -269,11 +276,17 @@ class _State:
         settings = self.settings
         chosen = batch_indices(len(task.train_windows), settings.batch_size, self.step, settings.seed)
         self.group.draw(settings.seed, self.step)
+        failure = None
         with FlopMeter() as meter:
-            loss, norm = training_step(
-                self.model, task.train_windows, chosen, self.optimizer, settings.count_padding, self.group
-            )
+            try:
+                loss, norm = training_step(
+                    self.model, task.train_windows, chosen, self.optimizer, settings.count_padding, self.group
+                )
+            except RunFailed as e:
+                failure = e
         self._spend(ledger, entry, "training", meter.training)
+        if failure:  # its FLOPs are spent all the same
+            raise RunFailed(f"step {self.step + 1}: {failure}")
         self.step += 1
         return {"step": self.step, "loss": loss, "gradient_norm": norm} | self.flops
 
@@ -282,6 +295,11 @@ class _State:
         with FlopMeter() as meter:
             losses = validation_loss(self.model, windows, self.settings.count_padding, self.group)
         self._spend(ledger, entry, "validation", meter.total)
+        if not all(map(math.isfinite, losses.values())):
+            found = ", ".join(f"{name} is {loss:g}" for name, loss in losses.items())
+            raise RunFailed(
+                f"behind step {self.step}: {found}: expected finite numbers; a lower learning rate may help"
+            )
         self.validated_at = self.step
         return {"step": self.step} | losses | self.flops
 
@@ -304,37 +322,39 @@ class _State:
         if not self.steps:
             return
         with files.atomic_folder(folder / "checkpoint") as new:
-            save_file(self._tensors(), new / "state.safetensors")
+            (new / "state.safetensors").write_bytes(to_bytes(self._tensors()))
             state = {"step": self.step, "validated_at": self.validated_at, "flops": self.flops}
+            state["metrics_sha256"] = cell_records.digest(self.metrics)
             files.write_json(new / "state.json", state)
 
     def resume(self, folder: Path) -> list[dict[str, Any]]:
         """Go back to the last checkpoint, if there is one; returns the metrics up to it, and drops later ones."""
         checkpoint, tell = folder / "checkpoint", self.group.tell
-        began = bool(self.steps) and tell(checkpoint.is_dir)
-        if began:
-            saved = tell(files.read_json, checkpoint / "state.json")
+        saved = None
+        if self.steps and tell(checkpoint.is_dir):
+            saved = tell(cell_records.read_state, checkpoint / "state.json", self.steps)
             path = checkpoint / "state.safetensors"
-            self._load(path, tell(_read, path))
             self.step, self.validated_at, self.flops = saved["step"], saved["validated_at"], saved["flops"]
-        return tell(self._records, folder, began)
+            self._load(path, tell(_read, path))
+        self.metrics = tell(self._records, folder, saved)
+        return self.metrics
 
-    def _records(self, folder: Path, began: bool) -> list[dict[str, Any]]:
+    def _records(self, folder: Path, saved: dict[str, Any] | None) -> list[dict[str, Any]]:
         """The metrics up to this step, once the lines of later ones are cut off."""
         path, gradients = folder / "metrics.jsonl", folder / "gradients.jsonl"
         metrics: list[dict[str, Any]] = []
         norms: list[dict[str, Any]] = []
-        if began:
+        if saved:
+            metrics = cell_records.upto(saved, folder)
             if gradients.is_file():
-                norms = [line for line in files.read_jsonl(gradients) if line["step"] <= self.step]
-            metrics = [m for m in files.read_jsonl(path) if m["training"] + m["validation"] <= sum(self.flops.values())]
+                norms = [line for line in cell_records.read_gradients(gradients) if line["step"] <= self.step]
         files.write_jsonl(path, metrics)
         if self.steps:
             files.write_jsonl(gradients, norms)
         return metrics
 
     def _tensors(self) -> dict[str, Tensor]:
-        tensors = {"random_state": torch.get_rng_state()}
+        tensors: dict[str, Tensor] = {}
         for name, parameter in self._trainable():
             tensors[name] = parameter.detach()
             for kind, value in self.optimizer.state[parameter].items():
@@ -343,18 +363,23 @@ class _State:
 
     def _load(self, path: Path, data: bytes) -> None:
         """Take up the tensors of a checkpoint, which `data` holds and `path` names."""
-        try:
-            held = load(data)
-            with torch.no_grad():
-                for name, parameter in self._trainable():
-                    parameter.copy_(held[name])
-                    self.optimizer.state[parameter] = {
-                        kind: held[f"{name}/{kind}"].to(parameter.device if kind != "step" else "cpu")
-                        for kind in ("step", "exp_avg", "exp_avg_sq")
-                    }
-            torch.set_rng_state(held["random_state"])
-        except (SafetensorError, KeyError, RuntimeError) as e:
-            raise _unreadable(path, e) from None
+        held = from_bytes(data, path)
+        wanted = {"": None, "/exp_avg": None, "/exp_avg_sq": None, "/step": torch.Size()}
+        for name, parameter in self._trainable():
+            for kind, shape in wanted.items():
+                tensor, shape = held.get(name + kind), parameter.shape if shape is None else shape
+                dtype = torch.float32 if kind == "/step" else parameter.dtype
+                if tensor is None or tensor.shape != shape or tensor.dtype != dtype:
+                    raise _unreadable(path, f"{name}{kind} is not there, or not {list(shape)} in {dtype}")
+            if (counted := held[f"{name}/step"].item()) != self.step:
+                raise _unreadable(path, f"{name} has made {counted:g} steps, not {self.step} as state.json says")
+        with torch.no_grad():
+            for name, parameter in self._trainable():
+                parameter.copy_(held[name])
+                self.optimizer.state[parameter] = {
+                    kind: held[f"{name}/{kind}"].to(parameter.device if kind != "step" else "cpu")
+                    for kind in ("step", "exp_avg", "exp_avg_sq")
+                }
 
     def _trainable(self) -> Iterator[tuple[str, Tensor]]:
         return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
@@ -364,34 +389,23 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as e:
-        raise _unreadable(path, e) from None
+        raise _unreadable(path, e.strerror or str(e)) from None
 
 
-def _unreadable(path: Path, error: Exception) -> ValueError:
+def _unreadable(path: Path, why: str) -> ValueError:
     return ValueError(
-        f"{path}: cannot be read ({' '.join(str(error).split())[:120]}): expected a checkpoint of "
-        "this run; delete its cell's folder to begin again"
+        f"{path}: cannot be read ({why}): expected a checkpoint of this run; delete its cell's folder to begin again"
     )
 
 
 def _summary(task: Task, cell: Cell, model: Qwen, metrics, flops, expected) -> dict[str, Any]:
     """`result.json`: nothing in it depends on the clock, so a resumed run writes the same bytes."""
-    losses = [m["loss"] for m in metrics if "loss" in m]
-    validation = [m for m in metrics if "validation_loss" in m]
-    best = min(validation, key=lambda m: m["validation_loss"])
-    return {
+    return cell_records.summary(metrics) | {
         "cell": cell.name,
         "lr": cell.lr,
         "rank": cell.rank,
-        "steps": len(losses),
         "context": task.settings.context,
         "label": task.settings.label,
-        "validation_loss": validation[-1]["validation_loss"],
-        "validation_loss_with_padding": validation[-1].get("validation_loss_with_padding"),
-        "best_validation_loss": best["validation_loss"],
-        "best_step": best["step"],
-        "first_loss": losses[0] if losses else None,
-        "last_losses_mean": sum(losses[-10:]) / len(losses[-10:]) if losses else None,
         "flops": flops,
         "predicted_flops": expected,
         "convention": "coursework",
@@ -400,6 +414,7 @@ def _summary(task: Task, cell: Cell, model: Qwen, metrics, flops, expected) -> d
         "validation_windows": len(task.validation_windows),
         "validation_tokens": task.validation_windows.real_tokens,
         "data_sha256": task.dataset.digest,
+        "metrics_sha256": cell_records.digest(metrics),
     }
 
 

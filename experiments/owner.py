@@ -1,0 +1,130 @@
+"""Which process works in a run's folder: RUN/.lock keeps a second one out, RUN/.owner says who is inside, and at what.
+
+Without torch, so that `status` is quick.
+"""
+
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import filelock
+
+from experiments import files
+
+NAME = ".owner"
+
+
+@dataclass(frozen=True)
+class Owner:
+    """What `.owner` says. The file is written when a process comes, and when its work begins; it goes with it.
+
+    runs: the folders of the runs that it works at, in their order. flops: how many those stood at when it began.
+    """
+
+    process: int
+    host: str
+    started: str
+    runs: tuple[str, ...] = ()
+    flops: int = 0
+
+    def __str__(self) -> str:
+        return f"process {self.process} on {self.host}"
+
+    @property
+    def alive(self) -> bool | None:
+        """Whether the process lives; None for one of another machine, of which nothing can be told here."""
+        if self.host != platform.node():
+            return None
+        return bool(self.started) and start_marker(self.process) == self.started
+
+    def write(self, out: Path) -> None:
+        files.write_json(out / NAME, asdict(self))
+
+
+def owner_of(out: Path) -> Owner | None:
+    """Who is in a folder, or was when it was killed; None for nobody. Raises a one-line ValueError for a damaged file.
+
+    Only the file is read: to try the lock could refuse a run that comes in that moment."""
+    path = out / NAME
+    try:
+        held = files.read_json(path)
+    except ValueError:
+        if not path.exists():
+            return None
+        raise
+    try:
+        owner = Owner(**held | {"runs": tuple(held["runs"])})
+        if not all(type(n) is int and n >= 0 for n in (owner.process, owner.flops)) or not all(
+            isinstance(text, str) for text in (owner.host, owner.started, *owner.runs)
+        ):
+            raise TypeError
+    except (TypeError, KeyError):
+        raise ValueError(f"{path}: expected process, host, started, runs and flops, as a run writes them") from None
+    return owner
+
+
+class Claim:
+    """A folder that this process holds."""
+
+    def __init__(self, out: Path):
+        self.out = out
+        self.begins((), 0)
+
+    def begins(self, runs: Sequence[str], flops: int) -> None:
+        """Say at which runs the work begins now, and how many FLOPs they stand at."""
+        me = os.getpid()
+        Owner(me, platform.node(), start_marker(me), tuple(runs), flops).write(self.out)
+
+
+@contextmanager
+def claimed(out: Path, wait: float = 0.0) -> Iterator[Claim]:
+    """Hold a run's folder for this process; a second one is refused, after `wait` seconds, by the name of the first."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: is a file: expected a folder for the run")
+    lock = filelock.FileLock(out / ".lock")
+    with files.writing(lock.lock_file):
+        out.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=wait)
+        except NotImplementedError:
+            raise OSError(f"{out}: its file system has no locks (flock): expected one that keeps two apart") from None
+        except filelock.Timeout:
+            raise ValueError(f"{out}: {_who(out)} is at work in it: expected a folder of its own") from None
+    try:
+        yield Claim(out)
+    finally:
+        with suppress(OSError):
+            (out / NAME).unlink()
+        lock.release()
+
+
+def _who(out: Path) -> str:
+    """The name of the process that holds a folder, which it writes right behind the lock."""
+    for _ in range(20):
+        with suppress(ValueError):
+            if (owner := owner_of(out)) and owner.alive is not False:
+                return str(owner)
+        time.sleep(0.05)
+    return "another process"
+
+
+def start_marker(pid: int) -> str:
+    """Return what tells a process from a later one of its number: "" if it is dead, "?" if none can tell."""
+    if Path("/proc/self/stat").exists():
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # the name can hold blanks
+            boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        except OSError:
+            return ""
+        return "" if stat[0] in "ZX" else f"{boot} {stat[19]}"  # state; start, in ticks since boot
+    try:
+        ps = subprocess.run(["ps", "-o", "stat=,lstart=", "-p", str(pid)], capture_output=True, text=True)
+    except OSError:
+        return "?"
+    state, _, start = ps.stdout.strip().partition(" ")
+    return "" if state.startswith("Z") else start.strip()

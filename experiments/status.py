@@ -1,0 +1,237 @@
+"""What is running, done, failed, how far, and the time left: from the files of a run's folder, while it goes on.
+
+RUN/plan.json (see `study.py`) says what was asked for; metrics.jsonl, result.json and evaluation.json of each run, how
+far it is; failure.json, why it failed; .owner, which process works at it. Nothing is written and no lock is tried.
+FLOPs are those that the records stand for; what kills wasted is in the ledger (`budget`). Without torch.
+"""
+
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments import files
+from experiments.errors import FAILURE
+from experiments.owner import NAME, Owner, owner_of
+
+PLAN = "plan.json"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A run: `step` of `steps`, its last losses in nats per token, FLOPs of those predicted, and why it failed.
+
+    state: done; running; failed; interrupted, which the same command takes up; or waiting, not begun.
+    """
+
+    name: str
+    stage: str
+    folder: str
+    state: str
+    step: int
+    steps: int
+    loss: float | None
+    validation_loss: float | None
+    flops: int
+    predicted_flops: int
+    error: str | None
+
+
+@dataclass(frozen=True)
+class Status:
+    """A folder as a whole: its runs in their order, the processes at work, and the seconds they still need, or None.
+
+    seconds_left: what a process has to do, at the FLOP/s that it had from its beginning to its last record, in which
+    loading, validation and forecasts count; of several processes the longest. None, unknown, where none is at work or
+    none has written a record yet. Runs that no process has taken on are not in it.
+    """
+
+    folder: str
+    runs: list[Row]
+    at_work: list[str]
+    seconds_left: float | None
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self) | self.totals()
+
+    def totals(self) -> dict[str, int]:
+        """Runs done, and FLOPs spent of those predicted."""
+        return {
+            "done": sum(row.state == "done" for row in self.runs),
+            "flops": sum(row.flops for row in self.runs),
+            "predicted_flops": sum(row.predicted_flops for row in self.runs),
+        }
+
+
+def status(out: Path) -> Status:
+    """The state of a folder in which `study`, a stage of it, `grid`, its shards or `train` began.
+
+    Raises:
+        ValueError: nothing has begun in it, or a record is damaged.
+    """
+    planned = _planned(out)
+    claims = [out, *sorted(path.parent for path in (out / "shards").glob(f"*-of-*/{NAME}"))]
+    held = {claim: owner for claim in claims if (owner := owner_of(claim)) and owner.alive is not False}
+    runs = {run["folder"]: _Records(out / run["folder"], run) for run in planned}
+    current, times = set(), []
+    for claim, owner in held.items():
+        mine = [runs[folder] for folder in owner.runs if folder in runs]
+        current.update([run.folder for run in mine if not run.done][:1])
+        times.append(_seconds_left(owner, _written(claim / NAME), mine))
+    known = [seconds for seconds in times if seconds is not None]
+    return Status(
+        str(out),
+        [run.row(run.folder in current) for run in runs.values()],
+        [f"{owner}{'' if owner.alive else ', by its own word'}" for owner in held.values()],
+        max(known) if known and len(known) == len(times) else None,
+    )
+
+
+def spent(folder: Path) -> int:
+    """FLOPs that a run goes on from: its result or its last checkpoint, and its forecasts."""
+    paths = folder / "result.json", folder / "checkpoint" / "state.json"
+    held = next((record for path in paths if (record := _Record(path)).there), None)
+    return (held.flops if held else 0) + _Record(folder / "evaluation" / "evaluation.json").flops
+
+
+def text(found: Status) -> str:
+    """A line for each run, and one for the whole."""
+    lines = [("run", "state", "steps", "loss", "validation", "FLOPs", "of")]
+    for row in found.runs:
+        loss, validation = ("-" if n is None else f"{n:.4f}" for n in (row.loss, row.validation_loss))
+        amounts = f"{row.flops:.3e}", f"{row.predicted_flops:.3e}"
+        lines.append((row.name, row.state, f"{row.step}/{row.steps}", loss, validation, *amounts))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    pads = [str.ljust] * 2 + [str.rjust] * 5
+    table = ["  ".join(p(c, w) for p, c, w in zip(pads, line, widths, strict=True)).rstrip() for line in lines]
+    errors = [f"{row.name} failed: {row.error}" for row in found.runs if row.error]
+    total = found.totals()
+    share = total["flops"] / max(1, total["predicted_flops"])
+    left = "unknown" if found.seconds_left is None else f"about {_duration(found.seconds_left)}"
+    done = total["done"] == len(found.runs)
+    whole = (
+        f"{found.folder}: {total['done']} of {len(found.runs)} runs done, {total['flops']:.3e} of "
+        f"{total['predicted_flops']:.3e} FLOPs ({share:.1%}); "
+        + ("at work: " + "; ".join(found.at_work) if found.at_work else "no process at work")
+        + ("" if done else f"; time left: {left}")
+    )
+    return "\n".join([*table, "", *errors, whole])
+
+
+class _Record:
+    """A JSON object in a file that may not be there."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            value = files.read_json(path)
+        except ValueError:
+            if path.exists():
+                raise
+            value = None  # asked for before it is opened, it could have gone meanwhile
+        self.there, self.held = value is not None, {} if value is None else value
+        if not isinstance(self.held, dict):
+            raise ValueError(f"{path}: expected an object, got {type(value).__name__}")
+
+    @property
+    def flops(self) -> int:
+        """All stages together; 0 if there is no file."""
+        amounts = self.held.get("flops", None if self.there else {})
+        if not isinstance(amounts, dict) or not all(type(n) is int for n in amounts.values()):
+            raise ValueError(f"{self.path}: flops is {amounts!r}: expected whole numbers by stage")
+        return sum(amounts.values())
+
+
+class _Records:
+    """What the files of one run say."""
+
+    def __init__(self, folder: Path, run: dict[str, Any]):
+        self.run, self.folder, self.metrics = run, run["folder"], folder / "metrics.jsonl"
+        evaluation, self.failure = _Record(folder / "evaluation" / "evaluation.json"), _Record(folder / FAILURE)
+        self.lines = files.read_jsonl(self.metrics) if self.metrics.is_file() else []
+        judged = evaluation.held.get("parts", {})
+        self.done = (folder / "result.json").is_file() and all(part in judged for part in run["parts"])
+        self.flops = sum(self._last(kind, int) or 0 for kind in ("training", "validation")) + evaluation.flops
+        self.predicted = sum(run["predicted"].values())
+        self.left = 0 if self.done else max(0, self.predicted - self.flops)
+        self.written = max(_written(self.metrics), _written(evaluation.path))
+
+    def row(self, current: bool) -> Row:
+        if self.done:
+            state = "done"
+        elif current:
+            state = "running"
+        elif self.failure.there:
+            state = "failed"
+        else:
+            state = "interrupted" if self.written else "waiting"
+        return Row(
+            name=self.run["name"],
+            stage=self.run["stage"],
+            folder=self.folder,
+            state=state,
+            step=self._last("step", int) or 0,
+            steps=self.run["steps"],
+            loss=self._last("loss", float),
+            validation_loss=self._last("validation_loss", float),
+            flops=self.flops,
+            predicted_flops=self.predicted,
+            error=str(self.failure.held.get("error")) if state == "failed" else None,
+        )
+
+    def _last(self, name: str, kind: type) -> Any:
+        """The last number of a name in the metrics; None if there is none."""
+        for line in reversed(self.lines):
+            if name in line:
+                if type(line[name]) is kind:
+                    return line[name]
+                raise ValueError(f"{self.metrics}: {name} is {line[name]!r}: expected a number")
+        return None
+
+
+def stages_of(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """The runs of each stage in a `plan.json`. Raises ValueError with one line for a file that is not whole."""
+    kinds = {"name": str, "stage": str, "folder": str, "steps": int, "parts": list, "predicted": dict}
+    try:
+        stages = {stage["stage"]: stage["runs"] for stage in _Record(path).held["stages"]}
+        for run in (run for runs in stages.values() for run in runs):
+            if not all(type(run[name]) is kind for name, kind in kinds.items()):
+                raise TypeError
+            if not all(type(flops) is int for flops in run["predicted"].values()):
+                raise TypeError
+    except (KeyError, TypeError):
+        raise ValueError(f"{path}: expected stages, each with runs that have {', '.join(kinds)}") from None
+    return stages
+
+
+def _planned(out: Path) -> list[dict[str, Any]]:
+    """What was asked for; a folder that several stages share counts once, with most that is forecast."""
+    path = out / PLAN
+    if not path.is_file():
+        raise ValueError(f"{out}: has no {PLAN}: expected the folder of a run that has begun")
+    runs: dict[str, dict[str, Any]] = {}
+    for run in (run for stage in stages_of(path).values() for run in stage):
+        first = runs.setdefault(run["folder"], run)
+        if len(run["parts"]) > len(first["parts"]):
+            runs[run["folder"]] = run | {"stage": first["stage"]}
+    return list(runs.values())
+
+
+def _seconds_left(owner: Owner, began: float, mine: list[_Records]) -> float | None:
+    seconds = max((run.written for run in mine), default=0.0) - began
+    flops = sum(run.flops for run in mine) - owner.flops
+    return sum(run.left for run in mine) * seconds / flops if seconds > 0 and flops > 0 else None
+
+
+def _written(path: Path) -> float:
+    """When a file was last written, in seconds since 1970; 0 if it is not there."""
+    with suppress(OSError):
+        return path.stat().st_mtime
+    return 0.0
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds > 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} seconds"
