@@ -107,7 +107,7 @@ def command(data: Path, out: str) -> list[str]:
         out,
         *SMALL,
         "--steps",
-        "400",
+        "120",
         "--val-every",
         "20",
         "--dropout",
@@ -134,9 +134,9 @@ def stop_after(data: Path, out: str, steps: int, how: signal.Signals) -> int:
 def test_a_run_killed_and_one_interrupted_resume_to_the_bytes_of_one_never_stopped(data):
     whole = subprocess.run(command(data, "whole"), env=environment(), capture_output=True)
     assert whole.returncode == 0, whole.stderr
-    assert stop_after(data, "stopped", 50, signal.SIGKILL) == -signal.SIGKILL
+    assert stop_after(data, "stopped", 30, signal.SIGKILL) == -signal.SIGKILL
     assert not Path("stopped/cells/lr0.005-r2/result.json").exists()
-    assert stop_after(data, "stopped", 100, signal.SIGINT) == 130
+    assert stop_after(data, "stopped", 70, signal.SIGINT) == 130
     resumed = subprocess.run(command(data, "stopped"), env=environment(), capture_output=True)
     assert resumed.returncode == 0, resumed.stderr
     assert contents(Path("stopped")) == contents(Path("whole"))
