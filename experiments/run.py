@@ -172,7 +172,7 @@ def _price(settings, stages: Sequence[str], as_json: bool) -> None:
         print(f"final run: {settings.final_steps:,} steps planned, {left:,} would fit beside the other stages")
     if not fits:
         print(f"all stages shortened: --scale {math.floor(100 * settings.budget / total) / 100:g} would about fit")
-    print(_duration(total / rate, rate))
+    print(_estimate(total / rate, rate))
 
 
 def _report(args) -> None:
@@ -261,13 +261,14 @@ def _dry_run(settings, cells, as_json: bool) -> None:
     print(
         f"together {total:,} FLOPs (coursework), {total / settings.budget:.2%} of the budget of {settings.budget:.3g}"
     )
-    print(_duration(total / rate, rate))
+    print(_estimate(total / rate, rate))
 
 
-def _duration(seconds: float, rate: float) -> str:
-    unit, size = ("days", 86400) if seconds > 2 * 86400 else ("hours", 3600) if seconds > 2 * 3600 else ("minutes", 60)
+def _estimate(seconds: float, rate: float) -> str:
+    from experiments.status import duration
+
     return (
-        f"about {seconds / size:.0f} {unit} here, if products run at the {rate / 1e9:.0f} GFLOP/s that one of "
+        f"about {duration(seconds, 'minutes')} here, if products run at the {rate / 1e9:.0f} GFLOP/s that one of "
         "1024 x 1024 just did; small models take longer. Nothing was run."
     )
 
@@ -530,7 +531,7 @@ def _bench(args) -> None:
     from qwen_min.load import resolve
 
     given, scales = vars(args), hasattr(args, "scaling")
-    named = ("repeats", "dtype", "device", "series", "draft", "quick", "peer")
+    named = ("repeats", "dtype", "device", "compile", "series", "draft", "quick", "peer")
     asked: dict[str, Any] = {"peer": "none"} if scales else {}
     asked |= {"repeats": 1, "series": 6} if hasattr(args, "quick") else {}
     asked |= {name: given[name] for name in named if name in given}

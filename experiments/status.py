@@ -15,6 +15,7 @@ from experiments.errors import FAILURE
 from experiments.owner import NAME, Owner, owner_of
 
 PLAN = "plan.json"
+_SECONDS_IN = {"days": 86400, "hours": 3600, "minutes": 60, "seconds": 1}
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def text(found: Status) -> str:
     errors = [f"{row.name} failed: {row.error}" for row in found.runs if row.error]
     total = found.totals()
     share = total["flops"] / max(1, total["predicted_flops"])
-    left = "unknown" if found.seconds_left is None else f"about {_duration(found.seconds_left)}"
+    left = "unknown" if found.seconds_left is None else f"about {duration(found.seconds_left)}"
     done = total["done"] == len(found.runs)
     whole = (
         f"{found.folder}: {total['done']} of {len(found.runs)} runs done, {total['flops']:.3e} of "
@@ -116,6 +117,12 @@ def text(found: Status) -> str:
         + ("" if done else f"; time left: {left}")
     )
     return "\n".join([*table, "", *errors, whole])
+
+
+def duration(seconds: float, smallest: str = "seconds") -> str:
+    """A length of time in the largest unit that it is more than two of, or in `smallest`: "3 hours", "90 minutes"."""
+    unit = next(unit for unit, size in _SECONDS_IN.items() if unit == smallest or seconds > 2 * size)
+    return f"{seconds / _SECONDS_IN[unit]:.0f} {unit}"
 
 
 class _Record:
@@ -228,10 +235,3 @@ def _written(path: Path) -> float:
     with suppress(OSError):
         return path.stat().st_mtime
     return 0.0
-
-
-def _duration(seconds: float) -> str:
-    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds > 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} seconds"

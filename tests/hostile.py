@@ -15,6 +15,7 @@ import h5py
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from waves import damped_waves
 
 from experiments import plots, run, train
 from experiments.settings import Settings
@@ -73,10 +74,7 @@ def make(root: Path, monkeypatch) -> Inputs:
     index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
     (root / "sharded" / "model.safetensors.index.json").write_text(json.dumps(index))
     save_adapter(add_lora(model, rank=2, seed=0), root / "adapter")
-    times, draw = np.linspace(0, 20, 8), np.random.RandomState(0)
-    series = 2 + np.sin(times[:, None] / 3 + draw.uniform(0, 6, (20, 1, 2)))
-    with h5py.File(root / "waves.h5", "w") as file:
-        file["trajectories"], file["time"] = series.astype(np.float32), times
+    damped_waves(root / "waves.h5", 8)
     (root / "config.toml").write_text(SETTINGS.to_toml())
     inputs = Inputs(root)
     for name in ("loss_curves", "heat_map"):  # would take longer than the training

@@ -14,12 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import h5py
 import numpy as np
 import pytest
 import torch
 from faults import Action, Call, Calls, Ended, Running, die_after, die_before, ends, warm
 from safetensors.torch import load_file
+from waves import damped_waves
 
 from experiments.budget import STAGES, Ledger
 from qwen_min import Qwen
@@ -45,11 +45,7 @@ CELL = "cells/lr0.01-r2"
 def stand(folder: Path) -> Path:
     """Make a folder to stand in, with twenty damped waves of 30 points, of one variable."""
     folder.mkdir(parents=True, exist_ok=True)
-    times, draw = np.linspace(0, 60, 30), np.random.RandomState(0)
-    series = 2 + np.exp(-times / 60)[:, None] * np.sin(times[:, None] / 3 + draw.uniform(0, 6, (20, 1, 1)))
-    with h5py.File(folder / "waves.h5", "w", libver="v110") as file:
-        file.create_dataset("trajectories", data=series.astype(np.float32), track_times=False)
-        file.create_dataset("time", data=times, track_times=False)
+    damped_waves(folder / "waves.h5", 30, variables=1)
     (folder / "small.toml").write_text(SETTINGS)
     return folder
 

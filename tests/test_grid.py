@@ -13,6 +13,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from waves import damped_waves
 
 from experiments import run
 from experiments.budget import Ledger
@@ -25,13 +26,7 @@ SMALL = ["--steps", "6", "--val-every", "2", "--context", "64", "--batch-size", 
 @pytest.fixture
 def data(tmp_path) -> Path:
     """Twenty damped waves of 30 points."""
-    time_, draw = np.linspace(0, 60, 30), np.random.RandomState(0)
-    phases = draw.uniform(0, 6, (20, 1, 2))
-    series = 2 + np.exp(-time_ / 60)[:, None] * np.sin(time_[:, None] / 3 + phases)
-    path = tmp_path / "waves.h5"
-    with h5py.File(path, "w") as file:
-        file["trajectories"], file["time"] = series.astype(np.float32), time_
-    return path
+    return damped_waves(tmp_path / "waves.h5", 30)
 
 
 @pytest.fixture(autouse=True)

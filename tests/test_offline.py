@@ -12,10 +12,9 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-import h5py
 import network_guard
-import numpy as np
 import pytest
+from waves import damped_waves
 
 from experiments import arguments, pocket, report, run
 from qwen_min import load
@@ -65,10 +64,7 @@ def takes(flag: str) -> list[str]:
 def place(tmp_path_factory) -> Path:
     """A folder with twenty damped waves of 24 points, and the sizes of a study of single steps."""
     folder = tmp_path_factory.mktemp("offline")
-    time, draw = np.linspace(0, 48, 24), np.random.RandomState(0)
-    series = 2 + np.exp(-time / 60)[:, None] * np.sin(time[:, None] / 3 + draw.uniform(0, 6, (20, 1, 2)))
-    with h5py.File(folder / "waves.h5", "w") as file:
-        file["trajectories"], file["time"] = series.astype(np.float32), time
+    damped_waves(folder / "waves.h5", 24)
     sizes = "default_steps = 1\ncontexts = [32]\ncontext_steps = 1\nfinal_steps = 1\nshown = [17]\n"
     (folder / "small.toml").write_text(sizes)
     return folder
@@ -197,7 +193,9 @@ def test_without_a_network_it_is_named_with_the_command_and_nothing_is_tried_for
 def test_doctor_says_of_a_model_that_is_not_there_how_it_is_fetched(offline, attempts, capsys):
     assert run.main(["doctor", "--model", HUB_ID, *["--offline"] * offline]) == 0
     printed = capsys.readouterr()
-    assert f"--  model {HUB_ID}: not cached" in printed.out and f"'hf download {HUB_ID}' fetches it" in printed.out
+    (line,) = (line for line in printed.out.splitlines() if HUB_ID in line)
+    remedy = f"'hf download {HUB_ID}' fetches it, or name a folder"
+    assert line == f"--  model {HUB_ID}: not cached, and doctor fetches nothing: {remedy}"
     assert ("--  the hub: not asked, offline" if offline else "is not reachable (OSError)") in printed.out
     assert bool(attempts.read_text()) != offline
     no_secret(printed.out, printed.err)

@@ -13,11 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import h5py
-import numpy as np
 import pytest
 import torch
 from torch.distributed import TCPStore
+from waves import damped_waves
 
 from experiments import files, parallel, plots, run
 from experiments.budget import BudgetExceeded, Ledger
@@ -53,10 +52,7 @@ def place(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     for name in FIGURES:
         monkeypatch.setattr(plots, name, no_figure)
-    times, draw = np.linspace(0, 60, 30), np.random.RandomState(0)
-    series = 2 + np.exp(-times / 60)[:, None] * np.sin(times[:, None] / 3 + draw.uniform(0, 6, (20, 1, 2)))
-    with h5py.File("waves.h5", "w") as file:
-        file["trajectories"], file["time"] = series.astype(np.float32), times
+    damped_waves(tmp_path / "waves.h5", 30)
     return tmp_path
 
 

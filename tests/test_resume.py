@@ -13,10 +13,10 @@ import signal
 import sqlite3
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
 import torch
+from waves import damped_waves
 
 from experiments import arguments, parallel, plots, run, train
 from experiments.budget import Ledger
@@ -52,12 +52,7 @@ class Killed(BaseException):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     """Twenty damped waves of 8 points."""
-    times, draw = np.linspace(0, 20, 8), np.random.RandomState(0)
-    series = 2 + np.exp(-times / 60)[:, None] * np.sin(times[:, None] / 3 + draw.uniform(0, 6, (20, 1, 2)))
-    path = tmp_path_factory.mktemp("data") / "waves.h5"
-    with h5py.File(path, "w") as file:
-        file["trajectories"], file["time"] = series.astype(np.float32), times
-    return path
+    return damped_waves(tmp_path_factory.mktemp("data") / "waves.h5", 8)
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from test_crash import CELL, GRID, TRAIN, poison, signalled, stand
 
 from experiments import run, train
 from experiments.owner import Owner, claimed, owner_of
-from experiments.status import status, text
+from experiments.status import duration, status, text
 
 ROOT = Path(__file__).parents[1]
 HOST = platform.node()
@@ -241,3 +241,23 @@ def test_status_needs_no_torch(stopped):
     code += "sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.count("\n") == 6, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("seconds", "smallest", "said"),
+    [
+        (0.4, "seconds", "0 seconds"),
+        (120, "seconds", "120 seconds"),
+        (121, "seconds", "2 minutes"),
+        (7200, "seconds", "120 minutes"),
+        (7201, "seconds", "2 hours"),
+        (172_800, "seconds", "48 hours"),
+        (172_801, "seconds", "2 days"),
+        (29, "minutes", "0 minutes"),
+        (121, "minutes", "2 minutes"),
+        (172_800, "minutes", "48 hours"),
+        (8_640_000, "minutes", "100 days"),
+    ],
+)
+def test_a_duration_is_told_in_the_largest_unit_that_it_is_more_than_two_of(seconds, smallest, said):
+    assert duration(seconds, smallest) == said

@@ -4,9 +4,8 @@ import csv
 import json
 from pathlib import Path
 
-import h5py
-import numpy as np
 import pytest
+from waves import damped_waves
 
 from experiments import run
 from experiments.budget import Ledger
@@ -22,10 +21,7 @@ SIZES = "default_steps = 2\ncontexts = [32, 64]\ncontext_steps = 3\nfinal_steps 
 def place(tmp_path_factory) -> Path:
     """A folder with twenty damped waves of 24 points and a TOML file of small stages."""
     folder = tmp_path_factory.mktemp("study")
-    time, draw = np.linspace(0, 48, 24), np.random.RandomState(0)
-    series = 2 + np.exp(-time / 60)[:, None] * np.sin(time[:, None] / 3 + draw.uniform(0, 6, (20, 1, 2)))
-    with h5py.File(folder / "waves.h5", "w") as file:
-        file["trajectories"], file["time"] = series.astype(np.float32), time
+    damped_waves(folder / "waves.h5", 24)
     (folder / "small.toml").write_text(SIZES)
     return folder
 
