@@ -17,8 +17,8 @@ ATTENTIONS = {"fused": ops.attend_fused, "explicit": ops.attend_explicit}
 class View(NamedTuple):
     """Where the new tokens stand and what they may look at: the same for every layer of a forward."""
 
-    cos: Tensor  # (B, 1, T, D)
-    sin: Tensor  # (B, 1, T, D)
+    cos: Tensor  # (B, T, 1, D)
+    sin: Tensor  # (B, T, 1, D)
     mask: Tensor | None  # (B, 1, T, S) bool; None is plainly causal
 
 
@@ -39,13 +39,10 @@ class Attention(Metered):
 
     def forward(self, x: Tensor, view: View, cache: KVCache | None) -> Tensor:
         x = ops.shared(x, readers=3)
-        q, k, v = (self._heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = ops.rotate(q, view.cos, view.sin), ops.rotate(k, view.cos, view.sin)
+        q, k, v = (proj(x).unflatten(2, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = ops.rotate(q, view.cos, view.sin), ops.rotate(k, view.cos, view.sin)  # (B, T, heads, D)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, T, D)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, K, S, D)
         out = self.attend(q, k, v, view.mask)  # (B, H, T, D)
         return self.o_proj(out.transpose(1, 2).flatten(2))
-
-    def _heads(self, x: Tensor) -> Tensor:
-        """(B, T, heads·D) to (B, heads, T, D)."""
-        return x.unflatten(2, (-1, self.head_dim)).transpose(1, 2)

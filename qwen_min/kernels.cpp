@@ -86,7 +86,7 @@ static void few(const Product& p, int64_t token, int64_t output) {
     for (; i + WIDTH <= p.inputs; i += WIDTH) {
         for (int r = 0; r < ROWS; r++) {
             weights[r] = widened(w + r * p.inputs + i);
-            if (i & WIDTH) __builtin_prefetch(w + (r + ROWS) * p.inputs + i);  // the rows to come, every other vector
+            if (i & WIDTH) __builtin_prefetch(w + (r + ROWS) * p.inputs + i, 0, 0);  // the rows to come, read once
         }
         for (int t = 0; t < TOKENS; t++) {
             const floats values = load(x + t * p.inputs + i);

@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qwen_min.memory import empty
+
 SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp")
 
@@ -39,7 +41,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     kernel = _kernel() if ENABLED else None
     if kernel is None:
         return None
-    x, out = x.contiguous(), x.new_empty((*x.shape[:-1], outputs))
+    x, out = x.contiguous(), empty((*x.shape[:-1], outputs), x)
     bias = None if bias is None else bias.float().contiguous()
     pointers = x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr()
     kernel(*pointers, x.numel() // inputs, inputs, outputs, transposed)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qwen_min import kernels
 from qwen_min.flops import Dim, Price, charge
+from qwen_min.memory import empty
 
 
 def _wanted(*tensors: Tensor | None) -> tuple[int, ...]:
@@ -65,7 +66,8 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(weight)
-        return product(x, weight, bias)
+        # No longer marked as a view, which it may be: see `_added`.
+        return torch.ops.aten._unsafe_view(product(x, weight, bias), (*x.shape[:-1], len(weight)))
 
     @staticmethod
     def backward(ctx, grad):
@@ -87,13 +89,13 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     W and b may be kept in another type: they are widened inside the product, or before it where no kernel serves.
     """
-    if weight.dtype != x.dtype:
+    plain = torch.compiler.is_compiling()  # the compiler knows torch's own product alone
+    if weight.dtype != x.dtype and not plain:
         y = kernels.linear(x, weight, bias)
         if y is not None:
             return y
-        weight = weight.to(x.dtype)
-    bias = None if bias is None else bias.to(x.dtype)
-    if ONEDNN and x.dtype == torch.float32 and x.is_cpu and x.numel() * len(weight) >= ONEDNN_FROM:
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    if ONEDNN and not plain and x.dtype == torch.float32 and x.is_cpu and x.numel() * len(weight) >= ONEDNN_FROM:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
@@ -120,13 +122,23 @@ LOW_RANK_OUT = Price(
 
 
 def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, coursework_out: int | None = None) -> Tensor:
-    """y + scale · x Aᵀ Bᵀ for x (..., I), A (R, I), B (O, R), y (..., O), in the type of A and B (Hu et al. 2021)."""
+    """y + scale · x Aᵀ Bᵀ for x (..., I), A (R, I), B (O, R), y (..., O), in the type of A and B (Hu et al. 2021).
+
+    y is used up.
+    """
     n, (r, i), o = x.numel() // x.shape[-1], a.shape, b.shape[0]
     low = F.linear(x.to(a.dtype), a)  # (..., R)
     charge(LOW_RANK, n, i, r, *_wanted(x, a))
     out = _width(o, coursework_out)
     charge(LOW_RANK_OUT, n, r, out, *_wanted(low, b))
-    return torch.add(y, F.linear(low, b), alpha=scale).to(y.dtype)
+    return _added(y, F.linear(low, b), scale)
+
+
+def _added(y: Tensor, x: Tensor, scale: float = 1) -> Tensor:
+    """y + scale · x in the type of y, and in its memory unless it is a view: autograd would copy all that it views."""
+    if torch.compiler.is_compiling() or y._is_view():
+        return torch.add(y, x, alpha=scale).to(y.dtype)
+    return y.add_(x, alpha=scale)
 
 
 RMS_NORM = Price(
@@ -152,7 +164,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     wide = x.float()
     inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (wide * inverse).to(x.dtype) * weight.to(x.dtype), inverse  # cast first: Hugging Face's numerics
+    y = torch.mul(wide, inverse, out=empty(x.shape, x))  # in the type of x before the weight: Hugging Face's numerics
+    return y.mul_(weight.to(x.dtype)), inverse
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -171,28 +184,28 @@ class _RMSNorm(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             d_weight = (grad * wide * inverse).flatten(0, -2).sum(0).to(weight.dtype)
         if ctx.needs_input_grad[0]:
-            scaled = grad * weight.float()
+            scaled = torch.mul(grad, weight.float(), out=empty(grad.shape, grad))
             along = (scaled * wide).sum(-1, keepdim=True).mul_(inverse.pow(3)).div_(-x.shape[-1])
             d_x = scaled.mul_(inverse).addcmul_(wide, along).to(x.dtype)
         return d_x, d_weight, None
 
 
 def count_up(n: int, device: torch.device) -> Tensor:
-    """0, 1, ..., n-1. Made on the host: the meta device's own arange is written in Python, and slow to import."""
-    return torch.arange(n).to(device)
+    """0, 1, ..., n-1. The meta device's own arange is written in Python, and slow to import."""
+    return torch.arange(n).to(device) if device.type == "meta" else torch.arange(n, device=device)
 
 
 ANGLES = Price("rotation", "N D", multiply="N*D//2", sine_cosine="N*D", only=("exact",))
 
 
 def rotation_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine, each (B, 1, T, D), of position · theta^(-2i/D) for (B, T) absolute positions, in float32.
+    """Cosine and sine, each (B, T, 1, D), of position · theta^(-2i/D) for (B, T) absolute positions, in float32.
 
     Both halves of D hold the same D/2 angles, as Hugging Face pairs dimension i with i + D/2 (Su et al. 2021).
     """
     charge(ANGLES, positions.numel(), head_dim)
     exponents = 2 * count_up(head_dim // 2, positions.device).float() / head_dim
-    angles = positions[:, None, :, None].float() * theta**-exponents  # (B, 1, T, D/2)
+    angles = positions[:, :, None, None].float() * theta**-exponents  # (B, T, 1, D/2)
     return torch.cat((angles.cos(),) * 2, -1), torch.cat((angles.sin(),) * 2, -1)
 
 
@@ -202,7 +215,7 @@ ROTATION = Price(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair (x[i], x[i + D/2]) of (B, heads, T, D) by its angle, in the type of x."""
+    """Rotate each pair (x[i], x[i + D/2]) of (B, T, heads, D) by its angle, in the type of x."""
     (wanted,) = _wanted(x)
     charge(ROTATION, x.numel(), wanted)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
@@ -211,7 +224,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, direction: int = 1) -> Tensor:
     first, second = x.chunk(2, -1)
-    return torch.addcmul(x * cos, torch.cat((-second, first), -1), sin, value=direction)
+    y = torch.mul(x, cos, out=empty(x.shape, x))
+    return y.addcmul_(torch.cat((-second, first), -1), sin, value=direction)
 
 
 class _Rotation(torch.autograd.Function):
@@ -264,6 +278,11 @@ def attend_explicit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Ten
     return (weights.view(b, kv_heads, h // kv_heads * t, s) @ v).view(b, h, t, d)
 
 
+HEADS_SHARED_UNDER_A_MASK = ("cpu", "meta")
+"""Kinds of device where torch's fused kernel takes a mask and fewer key heads than query heads. On CUDA it takes one or
+the other: with both, torch writes all scores into memory."""
+
+
 def attend_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(q kᵀ / sqrt(D)) v by torch's fused kernel, charged as the sum of its explicit parts.
 
@@ -278,8 +297,11 @@ def attend_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor
     """
     _charge_attention(q, k, v)
     assert mask is not None or q.shape[2] in (1, k.shape[2])
-    if mask is None and q.shape[2] == 1:  # the queries that share a head as its tokens, so that it is read once
-        return F.scaled_dot_product_attention(q.unflatten(1, (k.shape[1], -1)).squeeze(3), k, v).view(q.shape)
+    if q.shape[2] == 1:  # the queries that share a head as its tokens, so that it is read once
+        grouped = q.unflatten(1, (k.shape[1], -1)).squeeze(3)  # (B, K, H/K, D)
+        return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).view(q.shape)
+    if mask is not None and q.device.type not in HEADS_SHARED_UNDER_A_MASK:
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
     causal = mask is None
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
 
@@ -303,7 +325,11 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     charge(SWIGLU, gate.numel() // gate.shape[-1], gate.shape[-1], *_wanted(gate, up))
     if torch.is_grad_enabled() and gate.requires_grad:
         return _SwiGLU.apply(gate, up)
-    return F.silu(gate).mul_(up)
+    return _gated(gate, up)
+
+
+def _gated(gate: Tensor, up: Tensor) -> Tensor:
+    return torch.ops.aten.silu.out(gate, out=empty(gate.shape, gate)).mul_(up)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -312,11 +338,11 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        return _gated(gate, up)
 
     @staticmethod
     def backward(ctx, grad):
-        d_gate, d_up = (torch.empty_like(t) for t in ctx.saved_tensors)
+        d_gate, d_up = (empty(t.shape, t) for t in ctx.saved_tensors)
         # On a CPU a few rows at a time, whose intermediate results stay in its cache.
         rows = max(1, 2**18 // grad.shape[-1]) if grad.is_cpu else max(1, grad.numel())
         whole = (t.reshape(-1, grad.shape[-1]).split(rows) for t in (*ctx.saved_tensors, grad, d_gate, d_up))
@@ -332,9 +358,9 @@ RESIDUAL = Price("residual", "N E gx", add="N*E", d_add="gx*N*E")  # backward: t
 
 
 def add_residual(x: Tensor, branch: Tensor) -> Tensor:
-    """x + branch, both (B, T, E)."""
+    """x + branch, both (B, T, E); `branch` is used up."""
     charge(RESIDUAL, x.numel() // x.shape[-1], x.shape[-1], *_wanted(x))
-    return x + branch
+    return _added(branch, x)
 
 
 LOGIT_BIAS = Price("logit_bias", "N V gb", add="N*V", d_add="gb*V*(N-1)")

@@ -235,6 +235,7 @@ FREE = {
     "empty_like",
     "expand",
     "masked_fill",
+    "new_empty",
     "permute",
     "slice",
     "split",

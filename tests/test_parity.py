@@ -86,7 +86,7 @@ def interleave_rotation(model: Qwen, patch) -> None:
 
 def rotate_backwards(model: Qwen, patch) -> None:
     rotate = ops.rotate
-    patch.setattr(ops, "rotate", lambda x, cos, sin: rotate(x, cos, -sin) if x.shape[1] == 6 else rotate(x, cos, sin))
+    patch.setattr(ops, "rotate", lambda x, cos, sin: rotate(x, cos, -sin) if x.shape[2] == 6 else rotate(x, cos, sin))
 
 
 def replace_attention(model: Qwen, attend) -> None:
