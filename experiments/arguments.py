@@ -154,6 +154,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--repeats", type=int, help="fresh processes of each side (3; with --quick 1)")
     p.add_argument("--dtype", help="that our weights are kept in: float32 or bfloat16 (bfloat16)")
     p.add_argument("--device", help="cpu or cuda (cpu)")
+    p.add_argument("--compile", action="store_true", help="ours as torch's compiler makes it")
     p.add_argument("--series", type=int, help="validation series that are forecast in one call (150; with --quick 6)")
     p.add_argument("--draft", type=int, help="nodes of the symbol tree, a forward (12)")
     p.add_argument("--quick", action="store_true", help="small shapes, to see that all works")
@@ -194,6 +195,7 @@ def _settings(p: argparse.ArgumentParser, *groups: str) -> None:
     add("--offline", action="store_true", help="never open a connection")
     add("--device", help="cpu or cuda (cpu)")
     add("--dtype", help="that the weights are kept in: stored (as in their file), float32 or bfloat16 (stored)")
+    add("--compile", action="store_true", help="run blocks and loss as torch's compiler makes them, which suits a GPU")
     add("--config", help="a TOML file of settings, such as a run's config.toml; flags win over it")
     if "data" in groups or not groups:
         add("--data", help="an HDF5 file with /trajectories (systems, points, variables); rebuilt by its law if absent")

@@ -21,8 +21,8 @@ from qwen_min.load import resolve, weight_files
 PACKAGES = ("torch", "safetensors", "tokenizers", "numpy", "h5py", "scipy", "huggingface-hub")
 
 # A larger budget, the same files under another name, or another choice of what is carried forward (which every run
-# that depends on it checks) make no other run. The last two are of the environment, which `check_drift` looks at.
-FREE = ("budget", "offline", "model", "data", "best_lr", "best_rank", "best_context", "device", "dtype")
+# that depends on it checks) make no other run. The last three are of the environment, which `check_drift` looks at.
+FREE = ("budget", "offline", "model", "data", "best_lr", "best_rank", "best_context", "device", "dtype", "compile")
 
 
 def undivided(out: Path) -> None:
@@ -133,6 +133,7 @@ def environment(settings: Settings) -> dict[str, Any]:
         "device": "cpu" if on_cpu else torch.cuda.get_device_name(settings.device),
         "dtype": settings.dtype,
         "compute_dtype": str(settings.compute_dtype).removeprefix("torch."),
+        "compiled": settings.compile,
         "threads": torch.get_num_threads(),  # of each process
         "processes": parallel.world(),
         "machine": platform.machine(),

@@ -52,6 +52,7 @@ class Settings:
     offline: bool = False
     device: str = "cpu"
     dtype: str = "stored"  # that the frozen weights are kept in: the type of their file, or another
+    compile: bool = False  # blocks and loss as torch's compiler makes them
     seed: int = 0
     budget: int = BUDGET  # FLOPs
 

@@ -45,7 +45,7 @@ class Cell:
 
 
 def load_model(settings: Settings) -> Qwen:
-    """The base model of a run, frozen."""
+    """The base model of a run, frozen. Raises ValueError where it is to be compiled, and cannot be."""
     model = Qwen.from_pretrained(
         settings.model,
         settings.weight_dtype,
@@ -54,6 +54,8 @@ def load_model(settings: Settings) -> Qwen:
         settings.offline,
         compute_dtype=settings.compute_dtype,
     )
+    if settings.compile:
+        model.compile()
     return model.requires_grad_(False)
 
 

@@ -14,6 +14,7 @@ from functools import cache
 from typing import NamedTuple
 
 from torch import nn
+from torch.compiler import is_compiling
 
 PRIMITIVES = {"add": 1, "multiply": 1, "divide": 1, "exponential": 10, "square_root": 10, "sine_cosine": 10}
 """FLOPs of one primitive: add, subtract, negate 1; multiply 1; divide, invert 1; the rest 10. Logarithms are priced
@@ -144,10 +145,15 @@ class FlopMeter:
         for (module, price, dims), count in self._counts.items():
             yield Charge(module, price, dims, count)
 
-    def add(self, other: "FlopMeter", times: int = 1) -> None:
-        """Charge what `other` saw, `times` over: a compiled or repeated step is charged its predicted count."""
-        for key, count in other._counts.items():
-            self._counts[key] = self._counts.get(key, 0) + times * count
+    def add(self, other: "FlopMeter", times: int = 1, **changed: int) -> None:
+        """Charge what `other` saw, `times` over, with other numbers for some dimensions of its prices, by their names.
+
+        So is a step charged that runs without its Python code: one that is compiled, or captured and replayed.
+        """
+        for (module, price, dims), count in other._counts.items():
+            if changed:
+                dims = tuple(changed.get(name, dim) for name, dim in zip(price.dims, dims, strict=True))
+            self._counts[module, price, dims] = self._counts.get((module, price, dims), 0) + times * count
 
     @property
     def total(self) -> int:
@@ -205,10 +211,26 @@ def component(charge: Charge) -> str:
 
 
 def charge(price: Price, *dims: "int | Dim") -> None:
-    """Charge one call of an op to every active meter, under the module whose forward is running."""
+    """Charge one call of an op to every active meter, under the module whose forward is running.
+
+    Compiled code charges nothing: see `compiled`, which does it in its place.
+    """
+    if is_compiling():
+        return
     for meter in _meters.get():
         key = (_module.get(), price, dims)
         meter._counts[key] = meter._counts.get(key, 0) + 1
+
+
+def charge_again(seen: FlopMeter, **changed: int) -> None:
+    """Charge every active meter what `seen` saw: see `FlopMeter.add`."""
+    for meter in _meters.get():
+        meter.add(seen, **changed)
+
+
+def metering() -> bool:
+    """Whether a charge would reach a meter."""
+    return bool(_meters.get())
 
 
 @contextmanager
@@ -227,7 +249,7 @@ class Metered(nn.Module):
     path = ""
 
     def __call__(self, *args, **kwargs):
-        if not _meters.get():
+        if is_compiling() or not _meters.get():
             return super().__call__(*args, **kwargs)
         token = _module.set(self.path)  # as `charged` does, whose generator would cost as much as the charges
         try:

@@ -10,7 +10,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from qwen_min import captured
 from qwen_min.cache import KVCache
+from qwen_min.captured import CapturedStep
 from qwen_min.loss import IGNORED, token_cross_entropy
 
 
@@ -192,6 +194,7 @@ def decode(
             constraint.advance(new, _mass(logits, allowed) if tokens is None else None)
         return new
 
+    step: CapturedStep | None = None
     tree, hidden, left = _Tree(), prefill.hidden, max_new_tokens
     while left:
         logits = model.head(hidden, tokens).float()  # (B, T, C), T nodes of the tree
@@ -214,7 +217,11 @@ def decode(
                 tree = _Tree.grown(draft.guess(), cache.capacity - cache.length, left, model.config.vocab_size)
             guesses = torch.tensor([tree.tokens], dtype=new.dtype, device=new.device)  # (1, T - 1)
             ids = torch.cat((new[:, None], guesses.expand(len(new), -1)), 1)  # (B·samples, T)
-            hidden = model.model(ids, cache, padding, tree.parents if tree.tokens else None)
+            if draft is None and model.device.type in captured.DEVICES:
+                step = step or CapturedStep(model, cache, padding)
+                hidden = step(ids)
+            else:
+                hidden = model.model(ids, cache, padding, tree.parents if tree.tokens else None)
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,8 @@ def read_tensors(
                 if shape != list(expected[name].shape):
                     misshapen.append(f"{name} {shape}, not {list(expected[name].shape)}")
                 elif not misshapen:
-                    tensors[name] = file.get_tensor(name).to(device=device, dtype=dtype)
+                    # Moved, then converted: in one call a GPU's tensor would be converted here first, in a copy.
+                    tensors[name] = file.get_tensor(name).to(device).to(dtype or _FLOATS[kind])
     if misshapen:
         raise ValueError(f"{folder}: misshapen tensors {listed(misshapen)}: expected the shapes of config.json")
     return tensors

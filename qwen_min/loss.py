@@ -1,6 +1,7 @@
 """Cross-entropy over the full vocabulary that never holds all logits."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,12 @@ CROSS_ENTROPY = Price(
 
 
 def linear_cross_entropy(
-    hidden: Tensor, head: Linear, targets: Tensor, bias: Tensor | None = None, vocabulary: Tensor | None = None
+    hidden: Tensor,
+    head: Linear,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    vocabulary: Tensor | None = None,
+    compiled: dict[str, Any] | None = None,
 ) -> tuple[Tensor, int]:
     """The sum over tokens of -log softmax(h Wᵀ + bias)[target], exact, and how many tokens counted.
 
@@ -51,6 +57,7 @@ def linear_cross_entropy(
         bias: (V) added to the logits.
         vocabulary: (N) token ids, each once: the softmax runs over these alone, which is another, lower loss. None
             is all V.
+        compiled: run it as torch's compiler makes it, with these options of `torch.compile`.
 
     Returns:
         The sum in nats, a float64 scalar, and the count.
@@ -60,21 +67,26 @@ def linear_cross_entropy(
 
     Source: the online softmax of Milakov and Gimelshein 2018, over a head as in Cut Your Losses (Wijmans et al. 2024).
     """
-    total, _, counted = _cross_entropy(hidden, head, targets, bias, vocabulary)
+    total, _, counted = _cross_entropy(hidden, head, targets, bias, vocabulary, compiled)
     return total, targets.numel() if targets.is_meta else int(counted.sum())
 
 
 def token_cross_entropy(
-    hidden: Tensor, head: Linear, targets: Tensor, bias: Tensor | None = None, vocabulary: Tensor | None = None
+    hidden: Tensor,
+    head: Linear,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    vocabulary: Tensor | None = None,
+    compiled: dict[str, Any] | None = None,
 ) -> Tensor:
     """Each token's -log softmax(h Wᵀ + bias)[target] in nats, (B, T) float64, 0 where it does not count; no gradient.
 
     Arguments and errors as in `linear_cross_entropy`, which sums these.
     """
-    return _cross_entropy(hidden, head, targets, bias, vocabulary)[1]
+    return _cross_entropy(hidden, head, targets, bias, vocabulary, compiled)[1]
 
 
-def _cross_entropy(hidden, head, targets, bias, vocabulary) -> tuple[Tensor, Tensor, Tensor]:
+def _cross_entropy(hidden, head, targets, bias, vocabulary, compiled) -> tuple[Tensor, Tensor, Tensor]:
     """The sum, each token's part of it, (B, T), and which tokens count, (B, T)."""
     rows, n, weight = hidden.flatten(0, -2), targets.numel(), head.weight
     if targets.shape != hidden.shape[:-1]:
@@ -91,7 +103,8 @@ def _cross_entropy(hidden, head, targets, bias, vocabulary) -> tuple[Tensor, Ten
         if bias is not None:
             charge(LOGIT_BIAS, n, weight.shape[0], gb)
         charge(CROSS_ENTROPY, n, *weight.shape, gh, gw, gb)
-    total, each = _LinearCrossEntropy.apply(rows, weight, targets.flatten(), bias, (gh, gw, gb))
+    losses = _losses if compiled is None else torch.compile(_losses, dynamic=False, **compiled)
+    total, each = _LinearCrossEntropy.apply(rows, weight, targets.flatten(), bias, (gh, gw, gb), losses)
     return total, each.view(targets.shape), counted
 
 
@@ -108,7 +121,7 @@ def _places(targets: Tensor, vocabulary: Tensor, size: int) -> Tensor:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, weight, targets, bias, wanted):
+    def forward(ctx, rows, weight, targets, bias, wanted, losses):
         each = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
         gradients = [
             torch.zeros_like(t, dtype=torch.float32) if want else None
@@ -118,7 +131,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(rows), chunk):
             part = slice(start, start + chunk)
             d_rows = None if gradients[0] is None else gradients[0][part]
-            each[part] = _losses(rows[part], weight, targets[part], bias, (d_rows, *gradients[1:]))
+            each[part] = losses(rows[part], weight, targets[part], bias, (d_rows, *gradients[1:]))
         ctx.save_for_backward(*(g for g in gradients if g is not None))
         ctx.wanted, ctx.dtypes = wanted, [None if t is None else t.dtype for t in (rows, weight, bias)]
         ctx.mark_non_differentiable(each)
@@ -131,7 +144,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             (next(saved) * grad.float()).to(dtype) if want else None
             for want, dtype in zip(ctx.wanted, ctx.dtypes, strict=True)
         )
-        return rows, weight, None, bias, None
+        return rows, weight, None, bias, None, None
 
 
 def _losses(rows, weight, targets, bias, gradients) -> Tensor:

@@ -8,6 +8,7 @@ Parameter names are Hugging Face's, so official weights load without a map.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from qwen_min import generate, load, loss, ops
 from qwen_min.attention import Attention, View
 from qwen_min.cache import KVCache
+from qwen_min.compiled import CompiledBlocks
 from qwen_min.config import QwenConfig
 from qwen_min.flops import Metered
 from qwen_min.layers import Embedding, Linear, RMSNorm, SwiGLU
@@ -44,6 +46,7 @@ class Decoder(Metered):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, config.tie_word_embeddings)
         self.layers = nn.ModuleList(Block(config, i, attention) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.compiled: CompiledBlocks | None = None  # what runs the blocks where there is no cache, if anything
 
     def forward(
         self,
@@ -52,12 +55,16 @@ class Decoder(Metered):
         padding: Tensor | None = None,
         parents: Sequence[int] | None = None,
     ) -> Tensor:
-        view = self._view(ids, cache, padding, parents)
-        x = self.embed_tokens(ids)  # (B, T, E)
-        for block in self.layers:
-            x = block(x, view, cache)
+        hidden = self.run(ids, self._view(ids, cache, padding, parents), cache)
         if cache is not None:
             cache.advance(ids.shape[1])
+        return hidden
+
+    def run(self, ids: Tensor, view: View, cache: KVCache | None) -> Tensor:
+        """Hidden states (B, T, E) of (B, T) ids that stand as `view` says."""
+        x = self.embed_tokens(ids)  # (B, T, E)
+        for block in self.layers:
+            x = block(x, view, cache) if cache is not None or self.compiled is None else self.compiled(block, x, view)
         return self.norm(x)
 
     def _view(self, ids: Tensor, cache: KVCache | None, padding: Tensor | None, parents: Sequence[int] | None) -> View:
@@ -80,11 +87,7 @@ class Decoder(Metered):
             lineage = _lineage(parents, t).to(ids.device)
             positions = start + lineage.sum(1)[None] - 1
             longest = start + int(lineage.sum(1).max())
-        if longest > self.config.max_position_embeddings:
-            raise ValueError(
-                f"{longest} tokens are too long: expected at most max_position_embeddings, "
-                f"which is {self.config.max_position_embeddings}"
-            )
+        self.check(longest)
         if padding is not None:
             positions = (positions - padding[:, None]).clamp(min=0)  # (B, T)
         cos, sin = ops.rotation_angles(positions, self.config.head_dim, self.config.rope_theta)
@@ -96,6 +99,14 @@ class Decoder(Metered):
             if padding is not None:
                 mask = (mask & (key >= padding[:, None, None]) | (key == query))[:, None]  # (B, 1, T, S)
         return View(cos, sin, mask)
+
+    def check(self, tokens: int) -> None:
+        """Raise ValueError if a sequence of so many `tokens` has places that the model was not made for."""
+        if tokens > self.config.max_position_embeddings:
+            raise ValueError(
+                f"{tokens} tokens are too long: expected at most max_position_embeddings, "
+                f"which is {self.config.max_position_embeddings}"
+            )
 
 
 def _lineage(parents: Sequence[int], tokens: int) -> Tensor:
@@ -110,7 +121,7 @@ def _lineage(parents: Sequence[int], tokens: int) -> Tensor:
 
 
 FEED_FORWARD_AT_ONCE = {"cpu": 2**22}
-FEED_FORWARD_ELSEWHERE = 2**27
+FEED_FORWARD_ELSEWHERE = 2**26
 """Elements of the widest activation, tokens times feed-forward width, in one forward, by kind of device. On a CPU the
 0.5B model then runs one sequence of 512 tokens at a time, which takes a third of the memory of four and is faster; the
 pocket model runs its batch whole."""
@@ -202,18 +213,29 @@ class Qwen(Metered):
         ids, limits the softmax to them, which is another loss.
         """
         hidden = self.model(ids, padding=padding)
-        return loss.linear_cross_entropy(hidden, self.lm_head, targets, self.logit_bias, vocabulary)
+        return loss.linear_cross_entropy(hidden, self.lm_head, targets, self.logit_bias, vocabulary, self._compiled)
 
     def token_losses(
         self, ids: Tensor, targets: Tensor, padding: Tensor | None = None, vocabulary: Tensor | None = None
     ) -> Tensor:
         """What `loss` sums: the cross-entropy of each token in nats, (B, T) float64, without a gradient."""
         hidden = self.model(ids, padding=padding)
-        return loss.token_cross_entropy(hidden, self.lm_head, targets, self.logit_bias, vocabulary)
+        return loss.token_cross_entropy(hidden, self.lm_head, targets, self.logit_bias, vocabulary, self._compiled)
 
     def generate(self, ids: "Tensor | Sequence[Sequence[int]]", max_new_tokens: int, **options) -> "Tensor | list":
         """Prompt and up to `max_new_tokens` new tokens; greedy unless told. See `generate.generate`."""
         return generate.generate(self, ids, max_new_tokens, **options)
+
+    def compile(self, **options) -> None:
+        """Run the blocks and the loss as torch's compiler makes them, wherever there is no cache; meant for a GPU.
+
+        Each shape is compiled at its first use. What is computed and charged stays the same, to rounding. In place of
+        `nn.Module.compile`, which would compile away the charges; `options` are those of `torch.compile`.
+
+        Raises:
+            ValueError: torch's compiler does not work here.
+        """
+        self.model.compiled = CompiledBlocks(self.device, **options)
 
     def tie_weights(self) -> None:
         """Make the head the embedding table, where the configuration ties them."""
@@ -236,6 +258,10 @@ class Qwen(Metered):
         A forward of more takes more memory, and on a CPU more time: its activations leave the cache."""
         most = FEED_FORWARD_AT_ONCE.get(self.device.type, FEED_FORWARD_ELSEWHERE)
         return max(1, most // (tokens * self.config.intermediate_size))
+
+    @property
+    def _compiled(self) -> dict[str, Any] | None:
+        return None if self.model.compiled is None else self.model.compiled.options
 
     @property
     def device(self) -> torch.device:

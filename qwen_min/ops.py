@@ -278,9 +278,9 @@ def attend_explicit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Ten
     return (weights.view(b, kv_heads, h // kv_heads * t, s) @ v).view(b, h, t, d)
 
 
-HEADS_SHARED_UNDER_A_MASK = ("cpu", "meta")
-"""Kinds of device where torch's fused kernel takes a mask and fewer key heads than query heads. On CUDA it takes one or
-the other: with both, torch writes all scores into memory."""
+HEADS_ALWAYS_SHARED = ("cpu", "meta")
+"""Kinds of device where torch's fused kernel takes fewer key heads than query heads whatever else it is given. On CUDA
+none does so under a mask or in float32: torch would write all scores into memory."""
 
 
 def attend_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -300,10 +300,10 @@ def attend_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor
     if q.shape[2] == 1:  # the queries that share a head as its tokens, so that it is read once
         grouped = q.unflatten(1, (k.shape[1], -1)).squeeze(3)  # (B, K, H/K, D)
         return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).view(q.shape)
-    if mask is not None and q.device.type not in HEADS_SHARED_UNDER_A_MASK:
+    if (mask is not None or q.dtype == torch.float32) and q.device.type not in HEADS_ALWAYS_SHARED:
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
-    causal = mask is None
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
+    shared = k.shape[1] != q.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=shared)
 
 
 SWIGLU = Price(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora import add_lora, merge
 from qwen_min import Qwen, load
@@ -427,3 +428,26 @@ def test_a_loaded_model_trains_and_its_loss_is_finite(folder):
     total, count = model.loss(IDS, torch.where(IDS % 5 == 0, IGNORED, IDS))
     total.backward()
     assert count == 19 and total.isfinite() and all(p.grad is not None for p in model.parameters())
+
+
+def test_a_tensor_is_moved_to_its_device_as_it_is_stored_and_converted_there(folder):
+    """In one call torch converts a GPU's tensor on the host first, into a second copy."""
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            if op is torch.ops.aten._to_copy.default:
+                copies.append((args[0].device.type, kwargs))
+            return op(*args, **(kwargs or {}))
+
+    copies: list = []
+    rewrite(folder, {n: t.bfloat16() for n, t in load_file(folder / "model.safetensors").items()})
+    with Copies():
+        model = Qwen.from_pretrained(folder, dtype=torch.float32, device="meta")
+    parameters = len(list(model.parameters()))
+    assert {p.dtype for p in model.parameters()} == {torch.float32} and {p.device.type for p in model.parameters()} == {
+        "meta"
+    }
+    moved = [k for device, k in copies if device == "cpu"]
+    converted = [k for device, k in copies if device == "meta"]
+    assert len(moved) == len(converted) == parameters
+    assert all(k.get("dtype") in (None, torch.bfloat16) for k in moved)

@@ -240,9 +240,9 @@ CHANGED = {
     **{"shown_series": 1, "constrained": False, "num_samples": 3, "temperature": 0.5, "top_k": 3, "top_p": 0.5},
     **{"repetition_penalty": 1.5, "shortened": 0.5},
     **{"model": "model", "offline": True, "device": "cuda", "dtype": "float32", "budget": 10**16, "data": "data.h5"},
-    **{"best_lr": 1e-3, "best_rank": 4, "best_context": 64},
+    **{"best_lr": 1e-3, "best_rank": 4, "best_context": 64, "compile": True},
 }
-OF_THE_ENVIRONMENT = ("device", "dtype")
+OF_THE_ENVIRONMENT = ("device", "dtype", "compile")
 
 
 def test_there_is_a_case_for_every_field_of_the_settings():
@@ -307,7 +307,7 @@ def stops_the_ledger(patch) -> None:
 
 ENVIRONMENT = {
     **{"torch": "1.0", "device": "NVIDIA H200", "dtype": "bfloat16", "compute_dtype": "bfloat16", "threads": 77},
-    **{"processes": 4, "machine": "vax", "processor": "80286", "bfloat16_kernel": "yes"},
+    **{"processes": 4, "machine": "vax", "processor": "80286", "bfloat16_kernel": "yes", "compiled": "yes"},
 }
 
 
@@ -331,7 +331,7 @@ def test_a_fresh_run_records_its_environment_and_no_drift(begun):
 
 
 @pytest.mark.parametrize("name", ENVIRONMENT)
-def test_a_resume_where_one_of_9_things_is_another_is_refused_by_its_name_and_goes_on_with_allow_drift(
+def test_a_resume_where_one_of_10_things_is_another_is_refused_by_its_name_and_goes_on_with_allow_drift(
     begun, capsys, name
 ):
     now = environment(Settings())[name]
@@ -370,7 +370,7 @@ def test_a_run_of_a_version_that_recorded_no_environment_says_so_and_goes_on_onl
     (begun / "manifest.json").write_text(json.dumps(before))
     assert "threads was not recorded, is 1, " in refused(capsys, GRID)
     check_drift(Settings.from_toml("settings.toml"), begun, allowed=True)
-    assert len(manifest(begun)["drift"]) == 9
+    assert len(manifest(begun)["drift"]) == 10
 
 
 @pytest.mark.parametrize("damage", [{"environment": 3}, {"drift": 3}, {"drift": [3]}, {"drift": [{"what": "torch"}]}])

@@ -58,12 +58,13 @@ class Case:
     turns: int = 0
 
 
-def cases(quick: bool, series: int, draft: int) -> list[Case]:
+def cases(quick: bool, series: int, draft: int, gpu: bool = False) -> list[Case]:
     """Every case, at the sizes of the targets, or fewer at `quick` ones that show that all works.
 
     Args:
         series: how many validation series are forecast in one call.
         draft: nodes of the symbol tree, a forward.
+        gpu: also shapes that keep a GPU busy.
     """
     batch, contexts = (2, (64,)) if quick else (4, (512, 768))
     prompt, new, short = (40, 21, 20) if quick else (800, 100, 200)
@@ -77,6 +78,9 @@ def cases(quick: bool, series: int, draft: int) -> list[Case]:
     ]
     tree = "the floor reads the weights once a forward, of which there were as many as ours took"
     several = [(4, 3.0)] if quick else [(16, 3.0), (64, 4.0)]
+    if gpu and not quick:
+        steps.append(_loss("train", 16, 512))  # 8,192 tokens
+        several.append((256, 4.0))
     return [
         *steps,
         _loss("train", batch, contexts[0], Target("ratio", 2.3), symbols=True),

@@ -22,6 +22,8 @@ class Side:
     def __init__(self, job: dict[str, Any]):
         kept, self.compute = getattr(torch, job["dtype"]), getattr(torch, job["compute"])
         self.model = Qwen.from_pretrained(job["model"], kept, job["device"], compute_dtype=self.compute)
+        if job["compile"]:
+            self.model.compile()
         self.forwards = 0
         self.model.model.register_forward_hook(self._count)
 
@@ -60,6 +62,8 @@ class Side:
             if not tokens:
                 tick()
             tokens.append(token)
+        if how != "tree":
+            self.forwards = new  # a captured step calls no hook
         return torch.stack(tokens, 1)
 
     def counted(self, prompts: Tensor, job: dict[str, Any]) -> Callable[[bool], None]:

@@ -32,8 +32,8 @@ class Options:
     """What the command line asks for.
 
     model: a folder in Hugging Face layout. whats: of `cases.WHATS`. peer: of `PEERS`. repeats: fresh processes of each
-    side. dtype: that our weights are kept in. series: how many validation series are forecast in one call. draft: nodes
-    of the symbol tree, a forward.
+    side. dtype: that our weights are kept in. compile: ours as torch's compiler makes it. series: how many validation
+    series are forecast in one call. draft: nodes of the symbol tree, a forward.
 
     Raises:
         ValueError: a value is out of its range, or the peer is not installed.
@@ -45,6 +45,7 @@ class Options:
     repeats: int = 3
     dtype: str = "bfloat16"
     device: str = "cpu"
+    compile: bool = False
     quick: bool = False
     series: int = 150
     draft: int = 12
@@ -87,7 +88,8 @@ def bench(options: Options, folder: Path, say: Callable[[str], None] = lambda li
     """
     session = Session(options, say)
     targets = cases.has_targets(session.config, options.device, options.quick)
-    every = cases.cases(options.quick, min(options.series, len(session.texts.systems)), options.draft)
+    series = min(options.series, len(session.texts.systems))
+    every = cases.cases(options.quick, series, options.draft, gpu=options.device != "cpu")
     measured: list[tuple[Case, dict[str, Any]]] = []
 
     def write() -> dict[str, Any]:
@@ -114,11 +116,14 @@ class Session:
         Qwen.from_pretrained(options.model, dtype=None)  # maps the files: a bad one is refused here, as by any verb
         serves = (options.dtype, options.compute, options.device) == ("bfloat16", "float32", "cpu")
         self.kernels = "C++" if serves and kernels.available() else "torch"  # compiled here, not under a clock
+        if options.compile:
+            self.kernels = "torch's compiler"
         self.common = {
             "model": str(options.model.resolve()),
             "dtype": options.dtype,
             "compute": options.compute,
             "device": options.device,
+            "compile": options.compile,
         }
 
     def measured(self, of: Iterable[Case], kept: Path) -> Iterator[tuple[Case, dict[str, Any]]]:
@@ -172,6 +177,8 @@ class Session:
             "hidden": self.config.hidden_size,
             "feed_forward": self.config.intermediate_size,
             "columns": 2**10 if self.options.quick else 2**13,  # of 2^15 rows of float32: 128 MB or 1 GB
+            "square": 2**11 if self.options.device == "cpu" else 2**13,  # that fills the device
+            "tokens": 2**9 if self.options.device == "cpu" else 2**13,
         }
         self.calibrations.append(fresh(self.common | sizes | {"job": "calibrate", "who": "ours"}, "calibration"))
 

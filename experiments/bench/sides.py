@@ -157,15 +157,16 @@ def _calibrate(job: dict[str, Any]) -> dict[str, Any]:
     """The best rate of a few matrix products, each by torch's own choice of library and by ours, and of a few ways
     to read a large tensor with all threads."""
     dtype, device = getattr(torch, job["compute"]), job["device"]
-    square = torch.ones(2048, 2048, dtype=dtype, device=device)
-    tokens = torch.ones(512, job["hidden"], dtype=dtype, device=device)
+    side = job["square"]
+    square = torch.ones(side, side, dtype=dtype, device=device)
+    tokens = torch.ones(job["tokens"], job["hidden"], dtype=dtype, device=device)
     matrix = torch.ones(job["feed_forward"], job["hidden"], dtype=dtype, device=device)
     large = torch.ones(2**15, job["columns"], device=device)
     vector, copy = torch.ones(job["columns"], device=device), torch.empty_like(large)
     products = {}
     for name, multiply in (("torch", torch.nn.functional.linear), ("ours", product)):  # of one library or of two
         seconds = _best(job, partial(multiply, square, square))
-        products[f"2048 square, {name}"] = 2 * 2048**3 / seconds
+        products[f"{side} square, {name}"] = 2 * side**3 / seconds
         seconds = _best(job, partial(multiply, tokens, matrix))
         products[f"feed-forward, {name}"] = 2 * len(tokens) * matrix.numel() / seconds
     reads = {

@@ -1,0 +1,79 @@
+"""The decoder's blocks as torch's compiler makes them, charged what they would charge themselves."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qwen_min.attention import View
+from qwen_min.flops import FlopMeter, charge_again, metering, unmetered
+
+KINDS = 64
+"""How many kinds of block are compiled at most: shapes, with and without a mask or gradients, LoRA ranks. Torch's own
+limit is 8, behind which it raises an error."""
+
+
+class CompiledBlocks:
+    """Runs blocks without a cache. All blocks of a kind share the code that the first of them was compiled to.
+
+    Python code that a compiled function held is gone, and its charges with it. What a block charges depends on shapes
+    and on which gradients are wanted alone; so it is asked once on the meta device, for each kind, and charged again
+    with every call.
+
+    Args:
+        device: where the blocks are.
+        options: of `torch.compile`.
+
+    Raises:
+        ValueError: the compiler makes nothing for this device here.
+    """
+
+    def __init__(self, device: torch.device, **options: Any):
+        self.options = options
+        try:
+            torch.compile(_tried, dynamic=False, **options)(torch.zeros(1, device=device))
+        except Exception as e:  # of whichever part of the compiler, or of the tools it calls
+            why = next(filter(None, str(e).splitlines()), type(e).__name__)
+            raise ValueError(
+                f"torch's compiler fails on {device} ({why:.100}): expected a C++ compiler for a CPU, Triton for a GPU"
+            ) from None
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, KINDS)
+        self._forward = torch.compile(_forward, dynamic=False, fullgraph=True, **options)
+        self._charged: dict[tuple, FlopMeter] = {}
+
+    def __call__(self, block: nn.Module, x: Tensor, view: View) -> Tensor:
+        """The block's output, (B, T, E) as `x`."""
+        if metering():
+            kind = _kind(block, x, view)
+            if kind not in self._charged:
+                self._charged[kind] = _charges(block, x, view)
+            charge_again(self._charged[kind])
+        return self._forward(block, x, view)
+
+
+def _tried(x: Tensor) -> Tensor:
+    return x + 1
+
+
+def _forward(block: nn.Module, x: Tensor, view: View) -> Tensor:
+    return block(x, view, None)
+
+
+def _kind(block: nn.Module, x: Tensor, view: View) -> tuple:
+    """What the charges of a block depend on, its path among them."""
+    layers = tuple((type(m), getattr(m, "merged", False)) for m in block.modules())
+    parameters = tuple((p.shape, p.requires_grad) for p in block.parameters())
+    return block.path, layers, parameters, x.shape, x.requires_grad, torch.is_grad_enabled()
+
+
+def _charges(block: nn.Module, x: Tensor, view: View) -> FlopMeter:
+    """A meter that has seen one forward of the block, which runs on the meta device."""
+
+    def on_meta(t: Tensor | None) -> Any:
+        return None if t is None else t.detach().to("meta").requires_grad_(t.requires_grad)
+
+    parameters = {name: on_meta(p) for name, p in block.named_parameters()}
+    shapes = View(*map(on_meta, view))
+    with unmetered(), FlopMeter() as meter:
+        torch.func.functional_call(block, parameters, (on_meta(x), shapes, None))
+    return meter
