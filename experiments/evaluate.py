@@ -22,7 +22,7 @@ from qwen_min import FlopMeter, Qwen, Tokenizer
 from qwen_min.generate import continuation_losses, decode, prefill
 from qwen_min.load import resolve
 
-ROWS_AT_ONCE = 16  # sequences that are decoded together; samples of one series count
+ROWS_AT_ONCE, ROWS_AT_ONCE_ON_A_GPU = 16, 256  # sequences that are decoded together; samples of one series count
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,8 @@ def _batches(task: Task, systems: Sequence[int]) -> Iterator[_Batch]:
     prompts = [task.tokens(system, settings.points) for system in systems]
     wholes = [task.tokens(system, settings.points + settings.horizon) for system in systems]
     order = sorted(range(len(systems)), key=lambda place: len(prompts[place]))
-    at_once = max(1, ROWS_AT_ONCE // settings.num_samples)
+    most = ROWS_AT_ONCE if settings.device == "cpu" else ROWS_AT_ONCE_ON_A_GPU
+    at_once = max(1, most // settings.num_samples)
     for start in range(0, len(order), at_once):
         places = order[start : start + at_once]
         longest = max(len(prompts[place]) for place in places)

@@ -1,6 +1,8 @@
 """A decoding step of fixed shape, which a GPU records once and replays: no kernel of it is launched by Python again."""
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +14,14 @@ from qwen_min.cache import KVCache
 from qwen_min.flops import FlopMeter, charge_again, unmetered
 
 DEVICES = ("cuda",)
-"""Kinds of device where `generate.decode` takes this step; elsewhere launching is cheap, and the masked rest is not."""
+"""Kinds of device where a step is captured; elsewhere launching is cheap, and what is masked is not."""
+
+
+def forward_of_one(model: Any, cache: KVCache, padding: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """What makes hidden states (B, 1, E) of (B, 1) new tokens: a `CapturedStep`, with its arguments, or the decoder."""
+    if model.device.type in DEVICES:
+        return CapturedStep(model, cache, padding)
+    return partial(model.model, cache=cache, padding=padding)
 
 
 class CapturedStep:
@@ -30,6 +39,7 @@ class CapturedStep:
 
     @torch.inference_mode()
     def __init__(self, model: Any, cache: KVCache, padding: Tensor | None):
+        cache.check(cache.batch, 1)
         self.decoder, self.cache, self.padding = model.model, cache, padding
         self.fixed = _FixedCache(cache)
         self.ids = torch.zeros(cache.batch, 1, dtype=torch.int64, device=model.device)

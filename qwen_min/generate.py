@@ -3,7 +3,7 @@
 The prefill runs once and can be used again: to draw several continuations of each prompt, and to score the true one.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from qwen_min import captured
 from qwen_min.cache import KVCache
-from qwen_min.captured import CapturedStep
 from qwen_min.loss import IGNORED, token_cross_entropy
 
 
@@ -194,7 +193,7 @@ def decode(
             constraint.advance(new, _mass(logits, allowed) if tokens is None else None)
         return new
 
-    step: CapturedStep | None = None
+    alone: Callable[[Tensor], Tensor] | None = None  # the forward of a token without guesses
     tree, hidden, left = _Tree(), prefill.hidden, max_new_tokens
     while left:
         logits = model.head(hidden, tokens).float()  # (B, T, C), T nodes of the tree
@@ -217,11 +216,11 @@ def decode(
                 tree = _Tree.grown(draft.guess(), cache.capacity - cache.length, left, model.config.vocab_size)
             guesses = torch.tensor([tree.tokens], dtype=new.dtype, device=new.device)  # (1, T - 1)
             ids = torch.cat((new[:, None], guesses.expand(len(new), -1)), 1)  # (B·samples, T)
-            if draft is None and model.device.type in captured.DEVICES:
-                step = step or CapturedStep(model, cache, padding)
-                hidden = step(ids)
+            if tree.tokens:
+                hidden = model.model(ids, cache, padding, tree.parents)
             else:
-                hidden = model.model(ids, cache, padding, tree.parents if tree.tokens else None)
+                alone = alone or captured.forward_of_one(model, cache, padding)
+                hidden = alone(ids)
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from data.grammar import Grammar
 from data.llmtime import Codec
+from experiments import evaluate
 from experiments import run as command_line
 from experiments.constrain import Constrained
+from experiments.settings import POCKET, Settings
+from experiments.task import Task
 from lora import add_logit_bias, add_lora, merge
 from lora.layer import lora_layers
-from qwen_min import FlopMeter, Qwen, captured, generate, ops
+from qwen_min import FlopMeter, Qwen, Tokenizer, captured, generate, ops
 from qwen_min.cache import KVCache
 from qwen_min.captured import CapturedStep
 from qwen_min.generate import continuation_losses, decode, left_padded, prefill
@@ -180,6 +183,13 @@ def test_a_run_with_compile_has_the_losses_and_the_flops_of_one_without(tmp_path
     assert "compiled was True, is False: expected the same, or --allow-drift" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("device", "rows"), [("cpu", 16), ("cuda", 256)])
+def test_as_many_series_are_forecast_at_once_as_keep_the_device_busy(device, rows):
+    task = Task.prepare(Settings(device=device, points=8, horizon=2), Tokenizer.from_pretrained(POCKET))
+    sizes = [len(batch.places) for batch in evaluate._batches(task, range(300))]
+    assert max(sizes) == sizes[0] == rows and sum(sizes) == 300
+
+
 # A captured step
 
 
@@ -240,8 +250,8 @@ def test_a_captured_steps_hidden_states_equal_growing_ones_to_rounding(device, p
         read = prefill(model, ids, 6, padding)
         spoil(read)
         cache = read.rewound()
-        step = CapturedStep(model, cache, padding) if captured.DEVICES else None
-        run = partial(model.model, cache=cache, padding=padding) if step is None else step
+        run = captured.forward_of_one(model, cache, padding)
+        assert isinstance(run, CapturedStep) == bool(captured.DEVICES)
         return torch.cat([run(new[:, i]).clone() for i in range(6)], 1)
 
     close(work(), plain(work))
@@ -260,6 +270,26 @@ def test_a_prefill_can_be_used_again_behind_captured_steps(device, plain, random
     got, expected = work(), plain(work)
     assert torch.equal(got[0], expected[0]) and torch.equal(got[0], got[2])
     close(got[1], expected[1])
+
+
+def test_a_draft_gives_the_same_tokens_between_captured_steps(device, random_model):
+    """A draft that guesses every other time, so that steps alone and trees take turns over one cache."""
+    model, ids = random_model().to(device), torch.randint(97, (1, 9), device=device)
+    expected = torch.stack(list(decode(model, prefill(model, ids, 20), 21)))
+
+    class Sometimes:
+        taken = 0
+
+        def guess(self) -> list[tuple[int, int]]:
+            ahead = expected[self.taken : self.taken + 2].flatten().tolist()
+            return list(enumerate(ahead)) if self.taken % 4 < 2 else []
+
+        def advance(self, token: int) -> None:
+            self.taken += 1
+
+    read = prefill(model, ids, 22)
+    spoil(read)
+    assert torch.equal(torch.stack(list(decode(model, read, 21, draft=Sometimes()))), expected)
 
 
 def test_captured_steps_are_constrained_as_growing_ones(device, plain, random_model):
