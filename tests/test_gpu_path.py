@@ -168,8 +168,8 @@ def test_a_compiler_that_does_not_work_is_named_before_anything_runs(random_mode
 
 
 def test_a_run_with_compile_has_the_losses_and_the_flops_of_one_without(tmp_path, monkeypatch, capsys):
-    compiled = Qwen.compile
-    monkeypatch.setattr(Qwen, "compile", lambda model: compiled(model, backend="eager"))  # seconds, not minutes
+    compile_, compiled = Qwen.compile, CompileCounterWithBackend("eager")  # seconds, not minutes
+    monkeypatch.setattr(Qwen, "compile", lambda model: compile_(model, backend=compiled))
     argv = "train --steps 2 --context 64 --batch-size 2 --val-series 2 --val-every 0 --offline --seed 3".split()
     monkeypatch.chdir(tmp_path)
     results = {}
@@ -177,6 +177,7 @@ def test_a_run_with_compile_has_the_losses_and_the_flops_of_one_without(tmp_path
         assert command_line.main([*argv, *flags, "--out", f"run{len(flags)}"]) == 0
         (path,) = (tmp_path / f"run{len(flags)}").rglob("lr*/result.json")
         results[len(flags)] = json.loads(path.read_text())
+        assert (compiled.frame_count > 0) == bool(flags)
     assert results[0]["flops"] == results[1]["flops"] and results[0]["flops"]["training"] > 0
     assert results[0]["validation_loss"] == pytest.approx(results[1]["validation_loss"], rel=1e-5)
     assert command_line.main([*argv, "--out", "run1"]) == 2
