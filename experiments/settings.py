@@ -12,6 +12,7 @@ import torch
 from data.grammar import Grammar
 from experiments.budget import BUDGET
 from experiments.files import read_toml
+from qwen_min import compiled
 
 POCKET = Path(__file__).parent.parent / "weights" / "pocket"
 
@@ -163,9 +164,14 @@ class Settings:
         _require(bool(re.fullmatch(r"cpu|cuda(:\d{1,3})?", self.device)), "device", self.device, "cpu or cuda")
 
     def check_device(self) -> None:
-        """Raise ValueError if the device is not here. No check of a field: a run's `config.toml` is read anywhere."""
+        """Raise ValueError if the device is not here, or nothing can be compiled for it where that was asked for.
+
+        No check of a field: a run's `config.toml` is read anywhere.
+        """
         holds = self.device == "cpu" or torch.cuda.is_available()
         _require(holds, "device", self.device, "cpu, as torch finds no CUDA device here")
+        if self.compile:
+            compiled.check(self.device)
 
     @property
     def is_pocket(self) -> bool:

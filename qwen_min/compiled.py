@@ -25,18 +25,12 @@ class CompiledBlocks:
         options: of `torch.compile`.
 
     Raises:
-        ValueError: the compiler makes nothing for this device here.
+        ValueError: see `check`.
     """
 
     def __init__(self, device: torch.device, **options: Any):
+        check(device, **options)
         self.options = options
-        try:
-            torch.compile(_tried, dynamic=False, **options)(torch.zeros(1, device=device))
-        except Exception as e:  # of whichever part of the compiler, or of the tools it calls
-            why = next(filter(None, str(e).splitlines()), type(e).__name__)
-            raise ValueError(
-                f"torch's compiler fails on {device} ({why:.100}): expected a C++ compiler for a CPU, Triton for a GPU"
-            ) from None
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, KINDS)
         self._forward = torch.compile(_forward, dynamic=False, fullgraph=True, **options)
         self._charged: dict[tuple, FlopMeter] = {}
@@ -44,11 +38,22 @@ class CompiledBlocks:
     def __call__(self, block: nn.Module, x: Tensor, view: View) -> Tensor:
         """The block's output, (B, T, E) as `x`."""
         if metering():
-            kind = _kind(block, x, view)
+            kind = _kind(block, x)
             if kind not in self._charged:
                 self._charged[kind] = _charges(block, x, view)
             charge_again(self._charged[kind])
         return self._forward(block, x, view)
+
+
+def check(device: torch.device | str, **options: Any) -> None:
+    """Raise ValueError if torch's compiler, with these options, makes nothing that runs on this device here."""
+    try:
+        torch.compile(_tried, dynamic=False, **options)(torch.zeros(1, device=device))
+    except Exception as e:  # of whichever part of the compiler, or of the tools it calls
+        why = " ".join(str(e).split()) or type(e).__name__
+        raise ValueError(
+            f"torch's compiler fails on {device} ({why:.100}): expected a C++ compiler for a CPU, Triton for a GPU"
+        ) from None
 
 
 def _tried(x: Tensor) -> Tensor:
@@ -59,7 +64,7 @@ def _forward(block: nn.Module, x: Tensor, view: View) -> Tensor:
     return block(x, view, None)
 
 
-def _kind(block: nn.Module, x: Tensor, view: View) -> tuple:
+def _kind(block: nn.Module, x: Tensor) -> tuple:
     """What the charges of a block depend on, its path among them."""
     layers = tuple((type(m), getattr(m, "merged", False)) for m in block.modules())
     parameters = tuple((p.shape, p.requires_grad) for p in block.parameters())

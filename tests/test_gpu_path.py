@@ -23,6 +23,7 @@ from experiments.task import Task
 from lora import add_logit_bias, add_lora, merge
 from lora.layer import lora_layers
 from qwen_min import FlopMeter, Qwen, Tokenizer, captured, generate, ops
+from qwen_min import compiled as compiled_blocks
 from qwen_min.cache import KVCache
 from qwen_min.captured import CapturedStep
 from qwen_min.generate import continuation_losses, decode, left_padded, prefill
@@ -167,9 +168,20 @@ def test_a_compiler_that_does_not_work_is_named_before_anything_runs(random_mode
     assert "\n" not in str(raised.value) and model.model.compiled is None
 
 
+def test_a_run_that_cannot_be_compiled_is_refused_before_anything_is_written(tmp_path, monkeypatch, capsys):
+    check = compiled_blocks.check
+    monkeypatch.setattr(compiled_blocks, "check", lambda device: check(device, backend=lambda *_: 1 / 0))
+    monkeypatch.chdir(tmp_path)
+    assert command_line.main(["train", "--steps", "1", "--offline", "--compile", "--out", "run"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("torch's compiler fails on cpu (") and "division by zero" in line
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_run_with_compile_has_the_losses_and_the_flops_of_one_without(tmp_path, monkeypatch, capsys):
     compile_, compiled = Qwen.compile, CompileCounterWithBackend("eager")  # seconds, not minutes
     monkeypatch.setattr(Qwen, "compile", lambda model: compile_(model, backend=compiled))
+    monkeypatch.setattr(compiled_blocks, "check", lambda device, **options: None)
     argv = "train --steps 2 --context 64 --batch-size 2 --val-series 2 --val-every 0 --offline --seed 3".split()
     monkeypatch.chdir(tmp_path)
     results = {}
