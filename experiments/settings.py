@@ -168,8 +168,11 @@ class Settings:
 
         No check of a field: a run's `config.toml` is read anywhere.
         """
-        holds = self.device == "cpu" or torch.cuda.is_available()
-        _require(holds, "device", self.device, "cpu, as torch finds no CUDA device here")
+        number, there = int(self.device.partition(":")[2] or 0), torch.cuda.device_count()
+        found = (
+            f"or one of the {there} CUDA devices here" if there else "as torch finds no CUDA device here"
+        )
+        _require(self.device == "cpu" or number < there, "device", self.device, f"cpu, {found}")
         if self.compile:
             compiled.check(self.device)
 

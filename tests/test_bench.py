@@ -484,6 +484,7 @@ def test_json_is_one_object_and_nothing_else(checkpoint, tmp_path, monkeypatch, 
         (["--draft", "0"], "--draft is 0"),
         (["--dtype", "float16"], "float32 or bfloat16"),
         (["--device", "tpu"], "cpu or cuda"),
+        (["--device", "cuda:999"], "device is 'cuda:999': expected cpu, "),
         (["--model", "./nowhere"], "no such folder"),
     ],
 )

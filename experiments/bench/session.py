@@ -51,7 +51,7 @@ class Options:
     draft: int = 12
 
     def __post_init__(self) -> None:
-        Settings(device=self.device)  # refuses a GPU where there is none
+        Settings(device=self.device, compile=self.compile).check_device()
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"--dtype is {self.dtype!r}: expected float32 or bfloat16")
         cases.chosen([], self.whats)
