@@ -169,9 +169,7 @@ class Settings:
         No check of a field: a run's `config.toml` is read anywhere.
         """
         number, there = int(self.device.partition(":")[2] or 0), torch.cuda.device_count()
-        found = (
-            f"or one of the {there} CUDA devices here" if there else "as torch finds no CUDA device here"
-        )
+        found = f"or one of the {there} CUDA devices here" if there else "as torch finds no CUDA device here"
         _require(self.device == "cpu" or number < there, "device", self.device, f"cpu, {found}")
         if self.compile:
             compiled.check(self.device)
