@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from qwen_min.attention import View
 from qwen_min.flops import FlopMeter, charge_again, metering, unmetered
+from qwen_min.loss import _losses
 
 KINDS = 64
 """How many kinds of block are compiled at most: shapes, with and without a mask or gradients, LoRA ranks. Torch's own
@@ -20,6 +21,8 @@ class CompiledBlocks:
     and on which gradients are wanted alone; so it is asked once on the meta device, for each kind, and charged again
     with every call.
 
+    `losses` is the inner part of the loss, compiled likewise; what that charges stands outside of it.
+
     Args:
         device: where the blocks are.
         options: of `torch.compile`.
@@ -30,9 +33,9 @@ class CompiledBlocks:
 
     def __init__(self, device: torch.device, **options: Any):
         check(device, **options)
-        self.options = options
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, KINDS)
         self._forward = torch.compile(_forward, dynamic=False, fullgraph=True, **options)
+        self.losses = torch.compile(_losses, dynamic=False, **options)
         self._charged: dict[tuple, FlopMeter] = {}
 
     def __call__(self, block: nn.Module, x: Tensor, view: View) -> Tensor:

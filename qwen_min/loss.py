@@ -1,7 +1,7 @@
 """Cross-entropy over the full vocabulary that never holds all logits."""
 
 import math
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ def linear_cross_entropy(
     targets: Tensor,
     bias: Tensor | None = None,
     vocabulary: Tensor | None = None,
-    compiled: dict[str, Any] | None = None,
+    compiled: Callable[..., Tensor] | None = None,
 ) -> tuple[Tensor, int]:
     """The sum over tokens of -log softmax(h Wᵀ + bias)[target], exact, and how many tokens counted.
 
@@ -57,7 +57,7 @@ def linear_cross_entropy(
         bias: (V) added to the logits.
         vocabulary: (N) token ids, each once: the softmax runs over these alone, which is another, lower loss. None
             is all V.
-        compiled: run it as torch's compiler makes it, with these options of `torch.compile`.
+        compiled: `_losses` as torch's compiler makes it; None for itself.
 
     Returns:
         The sum in nats, a float64 scalar, and the count.
@@ -77,7 +77,7 @@ def token_cross_entropy(
     targets: Tensor,
     bias: Tensor | None = None,
     vocabulary: Tensor | None = None,
-    compiled: dict[str, Any] | None = None,
+    compiled: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """Each token's -log softmax(h Wᵀ + bias)[target] in nats, (B, T) float64, 0 where it does not count; no gradient.
 
@@ -103,8 +103,7 @@ def _cross_entropy(hidden, head, targets, bias, vocabulary, compiled) -> tuple[T
         if bias is not None:
             charge(LOGIT_BIAS, n, weight.shape[0], gb)
         charge(CROSS_ENTROPY, n, *weight.shape, gh, gw, gb)
-    losses = _losses if compiled is None else torch.compile(_losses, dynamic=False, **compiled)
-    total, each = _LinearCrossEntropy.apply(rows, weight, targets.flatten(), bias, (gh, gw, gb), losses)
+    total, each = _LinearCrossEntropy.apply(rows, weight, targets.flatten(), bias, (gh, gw, gb), compiled or _losses)
     return total, each.view(targets.shape), counted
 
 

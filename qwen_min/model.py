@@ -6,9 +6,8 @@ Dimension letters, here and in every module:
 Parameter names are Hugging Face's, so official weights load without a map.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -213,14 +212,14 @@ class Qwen(Metered):
         ids, limits the softmax to them, which is another loss.
         """
         hidden = self.model(ids, padding=padding)
-        return loss.linear_cross_entropy(hidden, self.lm_head, targets, self.logit_bias, vocabulary, self._compiled)
+        return loss.linear_cross_entropy(hidden, self.lm_head, targets, self.logit_bias, vocabulary, self._losses)
 
     def token_losses(
         self, ids: Tensor, targets: Tensor, padding: Tensor | None = None, vocabulary: Tensor | None = None
     ) -> Tensor:
         """What `loss` sums: the cross-entropy of each token in nats, (B, T) float64, without a gradient."""
         hidden = self.model(ids, padding=padding)
-        return loss.token_cross_entropy(hidden, self.lm_head, targets, self.logit_bias, vocabulary, self._compiled)
+        return loss.token_cross_entropy(hidden, self.lm_head, targets, self.logit_bias, vocabulary, self._losses)
 
     def generate(self, ids: "Tensor | Sequence[Sequence[int]]", max_new_tokens: int, **options) -> "Tensor | list":
         """Prompt and up to `max_new_tokens` new tokens; greedy unless told. See `generate.generate`."""
@@ -260,8 +259,8 @@ class Qwen(Metered):
         return max(1, most // (tokens * self.config.intermediate_size))
 
     @property
-    def _compiled(self) -> dict[str, Any] | None:
-        return None if self.model.compiled is None else self.model.compiled.options
+    def _losses(self) -> Callable[..., Tensor] | None:
+        return None if self.model.compiled is None else self.model.compiled.losses
 
     @property
     def device(self) -> torch.device:
