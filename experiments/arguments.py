@@ -120,7 +120,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--cache", type=int, default=0, help="tokens already in the KV cache (0)")
     p.add_argument("--train", action="store_true", help="the backward pass too")
     p.add_argument("--convention", default="coursework", help="coursework, exact or matmul (coursework)")
-    p.add_argument("--per-layer", action="store_true", help="list every module")
+    p.add_argument("--per-layer", action="store_true", help="and by module, each with the modules inside it")
     p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     p.add_argument("--plot", help="draw the components' shares into this PNG")
     p.add_argument("--offline", action="store_true", help="never open a connection")

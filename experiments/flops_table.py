@@ -21,7 +21,30 @@ def as_json(meter: FlopMeter, question: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def table(meter: FlopMeter, training: bool, per_layer: bool) -> str:
+def per_layer(meter: FlopMeter) -> dict[str, dict[str, int]]:
+    """Forward and backward FLOPs of every module and all modules inside it, in the model's order; "" is the model."""
+    rows: dict[str, dict[str, int]] = {}
+    for charge in meter.charges():
+        costs = charge.price.cost(charge.dims, meter.convention)
+        parts = charge.module.split(".") if charge.module else []
+        for depth in range(len(parts) + 1):
+            row = rows.setdefault(".".join(parts[:depth]), {"forward": 0, "backward": 0})
+            for phase, cost in zip(row, costs, strict=True):
+                row[phase] += charge.times * sum(cost.values())
+    return rows
+
+
+def layers_table(meter: FlopMeter, training: bool) -> str:
+    """`per_layer` as text, with shares of the forward, and with `training` what a training step costs."""
+    head = f"{'module, with the modules inside it':44} {'forward':>22} {'share':>7}"
+    lines = [head + (f" {'backward':>22} {'training':>22}" if training else "")]
+    for name, row in per_layer(meter).items():
+        line = f"{name or 'the model':44} {row['forward']:22,} {row['forward'] / meter.total:7.2%}"
+        lines.append(line + (f" {row['backward']:22,} {sum(row.values()):22,}" if training else ""))
+    return "\n".join(lines)
+
+
+def table(meter: FlopMeter, training: bool) -> str:
     """Forward FLOPs by component, a line for each formula with its numbers; by primitive; the totals."""
     # gradient flags tell layers apart in the backward alone; a line is what a forward of that shape costs
     rows: dict[tuple[str, str, str], list[int]] = defaultdict(lambda: [0, 0])
@@ -42,9 +65,6 @@ def table(meter: FlopMeter, training: bool, per_layer: bool) -> str:
         "by primitive: "
         + ", ".join(f"{name.replace('_', ' ')} {spent[name]:,}" for name in PRIMITIVES if name in spent),
     ]
-    if per_layer:
-        lines += ["", "by module:"]
-        lines += [f"  {name:44} {n:22,}" for name, n in meter.by_module().items()]
     lines += ["", f"forward   {total:26,}"]
     if training:
         lines += [

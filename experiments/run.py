@@ -439,19 +439,25 @@ def _flops_verb(args) -> None:
     batch, tokens, rank, cached = size.values()
     training = getattr(args, "train", False)
     meter = predict(config, batch, tokens, rank=rank, cached=cached, training=training, convention=args.convention)
+    question: dict[str, Any] = {"model": name} | size
     if hasattr(args, "plot"):
         from experiments import plots
 
         plots.flops_bars(meter.by_component(), args.plot, f"{name}: forward of {batch} x {tokens} tokens")
-    question = {"model": name} | size
+        question["plot"] = args.plot
     if getattr(args, "json", False):
-        _print_json(flops_table.as_json(meter, question))
+        layers = {"per_layer": flops_table.per_layer(meter)} if hasattr(args, "per_layer") else {}
+        _print_json(flops_table.as_json(meter, question) | layers)
         return
     print(
         f"{name}: {batch} x {tokens} tokens after {cached} cached, LoRA rank {rank} on q and v, "
         f"convention {args.convention}\n"
     )
-    print(flops_table.table(meter, training, getattr(args, "per_layer", False)))
+    print(flops_table.table(meter, training))
+    if hasattr(args, "per_layer"):
+        print("", flops_table.layers_table(meter, training), sep="\n")
+    if hasattr(args, "plot"):
+        print("", args.plot, sep="\n")
 
 
 def _status(args) -> None:

@@ -164,8 +164,26 @@ def test_the_flops_table_shows_formulas_whose_lines_add_up(capsys, tmp_path):
     printed = capsys.readouterr().out
     lines = printed[printed.index("component") :].split("\n\n")[0].splitlines()[1:]
     assert sum(int(line.split()[2].replace(",", "")) for line in lines) == 2_258_760_259_584
-    assert "N·O·(2·I-1) [N=2048, I=896, O=4864]" in printed and "model.layers.23.mlp.down_proj" in printed
+    assert "N·O·(2·I-1) [N=2048, I=896, O=4864]" in printed and printed.endswith("\n\nf.png\n")
+    layer = next(line for line in printed.splitlines() if line.startswith("model.layers.23.mlp.down_proj"))
+    assert layer.split()[1:] == ["17,849,122,816", "0.79%", "35,698,245,632", "53,547,368,448"]
     assert Path("f.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("convention", ["coursework", "exact"])
+def test_per_layer_a_module_has_its_own_flops_and_those_of_the_modules_inside_it(convention, capsys):
+    printed = {}
+    for flags in ((), ("--per-layer", "--plot", "f.png")):
+        assert run.main(["flops", "--rank", "8", "--train", "--convention", convention, "--json", *flags]) == 0
+        printed[flags] = json.loads(capsys.readouterr().out)
+    plain, both = printed.values()
+    layers = both.pop("per_layer")
+    assert both == plain | {"plot": "f.png"}
+    assert layers[""] == {"forward": plain["forward"], "backward": plain["backward"]}
+    for name, flops in layers.items():
+        inside = [child for child in layers if child and child.rpartition(".")[0] == name]
+        own = plain["by_module"].get(name, 0)
+        assert flops["forward"] == own + sum(layers[child]["forward"] for child in inside), name
 
 
 def test_generate_streams_a_greedy_continuation_to_stdout(capsys):
