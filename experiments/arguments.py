@@ -196,6 +196,7 @@ def _settings(p: argparse.ArgumentParser, *groups: str) -> None:
     add("--device", help="cpu or cuda (cpu)")
     add("--dtype", help="that the weights are kept in: stored (as in their file), float32 or bfloat16 (stored)")
     add("--compile", action="store_true", help="run blocks and loss as torch's compiler makes them, which suits a GPU")
+    add("--plain", action="store_true", help="run the plain maths alone, without qwen_min.fast: slow, to find a fault")
     add("--config", help="a TOML file of settings, such as a run's config.toml; flags win over it")
     if "data" in groups or not groups:
         add("--data", help="an HDF5 file with /trajectories (systems, points, variables); rebuilt by its law if absent")

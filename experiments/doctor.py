@@ -11,7 +11,8 @@ import torch
 from data import lotka_volterra
 from experiments import files
 from experiments.settings import Settings
-from qwen_min import QwenConfig, Tokenizer, kernels
+from qwen_min import QwenConfig, Tokenizer
+from qwen_min.fast import product
 from qwen_min.load import resolve, weight_files
 
 NEEDED = (
@@ -45,7 +46,7 @@ def lines(settings: Settings) -> Iterator[str]:
     )
     yield (
         "ok  the kernel for bfloat16 weights is compiled"
-        if kernels.available()
+        if product.available()
         else "--  no kernel for bfloat16 weights: generation is slower; a C++ compiler (c++) would make it"
     )
     yield from _model(settings)

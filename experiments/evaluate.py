@@ -19,8 +19,9 @@ from experiments.train import load_model
 from lora import load_adapter
 from lora.layer import lora_layers
 from qwen_min import FlopMeter, Qwen, Tokenizer
-from qwen_min.generate import continuation_losses, decode, prefill
+from qwen_min.generate import decode, prefill
 from qwen_min.load import resolve
+from qwen_min.loss import continuation_losses
 
 ROWS_AT_ONCE, ROWS_AT_ONCE_ON_A_GPU = 16, 256  # sequences that are decoded together; samples of one series count
 

@@ -14,8 +14,9 @@ import torch
 from experiments import files, parallel, protocols
 from experiments.settings import Settings
 from experiments.task import Task
-from qwen_min import kernels
+from qwen_min import fast
 from qwen_min.config import how_to_fetch
+from qwen_min.fast import product
 from qwen_min.load import resolve, weight_files
 
 PACKAGES = ("torch", "safetensors", "tokenizers", "numpy", "h5py", "scipy", "huggingface-hub")
@@ -81,14 +82,14 @@ def check_drift(settings: Settings, out: Path, allowed: bool) -> None:
         was = written.get("environment", {}) | {change["what"]: change["now"] for change in drift}
     except (AttributeError, TypeError, KeyError):
         raise ValueError(f"{path}: has no environment and drift: expected a manifest as a run writes it") from None
-    changed = [name for name in now if was.get(name) != now[name]]
+    changed = [name for name in {**was, **now} if was.get(name) != now.get(name)]
     if changed and not allowed:
-        said = ", ".join(f"{name} was {was.get(name, 'not recorded')!s:.70}, is {now[name]}" for name in changed)
+        said = ", ".join(f"{name} was {was.get(name, 'not recorded')!s:.70}, is {now.get(name)}" for name in changed)
         raise ValueError(
             f"{path}: {said}: expected the same, or --allow-drift, which goes on with bits that may differ"
         )
     if changed:
-        drift += [{"what": name, "was": was.get(name), "now": now[name], "begun": _time()} for name in changed]
+        drift += [{"what": name, "was": was.get(name), "now": now.get(name), "begun": _time()} for name in changed]
         files.write_json(path, written | {"drift": drift})
 
 
@@ -138,8 +139,8 @@ def environment(settings: Settings) -> dict[str, Any]:
         "processes": parallel.world(),
         "machine": platform.machine(),
         "processor": _processor(),
-        "bfloat16_kernel": on_cpu and kernels.available(),
-    }
+        "bfloat16_kernel": on_cpu and fast.enabled() and product.available(),
+    } | ({} if fast.enabled() else {"plain": True})
 
 
 def _processor() -> str:

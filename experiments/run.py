@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     trains = args.verb in parallel.VERBS and not ({"dry_run", "merge"} & vars(args).keys())
     try:
-        with _terminable(), parallel.joined(args.verb, trains) as args.group, args.group.together():
+        with _terminable(), _ways(args), parallel.joined(args.verb, trains) as args.group, args.group.together():
             _VERBS[args.verb](args)
         sys.stdout.flush()
         return 0
@@ -111,6 +111,21 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _ways(args) -> Iterator[None]:
+    """With --plain no fast way answers (see `qwen_min.fast`)."""
+    if not hasattr(args, "plain"):
+        yield
+        return
+    from qwen_min import fast
+
+    fast.off()
+    try:
+        yield
+    finally:
+        fast.on()
 
 
 def _study(args) -> None:

@@ -12,7 +12,7 @@ import torch
 from data.grammar import Grammar
 from experiments.budget import BUDGET
 from experiments.files import read_toml
-from qwen_min import compiled
+from qwen_min.fast import compiled
 
 POCKET = Path(__file__).parent.parent / "weights" / "pocket"
 

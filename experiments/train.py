@@ -22,6 +22,7 @@ from experiments.task import Task
 from lora import add_lora, save_adapter
 from lora.layer import add_logit_bias, lora_layers
 from qwen_min import FlopMeter, Qwen
+from qwen_min.fast.limits import sequences_at_once
 from qwen_min.tensors import from_bytes, to_bytes
 
 Progress = Callable[[dict[str, Any]], None]
@@ -87,7 +88,7 @@ class Batch(NamedTuple):
 
 def groups(model: Qwen, windows: Windows, chosen, count_padding: bool = False) -> Iterator[Batch]:
     """The chosen windows, a few sequences at a time; with `count_padding` targets have padding as a token."""
-    rows = model.sequences_at_once(windows.inputs.shape[1])
+    rows = sequences_at_once(model, windows.inputs.shape[1])
     vocabulary = None if windows.vocabulary is None else torch.from_numpy(windows.vocabulary).to(model.device)
     for start in range(0, len(chosen), rows):
         part = windows.at(chosen[start : start + rows])

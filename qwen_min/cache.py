@@ -1,7 +1,7 @@
 """The key/value cache: preallocated, passed in, written in place."""
 
 import copy
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ class KVCache:
         device: torch.device | str = "cpu",
     ):
         shape = (2, config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
-        self.store = torch.empty(shape, dtype=dtype, device=device)  # of all layers: `keep` moves them at once
+        self.store = torch.empty(shape, dtype=dtype, device=device)
         self.capacity, self.length = capacity, 0
 
     @property
@@ -41,15 +41,15 @@ class KVCache:
     def check(self, batch: int, tokens: int) -> None:
         """Raise ValueError, naming both numbers, where `tokens` more of `batch` sequences do not fit."""
         if batch != self.batch:
-            raise ValueError(f"the cache was made for {self.batch} sequences: got {batch}")
+            raise ValueError(f"{batch} sequences for a cache: expected the {self.batch} that it was made for")
         if self.length + tokens > self.capacity:
             raise ValueError(
-                f"the cache is full: {self.length} tokens and {tokens} more need "
-                f"{self.length + tokens} places: it has {self.capacity}"
+                f"the cache holds {self.length} tokens and is to take {tokens} more: expected at most "
+                f"{self.capacity}, its capacity"
             )
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store (B, K, T, D) keys and values behind what `layer` holds; returns views of all S, (B, K, S, D)."""
+        """Store (B, K, T, D) keys and values after what `layer` holds; returns views of all S, (B, K, S, D)."""
         end = self.length + keys.shape[2]
         all_keys, all_values = self.store[:, layer, :, :, :end].unbind()
         all_keys[:, :, self.length :] = keys
@@ -63,26 +63,26 @@ class KVCache:
     def rewind(self, length: int) -> None:
         """Forget all but the first `length` tokens."""
         if not 0 <= length <= self.length:
-            raise ValueError(f"the cache holds {self.length} tokens: cannot go back to {length}")
+            raise ValueError(f"a cache is to go back to {length} tokens: expected 0 to {self.length}, which it holds")
         self.length = length
 
-    def keep(self, length: int, places: Sequence[int]) -> None:
-        """Forget all but the first `length` tokens and those at `places` behind them, which close up in that order."""
-        if not all(length <= place < self.length for place in places):
-            raise ValueError(f"places to keep are {list(places)}: expected {length} to {self.length - 1}")
-        self.rewind(length)
-        self.length += len(places)
-        if list(places) != list(range(length, self.length)):
-            self.store[..., length : self.length, :] = self.store[..., list(places), :]
-
-    def rows(self, start: int, stop: int) -> "KVCache":
-        """The cache of some of the sequences: what is written there stands here, once `advance` counts it here too."""
-        some = copy.copy(self)
-        some.store = self.store[:, :, start:stop]
-        return some
-
     def repeat(self, times: int) -> "KVCache":
-        """A copy in which each sequence stands `times` times, one behind the other."""
+        """A copy in which each sequence stands `times` times, one after the other."""
         longer = copy.copy(self)
         longer.store = self.store.repeat_interleave(times, 2)
         return longer
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """Prompts that a model has read. Each use rewinds the cache to the end of the prompts; one use at a time."""
+
+    cache: KVCache
+    ids: Tensor  # (B, T)
+    padding: Tensor | None  # (B)
+    hidden: Tensor  # (B, 1, E), of the last token
+
+    def rewound(self) -> KVCache:
+        """The cache with the prompts alone in it."""
+        self.cache.rewind(self.ids.shape[1])
+        return self.cache

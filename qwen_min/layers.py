@@ -1,11 +1,13 @@
-"""The decoder's small layers: token embedding, linear, RMSNorm, SwiGLU."""
+"""The decoder's layers: token embedding, linear, RMSNorm, attention, SwiGLU."""
 
 import torch
 from torch import Tensor, nn
 
 from qwen_min import ops
+from qwen_min.cache import KVCache
 from qwen_min.config import QwenConfig
 from qwen_min.flops import Metered
+from qwen_min.view import View
 
 
 class Embedding(Metered):
@@ -54,6 +56,33 @@ class RMSNorm(Metered):
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.rms_norm(x, self.weight, self.eps)
+
+
+class Attention(Metered):
+    """Grouped-query attention, H query heads over K key/value heads: o(attend(rotate(q(x)), rotate(k(x)), v(x))).
+
+    Source: Ainslie et al. 2023; biases on q, k and v as Qwen2 has them.
+    """
+
+    def __init__(self, config: QwenConfig, layer: int):
+        super().__init__()
+        e, h, k, d = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.head_dim, self.layer = d, layer
+        self.q_proj = Linear(e, h * d, bias=True)
+        # Coursework charges grouped-query attention as plain multi-head attention: k and v with all H heads.
+        self.k_proj = Linear(e, k * d, bias=True, coursework_outputs=h * d)
+        self.v_proj = Linear(e, k * d, bias=True, coursework_outputs=h * d)
+        self.o_proj = Linear(h * d, e)
+
+    def forward(self, x: Tensor, view: View, cache: KVCache | None) -> Tensor:
+        x = ops.shared(x, readers=3)
+        q, k, v = (proj(x).unflatten(2, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = ops.rotate(q, view.cos, view.sin), ops.rotate(k, view.cos, view.sin)  # (B, T, heads, D)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, T, D)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)  # (B, K, S, D)
+        out = ops.attend(q, k, v, view.mask)  # (B, H, T, D)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
 class SwiGLU(Metered):

@@ -73,12 +73,12 @@ def _reason(problem: Exception, revision: str | None) -> str:
     return f"could not be fetched ({kind})"
 
 
-def from_pretrained(cls, name_or_folder, dtype, device, revision, offline, compute_dtype, attention):
+def from_pretrained(cls, name_or_folder, dtype, device, revision, offline, compute_dtype):
     """See `Qwen.from_pretrained`, whose arguments these are."""
     folder = resolve(name_or_folder, revision, offline)
     config = QwenConfig.from_file(folder / "config.json")
     with torch.device("meta"):  # shapes without memory; the mapped tensors then become the parameters
-        model = cls(config, attention)
+        model = cls(config)
     expected = {
         name: t
         for name, t in model.state_dict().items()

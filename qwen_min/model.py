@@ -6,28 +6,27 @@ Dimension letters, here and in every module:
 Parameter names are Hugging Face's, so official weights load without a map.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from qwen_min import generate, load, loss, ops
-from qwen_min.attention import Attention, View
 from qwen_min.cache import KVCache
-from qwen_min.compiled import CompiledBlocks
 from qwen_min.config import QwenConfig
 from qwen_min.flops import Metered
-from qwen_min.layers import Embedding, Linear, RMSNorm, SwiGLU
+from qwen_min.layers import Attention, Embedding, Linear, RMSNorm, SwiGLU
+from qwen_min.view import View, causal
 
 
 class Block(Metered):
     """One layer: x + attention(norm(x)), then x + swiglu(norm(x))."""
 
-    def __init__(self, config: QwenConfig, layer: int, attention: str):
+    def __init__(self, config: QwenConfig, layer: int):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer, attention)
+        self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config)
 
@@ -39,65 +38,30 @@ class Block(Metered):
 class Decoder(Metered):
     """Embedding, L blocks, final norm: token ids (B, T) to hidden states (B, T, E)."""
 
-    def __init__(self, config: QwenConfig, attention: str):
+    def __init__(self, config: QwenConfig):
         super().__init__()
         self.config = config
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, config.tie_word_embeddings)
-        self.layers = nn.ModuleList(Block(config, i, attention) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.compiled: CompiledBlocks | None = None  # what runs the blocks where there is no cache, if anything
 
-    def forward(
-        self,
-        ids: Tensor,
-        cache: KVCache | None = None,
-        padding: Tensor | None = None,
-        parents: Sequence[int] | None = None,
-    ) -> Tensor:
-        hidden = self.run(ids, self._view(ids, cache, padding, parents), cache)
+    def forward(self, ids: Tensor, cache: KVCache | None = None, padding: Tensor | None = None) -> Tensor:
+        batch, tokens = ids.shape
+        start = 0 if cache is None else cache.length
         if cache is not None:
-            cache.advance(ids.shape[1])
+            cache.check(batch, tokens)
+        self.check(start + tokens)
+        hidden = self.run(ids, causal(self.config, start, tokens, padding, ids.device), cache)
+        if cache is not None:
+            cache.advance(tokens)
         return hidden
 
     def run(self, ids: Tensor, view: View, cache: KVCache | None) -> Tensor:
         """Hidden states (B, T, E) of (B, T) ids that stand as `view` says."""
         x = self.embed_tokens(ids)  # (B, T, E)
         for block in self.layers:
-            x = block(x, view, cache) if cache is not None or self.compiled is None else self.compiled(block, x, view)
+            x = block(x, view, cache)
         return self.norm(x)
-
-    def _view(self, ids: Tensor, cache: KVCache | None, padding: Tensor | None, parents: Sequence[int] | None) -> View:
-        """Rotation and mask of T tokens that follow the cache, both from absolute positions.
-
-        So a full pass, a chunk and a single token are one code path. A padded sequence starts at position 0 behind
-        its padding, which nobody looks at; a padding token looks at itself, lest its softmax be empty.
-
-        `parents` makes a tree of the new tokens, as in SpecInfer (Miao et al. 2023): which of them, counted from 0,
-        each one follows; -1 for the cache. Alternatives stand at one position, and each sees its ancestors alone.
-        """
-        b, t = ids.shape
-        if cache is not None:
-            cache.check(b, t)
-        start = cache.length if cache is not None else 0
-        s = start + t
-        places = ops.count_up(s, ids.device)
-        positions, mask, longest = places[None, start:], None, s  # (1, T)
-        if parents is not None:
-            lineage = _lineage(parents, t).to(ids.device)
-            positions = start + lineage.sum(1)[None] - 1
-            longest = start + int(lineage.sum(1).max())
-        self.check(longest)
-        if padding is not None:
-            positions = (positions - padding[:, None]).clamp(min=0)  # (B, T)
-        cos, sin = ops.rotation_angles(positions, self.config.head_dim, self.config.rope_theta)
-        if padding is not None or parents is not None or t not in (1, s):
-            query, key = places[start:, None], places[None, :]
-            mask = key <= query  # (T, S)
-            if parents is not None:
-                mask[:, start:] = lineage
-            if padding is not None:
-                mask = (mask & (key >= padding[:, None, None]) | (key == query))[:, None]  # (B, 1, T, S)
-        return View(cos, sin, mask)
 
     def check(self, tokens: int) -> None:
         """Raise ValueError if a sequence of so many `tokens` has places that the model was not made for."""
@@ -108,38 +72,19 @@ class Decoder(Metered):
             )
 
 
-def _lineage(parents: Sequence[int], tokens: int) -> Tensor:
-    """Which tokens of a tree are an ancestor of each, or the token itself: (T, T) bool."""
-    lineage = torch.eye(tokens, dtype=torch.bool)
-    if len(parents) != tokens or not all(-1 <= parent < token for token, parent in enumerate(parents)):
-        raise ValueError(f"parents are {list(parents)}: expected an earlier one, or -1, for each of {tokens} tokens")
-    for token, parent in enumerate(parents):
-        if parent >= 0:
-            lineage[token] |= lineage[parent]
-    return lineage
-
-
-FEED_FORWARD_AT_ONCE = {"cpu": 2**22}
-FEED_FORWARD_ELSEWHERE = 2**26
-"""Elements of the widest activation, tokens times feed-forward width, in one forward, by kind of device. On a CPU the
-0.5B model then runs one sequence of 512 tokens at a time, which takes a third of the memory of four and is faster; the
-pocket model runs its batch whole."""
-
-
 class Qwen(Metered):
     """A Qwen2.5 causal language model: `model(ids)` gives logits.
 
     Args:
         config: its shape.
-        attention: "fused" (a kernel) or "explicit" (the maths); equal to rounding.
 
     The parameters are initialised as Hugging Face does (normal, .02); `from_pretrained` loads released ones.
     """
 
-    def __init__(self, config: QwenConfig, attention: str = "fused"):
+    def __init__(self, config: QwenConfig):
         super().__init__()
         self.config = config
-        self.model = Decoder(config, attention)
+        self.model = Decoder(config)
         self.logit_bias: nn.Parameter | None
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self.register_parameter("logit_bias", None)  # (V), the course's option: see `lora.add_logit_bias`
@@ -160,7 +105,6 @@ class Qwen(Metered):
         offline: bool = False,
         *,
         compute_dtype: torch.dtype | None = None,
-        attention: str = "fused",
     ) -> "Qwen":
         """A model with the weights of a folder in Hugging Face layout, or of a hub id (fetched once, then cached).
 
@@ -170,13 +114,13 @@ class Qwen(Metered):
             device: where to.
             revision: the hub's branch, tag or commit.
             offline: never open a connection; what is not cached is an error.
-            compute_dtype: the type of activations and products, `dtype` unless told. With `dtype=torch.bfloat16,
+            compute_dtype: the type of activations and products, `dtype` by default. With `dtype=torch.bfloat16,
                 compute_dtype=torch.float32` the weights take half the memory and are widened in each product.
 
         Raises:
             ValueError: a file is missing, damaged, or does not fit the configuration; the message names it.
         """
-        return load.from_pretrained(cls, name_or_folder, dtype, device, revision, offline, compute_dtype, attention)
+        return load.from_pretrained(cls, name_or_folder, dtype, device, revision, offline, compute_dtype)
 
     def forward(self, ids: Tensor, cache: KVCache | None = None, padding: Tensor | None = None) -> Tensor:
         """Logits for the token after each of `ids`.
@@ -208,33 +152,21 @@ class Qwen(Metered):
         """Summed cross-entropy in nats of `targets` (B, T) after `ids` (B, T), and how many targets counted.
 
         Targets of -100 (padding) do not count. The sum is float64; divide by the count for the mean per real token.
-        Not all logits exist at once: see `loss.linear_cross_entropy`. `padding` as in `forward`; `vocabulary`, token
-        ids, limits the softmax to them, which is another loss.
+        `padding` as in `forward`; `vocabulary`, token ids, limits the softmax to them, which is another loss.
         """
         hidden = self.model(ids, padding=padding)
-        return loss.linear_cross_entropy(hidden, self.lm_head, targets, self.logit_bias, vocabulary, self._losses)
+        return loss.linear_cross_entropy(hidden, self.lm_head, targets, self.logit_bias, vocabulary)
 
     def token_losses(
         self, ids: Tensor, targets: Tensor, padding: Tensor | None = None, vocabulary: Tensor | None = None
     ) -> Tensor:
         """What `loss` sums: the cross-entropy of each token in nats, (B, T) float64, without a gradient."""
         hidden = self.model(ids, padding=padding)
-        return loss.token_cross_entropy(hidden, self.lm_head, targets, self.logit_bias, vocabulary, self._losses)
+        return loss.token_cross_entropy(hidden, self.lm_head, targets, self.logit_bias, vocabulary)
 
     def generate(self, ids: "Tensor | Sequence[Sequence[int]]", max_new_tokens: int, **options) -> "Tensor | list":
-        """Prompt and up to `max_new_tokens` new tokens; greedy unless told. See `generate.generate`."""
+        """Prompt and up to `max_new_tokens` new tokens, greedy by default. See `generate.generate`."""
         return generate.generate(self, ids, max_new_tokens, **options)
-
-    def compile(self, **options) -> None:
-        """Run the blocks and the loss as torch's compiler makes them, wherever there is no cache; meant for a GPU.
-
-        Each shape is compiled at its first use. What is computed and charged stays the same, to rounding. In place of
-        `nn.Module.compile`, which would compile away the charges; `options` are those of `torch.compile`.
-
-        Raises:
-            ValueError: torch's compiler does not work here.
-        """
-        self.model.compiled = CompiledBlocks(self.device, **options)
 
     def tie_weights(self) -> None:
         """Make the head the embedding table, where the configuration ties them."""
@@ -250,17 +182,6 @@ class Qwen(Metered):
                 nn.init.ones_(parameter)
             else:
                 nn.init.normal_(parameter, std=0.02)
-
-    def sequences_at_once(self, tokens: int) -> int:
-        """How many sequences of `tokens` new tokens a batch is best cut into groups of; at least 1.
-
-        A forward of more takes more memory, and on a CPU more time: its activations leave the cache."""
-        most = FEED_FORWARD_AT_ONCE.get(self.device.type, FEED_FORWARD_ELSEWHERE)
-        return max(1, most // (tokens * self.config.intermediate_size))
-
-    @property
-    def _losses(self) -> Callable[..., Tensor] | None:
-        return None if self.model.compiled is None else self.model.compiled.losses
 
     @property
     def device(self) -> torch.device:

@@ -7,14 +7,14 @@ whose two norms are swapped and whose biases are all dropped still agrees with t
 import json
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from qwen_min import Qwen, QwenConfig
+from qwen_min import Qwen, QwenConfig, fast
 
 TINY: dict[str, Any] = {
     "vocab_size": 97,
@@ -39,6 +39,21 @@ def one_thread() -> None:
 @pytest.fixture(autouse=True)
 def same_draws_in_every_test() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def fast_again() -> Iterator[None]:
+    """For tests that turn the fast ways off."""
+    yield
+    fast.on()
+
+
+@pytest.fixture(params=["fast", "plain"])
+def way(request: pytest.FixtureRequest, fast_again: None) -> str:
+    """Both readings of the model: with the wing for speed, and the plain maths alone."""
+    if request.param == "plain":
+        fast.off()
+    return request.param
 
 
 @pytest.fixture(scope="session")
@@ -96,8 +111,8 @@ def randomise() -> Callable[[torch.nn.Module, int], None]:
 def random_model(make_config) -> Callable[..., Qwen]:
     """A tiny model of ours with random weights; fields of its configuration can be changed."""
 
-    def build(seed: int = 0, attention: str = "fused", **fields: Any) -> Qwen:
-        model = Qwen(make_config(**fields), attention).eval()
+    def build(seed: int = 0, **fields: Any) -> Qwen:
+        model = Qwen(make_config(**fields)).eval()
         _randomise(model, seed)
         return model
 

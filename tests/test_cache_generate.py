@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from lora import add_logit_bias
-from qwen_min import FlopMeter, ops
+from qwen_min import FlopMeter, fast, ops
 from qwen_min.cache import KVCache
-from qwen_min.generate import Sampling, decode, left_padded, prefill, sample, stream
-from qwen_min.model import FEED_FORWARD_AT_ONCE
+from qwen_min.fast.limits import FEED_FORWARD_AT_ONCE, sequences_at_once
+from qwen_min.fast.tree import forward, keep
+from qwen_min.generate import decode, left_padded, prefill, stream
+from qwen_min.sampling import Sampling, sample
 
 TOLERANCE = 1e-5
 """Logits are near 1; other products' shapes sum in another order: 3e-6 was the most seen."""
@@ -36,20 +38,18 @@ def in_chunks(model, ids: Tensor, sizes: list[int], padding: Tensor | None = Non
     return torch.cat([model(part, cache, padding) for part in ids.split(sizes, dim=1)], dim=1)
 
 
-@pytest.mark.parametrize("attention", ["fused", "explicit"])
 @pytest.mark.parametrize("sizes", [[17], [1] * 17, [7, 1, 9], [1, 15, 1], [2, 3, 12], [16, 1]], ids=str)
 @torch.inference_mode()
-def test_a_chunked_pass_equals_the_full_one(sizes, attention, random_model):
-    model = random_model(attention=attention)
+def test_a_chunked_pass_equals_the_full_one(sizes, way, random_model):
+    model = random_model()
     ids = torch.tensor(prompts([17, 17]))
     close(in_chunks(model, ids, sizes), model(ids))
 
 
-@pytest.mark.parametrize("attention", ["fused", "explicit"])
 @torch.inference_mode()
-def test_the_mask_of_a_chunk_is_aligned_to_the_bottom_right(attention, random_model):
+def test_the_mask_of_a_chunk_is_aligned_to_the_bottom_right(way, random_model):
     """The kernel's own `is_causal` aligns the triangle to the top left: a token of a chunk would see too little."""
-    model = random_model(attention=attention)
+    model = random_model()
     ids = torch.tensor(prompts([12]))
     changed = ids.clone()
     changed[0, 8] = (changed[0, 8] + 1) % 97
@@ -58,11 +58,10 @@ def test_the_mask_of_a_chunk_is_aligned_to_the_bottom_right(attention, random_mo
     assert ((before - after)[0, 8:].abs().amax(-1) > 1e-3).all()  # each later token sees it
 
 
-@pytest.mark.parametrize("attention", ["fused", "explicit"])
 @pytest.mark.parametrize("sizes", [[17], [1] * 17, [7, 1, 9], [15, 2]], ids=str)
 @torch.inference_mode()
-def test_a_left_padded_batch_equals_each_row_alone(sizes, attention, random_model):
-    model = random_model(attention=attention)
+def test_a_left_padded_batch_equals_each_row_alone(sizes, way, random_model):
+    model = random_model()
     rows = prompts(LENGTHS)
     ids, padding = left_padded(rows)
     logits = in_chunks(model, ids, sizes, padding)
@@ -96,23 +95,27 @@ def test_a_padded_row_starts_at_position_0_behind_its_padding(random_model, monk
 
 
 @torch.inference_mode()
-def test_fused_and_explicit_attention_are_equal_with_every_mask(random_model):
-    fused, explicit = random_model(attention="fused"), random_model(attention="explicit")
-    ids, padding = left_padded(prompts(LENGTHS))
-    close(fused(ids), explicit(ids))
-    close(fused(ids, padding=padding), explicit(ids, padding=padding))
-    close(in_chunks(fused, ids, [4, 13], padding), in_chunks(explicit, ids, [4, 13], padding))
+def test_fast_and_plain_are_equal_with_every_mask(random_model, fast_again):
+    model, (ids, padding) = random_model(), left_padded(prompts(LENGTHS))
+
+    def logits() -> list[Tensor]:
+        return [model(ids), model(ids, padding=padding), in_chunks(model, ids, [4, 13], padding)]
+
+    fused = logits()
+    fast.off()
+    for one, other in zip(fused, logits(), strict=True):
+        close(one, other)
 
 
 def test_a_full_cache_names_what_is_needed_and_what_it_has(make_config, random_model):
     model, cache = random_model(), KVCache(make_config(), batch=1, capacity=6)
     with torch.inference_mode():
         model(torch.tensor([[1, 2, 3, 4]]), cache)
-        with pytest.raises(ValueError, match="4 tokens and 3 more need 7 places: it has 6"):
+        with pytest.raises(ValueError, match="holds 4 tokens and is to take 3 more: expected at most 6"):
             model(torch.tensor([[1, 2, 3]]), cache)
         assert cache.length == 4
         model(torch.tensor([[1, 2]]), cache)  # what was refused has changed nothing: two more still fit
-        with pytest.raises(ValueError, match="made for 1 sequences: got 2"):
+        with pytest.raises(ValueError, match="2 sequences for a cache: expected the 1 that"):
             model(torch.tensor([[1], [2]]), cache)
 
 
@@ -133,7 +136,7 @@ def test_a_cache_goes_back_and_what_follows_takes_the_place_of_what_was_there(ra
     cache.rewind(4)
     close(model(ids[:, 4:], cache), model(ids)[:, 4:])
     for length in (-1, 10):
-        with pytest.raises(ValueError, match=f"holds 9 tokens: cannot go back to {length}"):
+        with pytest.raises(ValueError, match=f"go back to {length} tokens: expected 0 to 9"):
             cache.rewind(length)
 
 
@@ -154,17 +157,17 @@ def test_a_cache_keeps_the_tokens_of_one_branch_and_they_close_up(random_model):
     model, (tokens,) = random_model(), prompts([10])
     cache = KVCache(model.config, batch=1, capacity=12)
     model(torch.tensor([tokens[:4]]), cache)
-    # Behind place 4 the places 5, 6 and 7 are alternatives; 8 follows 5, and 9 follows 8.
-    model.model(torch.tensor([tokens[4:]]), cache, parents=[-1, 0, 0, 0, 1, 4])
-    cache.keep(4, [4, 5, 8])
+    # After place 4 the places 5, 6 and 7 are alternatives; 8 follows 5, and 9 follows 8.
+    forward(model.model, torch.tensor([tokens[4:]]), cache, [-1, 0, 0, 0, 1, 4])
+    keep(cache, 4, [4, 5, 8])
     assert (cache.length, cache.capacity) == (7, 12)
     kept = [*tokens[:4], tokens[4], tokens[5], tokens[8]]
     close(model(torch.tensor([[1, 2]]), cache), model(torch.tensor([[*kept, 1, 2]]))[:, -2:])
-    cache.keep(5, [])
+    keep(cache, 5, [])
     assert cache.length == 5
-    for length, places, problem in ((2, [1], "expected 2 to 4"), (2, [5], "expected 2 to 4"), (6, [], "cannot go")):
-        with pytest.raises(ValueError, match=problem):
-            cache.keep(length, places)
+    for length, places, problem in ((2, [1], "2 to 4"), (2, [5], "2 to 4"), (6, [], "0 to 5")):
+        with pytest.raises(ValueError, match=f"expected {problem}"):
+            keep(cache, length, places)
 
 
 def test_a_context_beyond_the_positions_of_the_model_is_refused(random_model):
@@ -176,21 +179,19 @@ def test_a_context_beyond_the_positions_of_the_model_is_refused(random_model):
     assert len(model.generate([[1, 2, 3]], max_new_tokens=6)[0]) == 9  # the last token is not read, so it fits
 
 
-@pytest.mark.parametrize("attention", ["fused", "explicit"])
-def test_a_padded_batch_generates_what_each_prompt_does_alone(attention, random_model):
-    model = random_model(attention=attention)
+def test_a_padded_batch_generates_what_each_prompt_does_alone(way, random_model):
+    model = random_model()
     rows = prompts(LENGTHS)
     together = model.generate(rows, max_new_tokens=15)
     assert together == [model.generate([row], max_new_tokens=15)[0] for row in rows]
 
 
-@pytest.mark.parametrize("attention", ["fused", "explicit"])
 @torch.inference_mode()
 def test_50_prompts_have_the_same_logits_and_tokens_without_a_cache_with_one_and_in_padded_batches_of_8(
-    attention, random_model
+    way, random_model
 ):
     """Each prompt and 8 greedy tokens, by full passes; the same tokens must come of a cache alone and beside others."""
-    model, draw = random_model(attention=attention), random.Random(0)
+    model, draw = random_model(), random.Random(0)
     rows = prompts([draw.randint(1, 40) for _ in range(50)])
     expected: list[Tensor] = []  # (8, V) logits of each prompt
     tokens: list[list[int]] = []
@@ -248,7 +249,7 @@ def test_prompts_read_a_few_rows_at_a_time_leave_the_cache_and_the_charge_of_all
     for at_once, into in ((8, expected), (rows, read)):
         wide = at_once * ids.shape[1] * random.config.intermediate_size
         monkeypatch.setitem(FEED_FORWARD_AT_ONCE, "cpu", wide)
-        assert random.sequences_at_once(ids.shape[1]) == at_once
+        assert sequences_at_once(random, ids.shape[1]) == at_once
         with FlopMeter("exact") as meter:
             made = prefill(random, ids, 4, padding)
         into += [made.hidden, made.cache.store[..., : ids.shape[1], :], torch.tensor([made.cache.length, meter.total])]
@@ -396,18 +397,17 @@ def line(parents: list[int], node: int) -> list[int]:
     return [] if node < 0 else [*line(parents, parents[node]), node]
 
 
-@pytest.mark.parametrize("attention", ["fused", "explicit"])
 @pytest.mark.parametrize("cached", [0, 6])
 @pytest.mark.parametrize("padded", [False, True])
 @torch.inference_mode()
-def test_each_node_of_a_tree_has_the_logits_of_its_branch_alone(padded, cached, attention, random_model):
-    model, (before, tokens) = random_model(attention=attention), prompts([cached, len(TREE)])
+def test_each_node_of_a_tree_has_the_logits_of_its_branch_alone(padded, cached, way, random_model):
+    model, (before, tokens) = random_model(), prompts([cached, len(TREE)])
     padding = torch.tensor([2]) if padded else None
     cache = KVCache(model.config, batch=1, capacity=20)
     start = [0, 0, *before] if padded else before
     if start:
         model(torch.tensor([start]), cache, padding)
-    got = model.head(model.model(torch.tensor([tokens]), cache, padding, TREE))
+    got = model.head(forward(model.model, torch.tensor([tokens]), cache, TREE, padding))
     for node in range(len(TREE)):
         branch = [tokens[n] for n in line(TREE, node)]
         close(got[:, node], model(torch.tensor([before + branch]))[:, -1])
@@ -418,22 +418,23 @@ def test_a_tree_that_is_a_chain_is_a_chunk(random_model):
     model, ids = random_model(), torch.tensor(prompts([9, 9]))
     cache = KVCache(model.config, batch=2, capacity=9)
     model(ids[:, :4], cache)
-    got = model.head(model.model(ids[:, 4:], cache, parents=range(-1, 4)))
+    got = model.head(forward(model.model, ids[:, 4:], cache, range(-1, 4)))
     close(got, model(ids)[:, 4:])
 
 
 @pytest.mark.parametrize("parents", [[-1], [-1, 0, 2], [-1, 1, 0], [-1, -2, 0]], ids=str)
-def test_a_tree_without_an_earlier_parent_for_each_token_is_refused(parents, random_model):
+def test_a_tree_without_an_earlier_parent_for_each_token_is_refused(parents, random_model, make_config):
     with pytest.raises(ValueError, match="expected an earlier one, or -1, for each of 3 tokens"):
-        random_model().model(torch.tensor([[1, 2, 3]]), parents=parents)
+        forward(random_model().model, torch.tensor([[1, 2, 3]]), KVCache(make_config(), 1, 3), parents)
 
 
+@torch.inference_mode()
 def test_a_tree_takes_as_many_positions_as_it_is_deep(random_model):
     model = random_model(max_position_embeddings=4)
-    ids = torch.zeros(1, 7, dtype=torch.int64)
-    model.model(ids, parents=[-1, 0, 0, 1, 1, 3, 3])
+    ids, cache = torch.zeros(1, 7, dtype=torch.int64), KVCache(model.config, batch=1, capacity=7)
     with pytest.raises(ValueError, match="5 tokens are too long: .*max_position_embeddings, which is 4"):
-        model.model(ids, parents=[-1, 0, 0, 1, 1, 3, 5])
+        forward(model.model, ids, cache, [-1, 0, 0, 1, 1, 3, 5])
+    forward(model.model, ids, cache, [-1, 0, 0, 1, 1, 3, 3])
 
 
 class Scripted:
@@ -483,8 +484,7 @@ TREES: dict[str, Callable[[list[int]], list[tuple[int, int]]]] = {
 def test_a_draft_changes_no_token_whatever_it_guesses(tree, room, options, random_model):
     random.seed(tree)
     for seed in range(4):
-        attention = ("fused", "explicit")[seed % 2]
-        model = random_model(seed, attention, max_position_embeddings=31)  # as many as are read, the last is not
+        model = random_model(seed, max_position_embeddings=31)  # as many as are read, the last is not
         ids = torch.tensor(prompts([7]))
         read = prefill(model, ids, 24 + room)
         plain = [int(new) for new in decode(model, read, 25, **options)]
@@ -498,7 +498,7 @@ def test_right_guesses_save_forwards_and_all_nodes_are_charged(random_model):
     model, ids, seen = random_model(), torch.tensor([[4, 5, 6]]), []
     read = prefill(model, ids, 12)
     plain = [int(new) for new in decode(model, read, 13)]
-    model.model.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].shape[1]))
+    model.model.embed_tokens.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].shape[1]))
     with FlopMeter() as meter:
         steps = decode(model, read, 13, draft=Scripted(plain, lambda future: chain(future[:3])))
         assert [int(new) for new in steps] == plain

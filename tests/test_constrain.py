@@ -14,7 +14,8 @@ from experiments.constrain import Constrained, Drafted
 from experiments.settings import POCKET
 from lora import add_logit_bias
 from qwen_min import FlopMeter, Qwen, Tokenizer
-from qwen_min.generate import continuation_losses, decode, left_padded, prefill
+from qwen_min.generate import decode, left_padded, prefill
+from qwen_min.loss import continuation_losses
 
 CODECS = [Codec(2), Codec(0), Codec(1, 2), Codec(3, shortest=True)]
 IDS = [3, 90, 17, 50, 51, 52, 8, 7, 96, 0, 33, 44, 21]
@@ -248,7 +249,9 @@ def test_a_whole_forecast_of_the_pocket_model_is_the_same_with_every_width_of_dr
 def test_a_draft_saves_four_of_five_forwards_on_a_series(pocket, tokenizer, prompt):
     text, ids = prompt
     read, seen = prefill(pocket, ids, 230), []
-    handle = pocket.model.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].shape[1]))
+    handle = pocket.model.embed_tokens.register_forward_pre_hook(
+        lambda module, arguments: seen.append(arguments[0].shape[1])
+    )
     constraint = Constrained.for_tokenizer(tokenizer, Codec(2), 2, 1, rows=1, steps=20, vocabulary=259, measure=False)
     draft = Drafted.for_tokenizer(tokenizer, Grammar(Codec(2), 2), text, 12)
     list(decode(pocket, read, 200, constraint=constraint, draft=draft))

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from experiments.predict import predict
 from lora import LoRALinear, add_logit_bias, add_lora
-from qwen_min import FlopMeter, Qwen, QwenConfig
+from qwen_min import FlopMeter, Qwen, QwenConfig, fast, ops
 from qwen_min.cache import KVCache
 from qwen_min.flops import CONVENTIONS, PRIMITIVES, Metered, component, unmetered
 
@@ -141,12 +141,11 @@ def test_modules_components_and_primitives_each_sum_to_the_total(convention, ran
 
 
 @pytest.mark.parametrize("convention", CONVENTIONS)
-@pytest.mark.parametrize("attention", ["fused", "explicit"])
-def test_a_meta_forward_is_charged_what_a_real_one_is(attention, convention, make_config):
+def test_a_meta_forward_is_charged_what_a_real_one_is(way, convention, make_config):
     counts = []
     for device in ("cpu", "meta"):
         with torch.device(device):
-            model = add_logit_bias(add_lora(Qwen(make_config(), attention), 3))
+            model = add_logit_bias(add_lora(Qwen(make_config()), 3))
             ids = torch.zeros(2, 9, dtype=torch.int64)
         with FlopMeter(convention) as meter:
             model(ids)
@@ -156,10 +155,17 @@ def test_a_meta_forward_is_charged_what_a_real_one_is(attention, convention, mak
 
 
 @pytest.mark.parametrize("convention", CONVENTIONS)
-def test_both_attentions_are_charged_the_same(convention, random_model):
-    ids = torch.zeros(2, 9, dtype=torch.int64)
-    fused, explicit = (metered(random_model(attention=kind), ids, convention) for kind in ("fused", "explicit"))
-    assert list(fused.charges()) == list(explicit.charges())
+def test_fast_and_plain_are_charged_the_same(convention, random_model, fast_again):
+    model, ids = trainable("lora all", random_model()), torch.zeros(2, 9, dtype=torch.int64)
+    charges = []
+    for switch in (fast.on, fast.off):
+        switch()
+        with FlopMeter(convention) as meter:
+            model(ids)
+            model.loss(ids, ids, torch.tensor([0, 3]))
+            model.generate(ids, 4)
+        charges.append(list(meter.charges()))
+    assert charges[0] == charges[1]
 
 
 def trainable(kind: str, model: Qwen) -> Qwen:
@@ -179,15 +185,20 @@ def trainable(kind: str, model: Qwen) -> Qwen:
     return model
 
 
+@pytest.fixture
+def explicit(monkeypatch) -> None:
+    """Attention written out: on the CPU torch's counter reads 0 for its fused kernel."""
+    monkeypatch.delitem(ops.FAST, "attend")
+
+
 TRAINED = ["everything", "lora q v", "lora k", "lora up", "lora down of the last layer", "lora all"]
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])
 @pytest.mark.parametrize("through", ["logits", "loss"])
 @pytest.mark.parametrize("kind", TRAINED)
-def test_matrix_products_equal_torchs_own_counter_forward_and_backward(kind, through, kv_heads, random_model):
-    """On the explicit path: on the CPU that counter reads 0 for the fused kernel."""
-    model = trainable(kind, random_model(attention="explicit", num_key_value_heads=kv_heads))
+def test_matrix_products_equal_torchs_own_counter_forward_and_backward(kind, through, kv_heads, explicit, random_model):
+    model = trainable(kind, random_model(num_key_value_heads=kv_heads))
     ids = torch.randint(97, (3, 11))
     with FlopMeter("matmul") as meter, FlopCounterMode(display=False) as ahead:
         out = model(ids).sum() if through == "logits" else model.loss(ids, ids)[0]
@@ -200,8 +211,8 @@ def test_matrix_products_equal_torchs_own_counter_forward_and_backward(kind, thr
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_matrix_products_without_gradients_equal_torchs_own_counter(frozen, random_model):
-    model = add_lora(random_model(attention="explicit"), 3) if frozen else random_model(attention="explicit")
+def test_matrix_products_without_gradients_equal_torchs_own_counter(frozen, explicit, random_model):
+    model = add_lora(random_model(), 3) if frozen else random_model()
     ids = torch.randint(97, (3, 11))
     with torch.no_grad(), FlopMeter("matmul") as meter, FlopCounterMode(display=False) as torchs:
         model(ids)
@@ -225,11 +236,11 @@ class Dispatched(TorchDispatchMode):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])
 @pytest.mark.parametrize("kind", TRAINED)
-def test_an_exact_backward_is_what_autograd_runs_op_by_op(kind, kv_heads, tied, random_model):
+def test_an_exact_backward_is_what_autograd_runs_op_by_op(kind, kv_heads, tied, explicit, random_model):
     """Once the sum over the query heads of a key head was missing, and RMSNorm's gradient was not autograd's; and the
     sum of a tied table's two gradients."""
     fields = {"num_key_value_heads": kv_heads, "tie_word_embeddings": tied}
-    model = trainable(kind, random_model(attention="explicit", **fields))
+    model = trainable(kind, random_model(**fields))
     with FlopMeter("exact") as meter:
         logits = model(torch.randint(97, (3, 11)))
     gradient = torch.randn_like(logits)

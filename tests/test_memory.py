@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qwen_min.memory import LARGE, empty
+from qwen_min.fast.memory import LARGE, empty
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)

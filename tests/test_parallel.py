@@ -23,7 +23,7 @@ from experiments.budget import BudgetExceeded, Ledger
 from experiments.owner import claimed
 from experiments.shards import Shard
 from qwen_min import Qwen
-from qwen_min.model import FEED_FORWARD_AT_ONCE
+from qwen_min.fast.limits import FEED_FORWARD_AT_ONCE
 
 ROOT = Path(__file__).parents[1]
 LOOPBACK = "lo" if sys.platform == "linux" else "lo0"

@@ -7,7 +7,8 @@ from experiments import predict
 from lora import add_logit_bias, add_lora
 from qwen_min import FlopMeter
 from qwen_min.cache import KVCache
-from qwen_min.generate import continuation_losses, decode, left_padded, prefill
+from qwen_min.generate import decode, left_padded, prefill
+from qwen_min.loss import continuation_losses
 
 
 @pytest.mark.parametrize("convention", ["coursework", "exact", "matmul"])

@@ -24,7 +24,7 @@ from experiments.folder import FREE, check_drift, environment
 from experiments.parallel import ALONE
 from experiments.settings import Settings
 from experiments.study import run_stages
-from qwen_min.model import FEED_FORWARD_AT_ONCE
+from qwen_min.fast.limits import FEED_FORWARD_AT_ONCE
 
 STEPS = 12
 CELL = Path("cells/lr0.01-r2")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from experiments import arguments, run
-from qwen_min import kernels
+from qwen_min.fast import product
 
 ROOT = Path(__file__).parents[1]
 POCKET = ROOT / "weights" / "pocket"
@@ -218,7 +218,7 @@ def test_doctor_finds_the_pocket_model_and_says_what_to_do_about_the_rest(capsys
     assert run.main(["doctor", "--offline"]) == 0
     printed = capsys.readouterr().out
     assert "ok  model.safetensors sha256" in printed and "--  no ledger.sqlite yet" in printed
-    assert ("ok  the kernel for bfloat16" in printed) == kernels.available()
+    assert ("ok  the kernel for bfloat16" in printed) == product.available()
     assert run.main(["doctor", "--offline", "--model", "./nowhere"]) == 0
     assert "--  model ./nowhere: no such folder" in capsys.readouterr().out
 

@@ -11,8 +11,11 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from qwen_min import Qwen, loss
-from qwen_min.generate import Sampling, continuation_losses, decode, left_padded, penalise, prefill, probabilities
+from qwen_min import Qwen
+from qwen_min.fast import loss
+from qwen_min.generate import decode, left_padded, prefill
+from qwen_min.loss import continuation_losses
+from qwen_min.sampling import Sampling, penalise, probabilities
 
 ROWS = [[4, 8, 15], [16, 23, 42, 4, 8, 15, 16], [23]]
 OPTIONS: list[dict] = [
@@ -173,10 +176,10 @@ def test_a_prefill_without_room_is_refused_before_a_token_is_made(random_model):
     read = prefill(model, torch.tensor([[1, 2, 3]]), 4)
     assert len(list(decode(model, read, 5))) == 5  # the last token is not read
     for samples in (1, 2):
-        with pytest.raises(ValueError, match="3 tokens and 5 more need 8 places: it has 7"):
+        with pytest.raises(ValueError, match="holds 3 tokens and is to take 5 more: expected at most 7"):
             next(decode(model, read, 6, samples=samples))
     assert continuation_losses(model, read, torch.ones(1, 5, dtype=torch.int64)).shape == (1, 5)
-    with pytest.raises(ValueError, match="3 tokens and 5 more need 8 places: it has 7"):
+    with pytest.raises(ValueError, match="holds 3 tokens and is to take 5 more: expected at most 7"):
         continuation_losses(model, read, torch.ones(1, 6, dtype=torch.int64))
 
 
@@ -221,7 +224,7 @@ def test_continuations_of_other_lengths_end_in_ignored_targets_which_cost_nothin
         ([1, 2], r"targets are \[2\]: expected 2 rows"),
         ([[], []], r"targets are \[2, 0\]: expected 2 rows of at least one"),
         ([[1, 97], [2, 3]], "a target is outside of the vocabulary: expected 0 to 96"),
-        ([[1, 2], [-100, 3]], "a target comes behind -100"),
+        ([[1, 2], [-100, 3]], "a target comes after -100"),
     ],
 )
 def test_bad_targets_are_refused_with_what_was_expected(targets, message, random_model):

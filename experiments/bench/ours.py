@@ -25,7 +25,7 @@ class Side:
         if job["compile"]:
             self.model.compile()
         self.forwards = 0
-        self.model.model.register_forward_hook(self._count)
+        self.model.model.embed_tokens.register_forward_hook(self._count)
 
     def _count(self, *_: Any) -> None:
         self.forwards += 1

@@ -20,7 +20,8 @@ from experiments.bench.cases import Case
 from experiments.bench.texts import Texts
 from experiments.errors import RunFailed
 from experiments.settings import Settings
-from qwen_min import Qwen, QwenConfig, kernels
+from qwen_min import Qwen, QwenConfig
+from qwen_min.fast import product
 from qwen_min.load import weight_files
 
 PEERS = ("transformers", "none")
@@ -115,7 +116,7 @@ class Session:
         self.texts, self.config = Texts(options.model), QwenConfig.from_file(options.model / "config.json")
         Qwen.from_pretrained(options.model, dtype=None)  # maps the files: a bad one is refused here, as by any verb
         serves = (options.dtype, options.compute, options.device) == ("bfloat16", "float32", "cpu")
-        self.kernels = "C++" if serves and kernels.available() else "torch"  # compiled here, not under a clock
+        self.kernels = "C++" if serves and product.available() else "torch"  # compiled here, not under a clock
         if options.compile:
             self.kernels = "torch's compiler"
         self.common = {

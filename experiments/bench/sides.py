@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from qwen_min.ops import product
+from qwen_min.fast.product import product
 
 STEPS = 2  # that are timed, behind one that warms up and is compared
 

@@ -1,45 +1,60 @@
 """The decoder's blocks as torch's compiler makes them, charged what they would charge themselves."""
 
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from qwen_min.attention import View
+from qwen_min.cache import KVCache
+from qwen_min.fast.loss import token_losses
 from qwen_min.flops import FlopMeter, charge_again, metering, unmetered
-from qwen_min.loss import _losses
+from qwen_min.model import Block, Qwen
+from qwen_min.view import View
 
 KINDS = 64
 """How many kinds of block are compiled at most: shapes, with and without a mask or gradients, LoRA ranks. Torch's own
-limit is 8, behind which it raises an error."""
+limit is 8, after which it raises an error."""
+
+
+def compile_model(model: Qwen, **options: Any) -> None:
+    """Run the blocks and the loss of a model as torch's compiler makes them, where there is no cache; meant for a GPU.
+
+    Each shape is compiled at its first use. What is computed and charged stays the same, to rounding. This takes the
+    place of `nn.Module.compile`, which would compile away the charges.
+
+    Args:
+        options: of `torch.compile`.
+
+    Raises:
+        ValueError: torch's compiler does not work here.
+    """
+    check(model.device, **options)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, KINDS)
+    run = CompiledBlocks(**options)
+    block: Any
+    for block in model.model.layers:
+        block.forward = partial(run, block)
+    losses: Any = torch.compile(token_losses, dynamic=False, **options)
+    model.lm_head.losses = losses  # where `loss.cross_entropy` looks
 
 
 class CompiledBlocks:
-    """Runs blocks without a cache. All blocks of a kind share the code that the first of them was compiled to.
+    """The forward of blocks. All blocks of a kind share the code that the first of them was compiled to.
 
     Python code that a compiled function held is gone, and its charges with it. What a block charges depends on shapes
     and on which gradients are wanted alone; so it is asked once on the meta device, for each kind, and charged again
     with every call.
-
-    `losses` is the inner part of the loss, compiled likewise; what that charges stands outside of it.
-
-    Args:
-        device: where the blocks are.
-        options: of `torch.compile`.
-
-    Raises:
-        ValueError: see `check`.
     """
 
-    def __init__(self, device: torch.device, **options: Any):
-        check(device, **options)
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, KINDS)
+    def __init__(self, **options: Any):
         self._forward = torch.compile(_forward, dynamic=False, fullgraph=True, **options)
-        self.losses = torch.compile(_losses, dynamic=False, **options)
         self._charged: dict[tuple, FlopMeter] = {}
 
-    def __call__(self, block: nn.Module, x: Tensor, view: View) -> Tensor:
+    def __call__(self, block: Block, x: Tensor, view: View, cache: KVCache | None) -> Tensor:
         """The block's output, (B, T, E) as `x`."""
+        if cache is not None or x.is_meta:
+            return Block.forward(block, x, view, cache)
         if metering():
             kind = _kind(block, x)
             if kind not in self._charged:
@@ -63,18 +78,18 @@ def _tried(x: Tensor) -> Tensor:
     return x + 1
 
 
-def _forward(block: nn.Module, x: Tensor, view: View) -> Tensor:
-    return block(x, view, None)
+def _forward(block: Block, x: Tensor, view: View) -> Tensor:
+    return Block.forward(block, x, view, None)
 
 
-def _kind(block: nn.Module, x: Tensor) -> tuple:
+def _kind(block: Block, x: Tensor) -> tuple:
     """What the charges of a block depend on, its path among them."""
     layers = tuple((type(m), getattr(m, "merged", False)) for m in block.modules())
     parameters = tuple((p.shape, p.requires_grad) for p in block.parameters())
     return block.path, layers, parameters, x.shape, x.requires_grad, torch.is_grad_enabled()
 
 
-def _charges(block: nn.Module, x: Tensor, view: View) -> FlopMeter:
+def _charges(block: Block, x: Tensor, view: View) -> FlopMeter:
     """A meter that has seen one forward of the block, which runs on the meta device."""
 
     def on_meta(t: Tensor | None) -> Any:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from qwen_min import ops
-from qwen_min.attention import View
 from qwen_min.cache import KVCache
 from qwen_min.flops import FlopMeter, charge_again, unmetered
+from qwen_min.view import view_of
 
 DEVICES = ("cuda",)
 """Kinds of device where a step is captured; elsewhere launching is cheap, and what is masked is not."""
@@ -27,7 +27,7 @@ def forward_of_one(model: Any, cache: KVCache, padding: Tensor | None) -> Callab
 class CapturedStep:
     """One new token of each sequence, over a cache. Called with (B, 1) ids it gives their hidden states, (B, 1, E).
 
-    A replayed step cannot grow, so attention runs over the cache's whole capacity, and a mask hides the places behind
+    A replayed step cannot grow, so attention runs over the cache's whole capacity, and a mask hides the places after
     the newest token. It is charged as any other: for the tokens it looks at. The hidden states stand in one place, and
     hold until the next call.
 
@@ -65,18 +65,13 @@ class CapturedStep:
         return self.hidden
 
     def _forward(self) -> Tensor:
-        place, config = self.fixed.place, self.decoder.config
-        places = ops.count_up(self.cache.capacity, place.device)
-        positions, mask = place[None], (places <= place)[None]  # (1, 1), (1, S)
-        if self.padding is not None:
-            positions = positions - self.padding[:, None]  # (B, 1)
-            mask = (mask & (places >= self.padding[:, None]))[:, None, None]  # (B, 1, 1, S)
-        with self.decoder.charged():
-            cos, sin = ops.rotation_angles(positions, config.head_dim, config.rope_theta)
-            return self.decoder.run(self.ids, View(cos, sin, mask), self.fixed)
+        place, decoder = self.fixed.place, self.decoder
+        seen = (ops.count_up(self.cache.capacity, place.device) <= place)[None]  # (1, S)
+        with decoder.charged():
+            return decoder.run(self.ids, view_of(decoder.config, place[None], seen, self.padding), self.fixed)
 
     def _captured(self) -> torch.cuda.CUDAGraph:
-        """The forward as a graph, recorded behind a few runs in which libraries make their plans and workspaces."""
+        """The forward as a graph, recorded after a few runs in which libraries make their plans and workspaces."""
         with torch.cuda.device(self.ids.device), unmetered():
             stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
             stream.wait_stream(torch.cuda.current_stream())

@@ -7,7 +7,7 @@ import stat
 import pytest
 import torch
 
-from qwen_min import kernels, ops
+from qwen_min.fast import product
 
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler here")
 
@@ -16,9 +16,9 @@ needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ 
 def fresh(monkeypatch, tmp_path):
     """No kernel yet, and an empty cache."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    kernels._kernel.cache_clear()
+    product._kernel.cache_clear()
     yield tmp_path / "qwen_min"
-    kernels._kernel.cache_clear()
+    product._kernel.cache_clear()
 
 
 @needs_compiler
@@ -32,8 +32,8 @@ def test_every_shape_equals_float64(inputs, outputs, biased):
         x = torch.randn(tokens, inputs) / inputs**0.5
         expected = x.double() @ weight.double().T + (bias.double() if bias is not None else 0)
         close = dict(atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(kernels.linear(x, weight, bias), expected.float(), **close)
-        torch.testing.assert_close(kernels.linear(x, weight.T.contiguous().T, bias), expected.float(), **close)
+        torch.testing.assert_close(product.by_kernel(x, weight, bias), expected.float(), **close)
+        torch.testing.assert_close(product.by_kernel(x, weight.T.contiguous().T, bias), expected.float(), **close)
 
 
 @needs_compiler
@@ -42,18 +42,18 @@ def test_every_shape_equals_float64(inputs, outputs, biased):
 def test_narrower_registers_give_the_same(flag, fresh, monkeypatch):
     weight, bias = torch.randn(75, 100).bfloat16(), torch.randn(75)
     products = [(torch.randn(tokens, 100) / 10, w) for tokens in (1, 7, 37) for w in (weight, weight.T.contiguous().T)]
-    expected = [kernels.linear(x, w, bias) for x, w in products]
-    monkeypatch.setattr(kernels, "FLAGS", (*kernels.FLAGS, flag))
-    kernels._kernel.cache_clear()
+    expected = [product.by_kernel(x, w, bias) for x, w in products]
+    monkeypatch.setattr(product, "FLAGS", (*product.FLAGS, flag))
+    product._kernel.cache_clear()
     for (x, w), y in zip(products, expected, strict=True):
-        torch.testing.assert_close(kernels.linear(x, w, bias), y, atol=1e-5, rtol=0)
+        torch.testing.assert_close(product.by_kernel(x, w, bias), y, atol=1e-5, rtol=0)
     assert len(list(fresh.iterdir())) == 2
 
 
 @needs_compiler
 def test_leading_dimensions_and_strides_are_kept():
     weight, x = torch.randn(6, 20).bfloat16(), torch.randn(4, 3, 20).transpose(0, 1)
-    y = kernels.linear(x, weight, None)
+    y = product.by_kernel(x, weight, None)
     assert y.shape == (3, 4, 6)
     torch.testing.assert_close(y, x @ weight.float().T, atol=1e-5, rtol=0)
 
@@ -61,36 +61,36 @@ def test_leading_dimensions_and_strides_are_kept():
 @needs_compiler
 def test_bfloat16_numbers_at_the_ends_of_their_range_are_widened_exactly():
     numbers = torch.tensor([0.0, -0.0, 1.0, -3.0e38, 9.2e-41, float("inf"), -1.5, 2.0**-126]).bfloat16()
-    y = kernels.linear(torch.ones(1, 1), numbers[:, None].contiguous(), None)
+    y = product.by_kernel(torch.ones(1, 1), numbers[:, None].contiguous(), None)
     assert torch.equal(y[0].view(torch.int32) | (1 << 31), numbers.float().view(torch.int32) | (1 << 31))  # but -0 + 0
 
 
 def test_it_serves_float32_tokens_by_whole_bfloat16_weights_alone():
     weight = torch.randn(6, 20).bfloat16()
-    assert kernels.linear(torch.randn(0, 20), weight, None) is None
-    assert kernels.linear(torch.randn(2, 20), weight.float(), None) is None
-    assert kernels.linear(torch.randn(2, 20).bfloat16(), weight, None) is None
-    assert kernels.linear(torch.randn(2, 10), weight[:, ::2], None) is None
-    assert kernels.linear(torch.randn(2, 20, device="meta"), weight, None) is None
+    assert product.by_kernel(torch.randn(0, 20), weight, None) is None
+    assert product.by_kernel(torch.randn(2, 20), weight.float(), None) is None
+    assert product.by_kernel(torch.randn(2, 20).bfloat16(), weight, None) is None
+    assert product.by_kernel(torch.randn(2, 10), weight[:, ::2], None) is None
+    assert product.by_kernel(torch.randn(2, 20, device="meta"), weight, None) is None
 
 
 @needs_compiler
 def test_it_is_compiled_once_into_the_users_cache(fresh, monkeypatch):
-    assert kernels.available()
+    assert product.available()
     (library,) = fresh.iterdir()
-    kernels._kernel.cache_clear()
-    monkeypatch.setattr(kernels.subprocess, "run", None)  # a second compilation would fail
-    assert kernels.available() and list(fresh.iterdir()) == [library]
+    product._kernel.cache_clear()
+    monkeypatch.setattr(product.subprocess, "run", None)  # a second compilation would fail
+    assert product.available() and list(fresh.iterdir()) == [library]
 
 
 @needs_compiler
 def test_another_source_is_another_library(fresh, monkeypatch, tmp_path):
-    assert kernels.available()
+    assert product.available()
     source = tmp_path / "kernels.cpp"
-    source.write_text(kernels.SOURCE.read_text() + "// changed\n")
-    monkeypatch.setattr(kernels, "SOURCE", source)
-    kernels._kernel.cache_clear()
-    assert kernels.available() and len(list(fresh.iterdir())) == 2
+    source.write_text(product.SOURCE.read_text() + "// changed\n")
+    monkeypatch.setattr(product, "SOURCE", source)
+    product._kernel.cache_clear()
+    assert product.available() and len(list(fresh.iterdir())) == 2
 
 
 @pytest.mark.parametrize("why", ["no compiler", "switched off", "a compiler that fails", "no place to write"])
@@ -98,7 +98,7 @@ def test_without_it_torch_gives_the_same_product(why, fresh, monkeypatch, tmp_pa
     if why == "no compiler":
         monkeypatch.setenv("PATH", "")
     elif why == "switched off":
-        monkeypatch.setattr(kernels, "ENABLED", False)
+        monkeypatch.setattr(product, "ENABLED", False)
     elif why == "a compiler that fails":
         broken = tmp_path / "c++"
         broken.write_text("#!/bin/sh\nexit 1\n")
@@ -107,6 +107,6 @@ def test_without_it_torch_gives_the_same_product(why, fresh, monkeypatch, tmp_pa
     else:
         fresh.write_text("a file where the folder would be")
     x, weight, bias = torch.randn(2, 20), torch.randn(6, 20).bfloat16(), torch.randn(6).bfloat16()
-    assert not kernels.available() and kernels.linear(x, weight, bias) is None
-    torch.testing.assert_close(ops.product(x, weight, bias), x @ weight.float().T + bias.float())
+    assert not product.available() and product.by_kernel(x, weight, bias) is None
+    torch.testing.assert_close(product.product(x, weight, bias), x @ weight.float().T + bias.float())
     assert not fresh.is_dir() or not list(fresh.iterdir())
