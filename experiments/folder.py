@@ -82,7 +82,7 @@ def check_drift(settings: Settings, out: Path, allowed: bool) -> None:
         was = written.get("environment", {}) | {change["what"]: change["now"] for change in drift}
     except (AttributeError, TypeError, KeyError):
         raise ValueError(f"{path}: has no environment and drift: expected a manifest as a run writes it") from None
-    changed = [name for name in {**was, **now} if was.get(name) != now.get(name)]
+    changed = [name for name in now | was if was.get(name) != now.get(name)]
     if changed and not allowed:
         said = ", ".join(f"{name} was {was.get(name, 'not recorded')!s:.70}, is {now.get(name)}" for name in changed)
         raise ValueError(

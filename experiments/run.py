@@ -453,6 +453,8 @@ def _flops_verb(args) -> None:
         config = QwenConfig.from_file(resolve(name, offline=getattr(args, "offline", False)) / "config.json")
     batch, tokens, rank, cached = size.values()
     training = getattr(args, "train", False)
+    if training and cached:
+        raise ValueError(f"--cache is {cached} with --train: expected 0, as a training step has no cache")
     meter = predict(config, batch, tokens, rank=rank, cached=cached, training=training, convention=args.convention)
     question: dict[str, Any] = {"model": name} | size
     if hasattr(args, "plot"):

@@ -39,8 +39,8 @@ class LoRALinear(Linear):
         outputs, inputs = base.weight.shape
         device = base.weight.device
         # float32 whatever the base is kept in: the updates are too small for bfloat16. PEFT does the same.
-        a = torch.empty(rank, inputs, dtype=torch.float32)
-        if device.type != "meta":
+        a = torch.empty(rank, inputs, dtype=torch.float32, device="meta" if device.type == "meta" else "cpu")
+        if not a.is_meta:
             nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
         self.lora_a = nn.Parameter(a.to(device))
         self.lora_b = nn.Parameter(torch.zeros(outputs, rank, dtype=torch.float32, device=device))

@@ -91,6 +91,7 @@ def decode(
         raise ValueError(f"a draft with {asked}: expected one prompt, one sample, greedy")
     cache = prefill.rewound() if samples == 1 else prefill.rewound().repeat(samples)
     cache.check(cache.batch, max_new_tokens - 1)
+    model.model.check(cache.length + max_new_tokens - 1)
     choose = Choice(model, prefill, samples, seed, constraint, options)
     if draft is not None and (tree := faster("tree")):
         return tree(model, prefill, max_new_tokens, choose, draft)
