@@ -1,6 +1,5 @@
 """Cross-entropy over the full vocabulary that never holds all logits."""
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -109,6 +108,9 @@ def _cross_entropy(hidden, head, targets, bias, vocabulary, compiled) -> tuple[T
 
 def _places(targets: Tensor, vocabulary: Tensor, size: int) -> Tensor:
     """Where in `vocabulary` each target stands."""
+    inside = (vocabulary >= 0) & (vocabulary < size)
+    if not targets.is_meta and not 0 < len(vocabulary) == len(vocabulary[inside].unique()):
+        raise ValueError(f"the vocabulary asked for is no set of tokens: expected some of 0 to {size - 1}, each once")
     place = torch.full((size,), -1, device=targets.device)
     place[vocabulary] = torch.arange(len(vocabulary), device=targets.device)
     placed = place[targets.clamp(min=0)].where(targets != IGNORED, IGNORED)
@@ -153,7 +155,8 @@ def _losses(rows, weight, targets, bias, gradients) -> Tensor:
     """
     d_rows, d_weight, d_bias = gradients
     counted, index = (targets != IGNORED)[:, None], targets.clamp(min=0)[:, None]  # (n, 1)
-    top = torch.full_like(index, -math.inf, dtype=torch.float32)
+    # Not -inf, which a bias may make of a whole block: their difference would be NaN.
+    top = torch.full_like(index, torch.finfo(torch.float32).min, dtype=torch.float32)
     sums, chosen, kept = torch.zeros_like(index, dtype=torch.float64), torch.zeros_like(top), []
     size = max(1, LOGITS_AT_ONCE.get(rows.device.type, LOGITS_ELSEWHERE) // len(rows))
     for first in range(0, len(weight), size):
@@ -184,4 +187,4 @@ def _losses(rows, weight, targets, bias, gradients) -> Tensor:
         d_weight.index_add_(0, index[:, 0], -(rows * counted).to(d_weight.dtype))
     if d_bias is not None:
         d_bias.index_add_(0, index[:, 0], -counted[:, 0].to(d_bias.dtype))
-    return (sums.log() + (top.double() - chosen.double()))[:, 0] * counted[:, 0]
+    return (sums.log() + (top.double() - chosen.double())).where(counted, 0)[:, 0]  # which infinity times 0 is not
