@@ -17,7 +17,7 @@ ATTENTIONS = {"fused": ops.attend_fused, "explicit": ops.attend_explicit}
 class View(NamedTuple):
     """Where the new tokens stand and what they may look at: the same for every layer of a forward."""
 
-    cos: Tensor  # (B, T, 1, D)
+    cos: Tensor  # (B, T, 1, D); here and below, 1 in the place of B where all rows are alike
     sin: Tensor  # (B, T, 1, D)
     mask: Tensor | None  # (B, 1, T, S) bool; None is plainly causal
 

@@ -67,10 +67,10 @@ class CapturedStep:
     def _forward(self) -> Tensor:
         place, config = self.fixed.place, self.decoder.config
         places = ops.count_up(self.cache.capacity, place.device)
-        positions, mask = place[None], (places <= place)[None]  # (1, 1), (1, S)
+        positions, mask = place[None], (places <= place)[None, None, None]  # (1, 1), (1, 1, 1, S)
         if self.padding is not None:
             positions = positions - self.padding[:, None]  # (B, 1)
-            mask = (mask & (places >= self.padding[:, None]))[:, None, None]  # (B, 1, 1, S)
+            mask = mask & (places >= self.padding[:, None, None, None])  # (B, 1, 1, S)
         with self.decoder.charged():
             cos, sin = ops.rotation_angles(positions, config.head_dim, config.rope_theta)
             return self.decoder.run(self.ids, View(cos, sin, mask), self.fixed)

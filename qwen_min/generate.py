@@ -34,7 +34,7 @@ class Sampling:
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature is {self.temperature}: expected 0 (greedy) or more")
-        if self.top_k < 0 or self.top_k != int(self.top_k):
+        if type(self.top_k) is not int or self.top_k < 0:
             raise ValueError(f"top_k is {self.top_k}: expected a whole number, 0 (off) or more")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}: expected more than 0, at most 1")
@@ -171,8 +171,10 @@ def decode(
     generator = torch.Generator(model.device)
     if seed is None:
         generator.seed()
-    else:
+    elif type(seed) is int and 0 <= seed < 2**64:
         generator.manual_seed(seed)
+    else:
+        raise ValueError(f"seed is {seed!r:.200}: expected a whole number, 0 to 2^64 - 1")
     cache = prefill.rewound() if samples == 1 else prefill.rewound().repeat(samples)
     cache.check(cache.batch, max_new_tokens - 1)
     padding = None if prefill.padding is None else prefill.padding.repeat_interleave(samples)
@@ -186,6 +188,8 @@ def decode(
         if constraint is not None:
             allowed = constraint.allowed()
             scores = scores.masked_fill(~allowed, float("-inf"))
+        if not (highest := scores.amax(-1)).isfinite().all():  # of which argmax would make some token
+            raise ValueError(f"the highest logits are {highest.tolist()!s:.100}: expected finite ones")
         chosen = sample(scores, options, generator) if options.temperature else scores.argmax(-1)
         seen.scatter_(1, chosen[:, None], True)
         new = chosen if tokens is None else tokens[chosen]
@@ -326,8 +330,8 @@ def generate(
     """
     if isinstance(ids, Tensor):
         prompts = ids.tolist() if ids.ndim == 2 else []
-    else:
-        prompts = [list(p) for p in ids]
+    else:  # of a single prompt each element is a token
+        prompts = [] if any(isinstance(p, (int, str)) for p in ids) else [list(p) for p in ids]
     if not prompts or not all(prompts):
         raise ValueError("prompts are empty or not (batch, tokens): expected at least one token each")
     vocabulary = model.config.vocab_size

@@ -61,6 +61,8 @@ class Decoder(Metered):
 
     def run(self, ids: Tensor, view: View, cache: KVCache | None) -> Tensor:
         """Hidden states (B, T, E) of (B, T) ids that stand as `view` says."""
+        if cache is not None and cache.config != self.config:
+            raise ValueError("the cache was made for another model: expected one of this model's configuration")
         x = self.embed_tokens(ids)  # (B, T, E)
         for block in self.layers:
             x = block(x, view, cache) if cache is not None or self.compiled is None else self.compiled(block, x, view)
@@ -75,7 +77,11 @@ class Decoder(Metered):
         `parents` makes a tree of the new tokens, as in SpecInfer (Miao et al. 2023): which of them, counted from 0,
         each one follows; -1 for the cache. Alternatives stand at one position, and each sees its ancestors alone.
         """
+        if ids.ndim != 2 or ids.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"ids are {ids.dtype} {list(ids.shape)}: expected whole numbers (batch, tokens)")
         b, t = ids.shape
+        if padding is not None and (padding.shape != (b,) or padding.is_floating_point()):
+            raise ValueError(f"padding is {padding.dtype} {list(padding.shape)}: expected {b} whole numbers")
         if cache is not None:
             cache.check(b, t)
         start = cache.length if cache is not None else 0
@@ -92,11 +98,11 @@ class Decoder(Metered):
         cos, sin = ops.rotation_angles(positions, self.config.head_dim, self.config.rope_theta)
         if padding is not None or parents is not None or t not in (1, s):
             query, key = places[start:, None], places[None, :]
-            mask = key <= query  # (T, S)
+            mask = (key <= query)[None, None]  # (1, 1, T, S)
             if parents is not None:
-                mask[:, start:] = lineage
+                mask[..., start:] = lineage
             if padding is not None:
-                mask = (mask & (key >= padding[:, None, None]) | (key == query))[:, None]  # (B, 1, T, S)
+                mask = mask & (key >= padding[:, None, None, None]) | (key == query)  # (B, 1, T, S)
         return View(cos, sin, mask)
 
     def check(self, tokens: int) -> None:
@@ -154,19 +160,20 @@ class Qwen(Metered):
     def from_pretrained(
         cls,
         name_or_folder: str | Path,
-        dtype: torch.dtype | None = torch.float32,
+        dtype: torch.dtype | str | None = torch.float32,
         device: torch.device | str = "cpu",
         revision: str | None = None,
         offline: bool = False,
         *,
-        compute_dtype: torch.dtype | None = None,
+        compute_dtype: torch.dtype | str | None = None,
         attention: str = "fused",
     ) -> "Qwen":
         """A model with the weights of a folder in Hugging Face layout, or of a hub id (fetched once, then cached).
 
         Args:
             name_or_folder: a folder with config.json and model*.safetensors, or "Qwen/Qwen2.5-0.5B-Instruct".
-            dtype: the type the weights are kept in; None for that of each file's tensors, which are then not copied.
+            dtype: the type the weights are kept in, or its name ("bfloat16"); None or "auto" for that of each file's
+                tensors, which are then not copied.
             device: where to.
             revision: the hub's branch, tag or commit.
             offline: never open a connection; what is not cached is an error.
@@ -174,7 +181,8 @@ class Qwen(Metered):
                 compute_dtype=torch.float32` the weights take half the memory and are widened in each product.
 
         Raises:
-            ValueError: a file is missing, damaged, or does not fit the configuration; the message names it.
+            ValueError: a file is missing, damaged, or does not fit the configuration, or a type is no float's; the
+                message names it.
         """
         return load.from_pretrained(cls, name_or_folder, dtype, device, revision, offline, compute_dtype, attention)
 
