@@ -225,6 +225,8 @@ def test_rows_that_are_all_padding_and_batches_of_nothing_give_no_nan(attention,
     assert model.token_losses(ids, targets, padding)[0].eq(0).all()
     for nothing in (ids[:0], ids[:, :0]):
         assert model(nothing).shape == (*nothing.shape, 97) and model.loss(nothing, nothing)[1] == 0
+        with torch.inference_mode():
+            assert model.token_losses(nothing, nothing).shape == nothing.shape
 
 
 @pytest.mark.parametrize("other", [{"num_hidden_layers": 3}, {"num_key_value_heads": 1}, {"rope_theta": 1e6}], ids=str)
