@@ -9,6 +9,8 @@ from typing import NoReturn
 from experiments.parallel import rank
 
 LEDGER = "ledger.sqlite"
+PATHS = {"model", "data", "adapter", "out", "ledger", "config", "plot", "run"}
+"""The flags that name a file or folder."""
 
 EXAMPLES = {
     "study": "python -m experiments.run study --protocol default --scale 0.02",

@@ -8,6 +8,7 @@ import argparse
 import json
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import parallel
-from experiments.arguments import LEDGER, parser
+from experiments.arguments import LEDGER, PATHS, parser
 
 
 def _gather(args: argparse.Namespace):
@@ -42,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not first:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     args = parser().parse_args(argv)
+    for name in PATHS & vars(args).keys():  # a shell expands the ~ of "--out ~/x", not that of "--out=~/x"
+        setattr(args, name, os.path.expanduser(getattr(args, name)))
     # Threads that wait should sleep: spinning, which is OpenMP's default, two busy processes on two cores made each
     # other ten times slower (889 for 10,380 tokens/s, pocket model). Read when torch is imported, below.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -447,7 +450,7 @@ def _flops_verb(args) -> None:
         least = 0 if flag in ("rank", "cache") else 1
         if value < least:
             raise ValueError(f"--{flag} is {value}: expected at least {least}")
-    if name.startswith("Qwen2.5-") and not Path(name).is_dir():
+    if re.fullmatch(r"Qwen2\.5-.*|Qwen/Qwen2\.5-[\d.]+B(-Instruct)?", name) and not Path(name).is_dir():
         config = QwenConfig.named(name)
     else:
         config = QwenConfig.from_file(resolve(name, offline=getattr(args, "offline", False)) / "config.json")
@@ -521,12 +524,15 @@ def _generate(args) -> None:
     tokenizer.check_fits(model.config.vocab_size)
     if hasattr(args, "adapter"):
         load_adapter(model, args.adapter).eval()
-    text = Tokenizer.chat([("user", args.prompt)]) if getattr(args, "chat", False) else args.prompt
+    chat = getattr(args, "chat", False)
+    text = Tokenizer.chat([("user", args.prompt)]) if chat else args.prompt
     ids, stops = tokenizer.encode(text), set()
     if not ids:
         raise ValueError("--prompt is empty: expected text")
     for name in ("<|im_end|>", "<|endoftext|>"):
         stops.add(tokenizer.token_id(name))
+    if chat and settings.is_pocket:
+        print("the pocket model was never taught to chat: what follows is no answer", file=sys.stderr)
 
     def new():
         for step in stream(

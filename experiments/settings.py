@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -293,7 +294,7 @@ def _converted(name: str, kind: Any, value: Any) -> Any:
     elif kind is float and type(value) is int:
         return float(value)
     elif type(value) is kind:
-        return value
+        return os.path.expanduser(value) if name in ("model", "data") else value
     wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}.get(kind, "a list")
     raise ValueError(f"{name} is {value!r:.200}: expected {wanted}")
 

@@ -8,7 +8,7 @@ import torch
 
 from lora.layer import add_logit_bias, add_lora, check, lora_layers
 from qwen_min.config import read_object
-from qwen_min.load import listed
+from qwen_min.load import expanded, listed
 from qwen_min.model import Qwen
 from qwen_min.tensors import from_bytes, to_bytes, unreadable
 
@@ -18,6 +18,7 @@ _SUPPORTED: dict[str, tuple] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
     "init_lora_weights": (True, "gaussian", "orthogonal", "eva"),
+    "use_rslora": (True,),
 }
 _HARMLESS = {
     "r",
@@ -53,7 +54,7 @@ def save_adapter(model: Qwen, folder: str | Path, base: str = "") -> None:
     one = next(iter(layers.values()))
     if any(layer.merged for layer in layers.values()):
         raise ValueError("the adapter is merged into the weights: expected unmerge first")
-    folder = Path(folder)
+    folder = expanded(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for name, layer in layers.items():
@@ -100,10 +101,11 @@ def load_adapter(model: Qwen, folder: str | Path) -> Qwen:
         ValueError: the files are missing or damaged, ask for what is not implemented (by name), or hold a key too
             few, too many or of another shape.
     """
-    folder = Path(folder)
+    folder = expanded(folder)
     config, path = _read_config(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
     tensors, bias = _read(path), _read_bias(folder / "logit_bias.safetensors", model.config.vocab_size)
-    rank, alpha, dropout = config["r"], config["lora_alpha"], config.get("lora_dropout") or 0.0
+    rank, dropout = config["r"], config.get("lora_dropout") or 0.0
+    alpha = config["lora_alpha"] * (rank**0.5 if config.get("use_rslora") else 1)  # scale by alpha / sqrt(r)
     try:
         layers = check(model, rank, alpha, config["target_modules"], dropout)
     except ValueError as e:
@@ -121,6 +123,7 @@ def load_adapter(model: Qwen, folder: str | Path) -> Qwen:
             if k in tensors and list(tensors[k].shape) != shape
         ]
         + [f"{listed([k])} is of type {t.dtype}" for k, t in tensors.items() if not t.is_floating_point()]
+        + [f"{listed([k])} holds NaN or infinity" for k, t in tensors.items() if not t.float().isfinite().all()]
     )
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""

@@ -56,18 +56,28 @@ class LoRALinear(Linear):
         dropped = F.dropout(x, self.dropout, self.training)
         return ops.add_low_rank(y, dropped, self.lora_a, self.lora_b, self.scale, self.coursework_outputs)
 
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.merged:  # the update is in the weight: the state is that of a base model
+            del destination[f"{prefix}lora_a"], destination[f"{prefix}lora_b"]
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        if self.merged:
+            raise ValueError(f"{self.path} is merged: expected unmerge before other weights are loaded")
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     @torch.no_grad()
     def fold(self, sign: int) -> None:
         """Add (+1) the update to the weight, or take it out again (-1)."""
         update = self.scale * (self.lora_b @ self.lora_a)
-        self.weight.copy_(self.weight.float() + sign * update)
+        self.weight.copy_(self.weight + sign * update)  # in the wider type of the two
 
 
 def add_lora(
     model: Qwen,
     rank: int = 8,
     alpha: float | None = None,
-    targets: Sequence[str] = TARGETS,
+    targets: str | Sequence[str] = TARGETS,
     dropout: float = 0.0,
     seed: int | None = None,
 ) -> Qwen:
@@ -77,7 +87,8 @@ def add_lora(
         model: a `Qwen` without LoRA.
         rank: r of every layer.
         alpha: the update is scaled by alpha / r; r unless told, as the three reports have it.
-        targets: names of linear layers, the last parts of their paths ("q_proj", "mlp.up_proj").
+        targets: names of linear layers, the last parts of their paths ("q_proj", "mlp.up_proj"), or one of them;
+            "all-linear", which is PEFT's word, for all but the head.
         dropout: on the input of A.
         seed: of A's draw; None draws from torch's global generator.
 
@@ -101,7 +112,7 @@ def add_lora(
     return model
 
 
-def check(model: Qwen, rank: int, alpha: float, targets: Sequence[str], dropout: float) -> dict[str, Linear]:
+def check(model: Qwen, rank: int, alpha: float, targets: str | Sequence[str], dropout: float) -> dict[str, Linear]:
     """The layers that `add_lora` would adapt, by name; raises what it raises. Nothing is changed."""
     if type(rank) is not int or rank < 1:
         raise ValueError(f"rank is {rank!r}: expected a whole number of at least 1")
@@ -112,6 +123,8 @@ def check(model: Qwen, rank: int, alpha: float, targets: Sequence[str], dropout:
     if any(True for _ in lora_layers(model)):
         raise ValueError("the model has LoRA already: expected one without")
     linear = {name: m for name, m in model.named_modules() if isinstance(m, Linear) and name != "lm_head"}
+    if isinstance(targets, str):
+        targets = list(linear) if targets == "all-linear" else [targets]
     for target in targets or [""]:
         if not any(_matches(name, target) for name in linear):
             kinds = sorted({name.rpartition(".")[2] for name in linear})
@@ -125,7 +138,10 @@ def _matches(name: str, target: str) -> bool:
 
 def add_logit_bias(model: Qwen, bias: Tensor | None = None) -> Qwen:
     """Give the model a trainable (V) bias on its logits, the option of the course's starter code; zero unless told."""
-    start = torch.zeros(model.config.vocab_size) if bias is None else bias.float()
+    size = model.config.vocab_size
+    start = torch.zeros(size) if bias is None else bias.float()
+    if start.shape != (size,):
+        raise ValueError(f"the logit bias is {list(start.shape)}: expected [{size}]")
     model.logit_bias = nn.Parameter(start.to(model.device))
     return model
 

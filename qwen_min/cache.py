@@ -32,6 +32,7 @@ class KVCache:
     ):
         shape = (2, config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
         self.store = torch.empty(shape, dtype=dtype, device=device)
+        self.config = config
         self.capacity, self.length = capacity, 0
 
     @property
@@ -50,6 +51,8 @@ class KVCache:
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store (B, K, T, D) keys and values after what `layer` holds; returns views of all S, (B, K, S, D)."""
+        if values.requires_grad:
+            raise ValueError("keys and values want a gradient: expected a cache under torch.inference_mode() alone")
         end = self.length + keys.shape[2]
         all_keys, all_values = self.store[:, layer, :, :, :end].unbind()
         all_keys[:, :, self.length :] = keys

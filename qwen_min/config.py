@@ -168,19 +168,23 @@ def how_to_fetch(path: Path, again: bool = False) -> str:
 
 def _rope_theta(fields: dict[str, Any]) -> float:
     """The rotary base: `rope_parameters.rope_theta` (transformers 5) or `rope_theta` (4). No default is assumed."""
+    given: list[Any] = [fields.get("rope_theta")]
     for name in ("rope_parameters", "rope_scaling"):
         rope = fields.get(name)
         if rope is None:
             continue
-        if not isinstance(rope, dict):
-            raise ValueError(f"{name} is {rope!r:.200}: expected an object")
+        if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+            raise ValueError(f"{name} is {rope!r:.200}: expected an object, the same for every layer")
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
             raise ValueError(f"{name}.rope_type is {kind!r:.200}: expected 'default', the only one implemented")
-    theta = (fields.get("rope_parameters") or {}).get("rope_theta", fields.get("rope_theta"))
-    if theta is None:
+        given.append(rope.get("rope_theta"))
+    given = [theta for theta in given if theta is not None]
+    if not given:
         raise ValueError("rope_theta is missing: expected it, or rope_parameters.rope_theta")
-    return theta
+    if any(theta != given[0] for theta in given[1:]):
+        raise ValueError(f"rope_theta is given as {' and '.join(map(repr, given)):.200}: expected one number")
+    return given[0]
 
 
 def _refuse_unsupported(fields: dict[str, Any]) -> None:
@@ -189,6 +193,7 @@ def _refuse_unsupported(fields: dict[str, Any]) -> None:
         "use_sliding_window": (False, None),
         "quantization_config": (None,),
         "attention_dropout": (0, None),
+        "is_causal": (True, None),
     }
     for name, allowed in expected.items():
         if fields.get(name) not in allowed:

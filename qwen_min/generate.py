@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qwen_min.cache import KVCache, Prefill
 from qwen_min.ops import faster
-from qwen_min.sampling import Choice, Constraint, Draft, Sampling
+from qwen_min.sampling import Choice, Constraint, Draft, Sampling, likeliest
 
 
 @torch.inference_mode()
@@ -53,7 +53,7 @@ def steps(
 
 def greedy(model) -> Callable[[Tensor], Tensor]:
     """The likeliest token (B) after hidden states (B, 1, E)."""
-    return lambda hidden: model.head(hidden)[:, -1].argmax(-1)
+    return lambda hidden: likeliest(model.head(hidden)[:, -1])
 
 
 def decode(
@@ -138,8 +138,8 @@ def generate(
     """
     if isinstance(ids, Tensor):
         prompts = ids.tolist() if ids.ndim == 2 else []
-    else:
-        prompts = [list(p) for p in ids]
+    else:  # of a single prompt each element is a token
+        prompts = [] if any(isinstance(p, (int, str)) for p in ids) else [list(p) for p in ids]
     if not prompts or not all(prompts):
         raise ValueError("prompts are empty or not (batch, tokens): expected at least one token each")
     vocabulary = model.config.vocab_size

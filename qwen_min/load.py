@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import re
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def resolve(name_or_folder: str | Path, revision: str | None = None, offline: bo
         ValueError: there is no such folder, or the id is not cached and cannot be fetched.
         OSError: the hub's cache cannot be written.
     """
-    folder = Path(name_or_folder)
+    folder = expanded(name_or_folder)
     if folder.is_dir():
         return folder
     name = str(name_or_folder)
@@ -57,6 +58,11 @@ def resolve(name_or_folder: str | Path, revision: str | None = None, offline: bo
     raise ValueError(f"{name}: {why}: expected the network or a cached copy; {command} fetches it, or name a folder")
 
 
+def expanded(path: str | Path) -> Path:
+    """The path, with a leading `~` as the user's home folder."""
+    return Path(os.path.expanduser(path))
+
+
 def _reason(problem: Exception, revision: str | None) -> str:
     """Why the hub's library found nothing: by the error's kind alone."""
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
@@ -75,6 +81,7 @@ def _reason(problem: Exception, revision: str | None) -> str:
 
 def from_pretrained(cls, name_or_folder, dtype, device, revision, offline, compute_dtype):
     """See `Qwen.from_pretrained`, whose arguments these are."""
+    dtype, compute_dtype = _float("dtype", dtype), _float("compute_dtype", compute_dtype)
     folder = resolve(name_or_folder, revision, offline)
     config = QwenConfig.from_file(folder / "config.json")
     with torch.device("meta"):  # shapes without memory; the mapped tensors then become the parameters
@@ -93,6 +100,14 @@ def from_pretrained(cls, name_or_folder, dtype, device, revision, offline, compu
             if parameter.ndim == 1:  # norms and biases: a few kilobytes, which each forward would widen again
                 parameter.data = parameter.to(compute_dtype)
     return model.eval()
+
+
+def _float(name: str, dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A type that weights can be kept in, given as such or by its name; None is that of their file, as "auto"."""
+    known = {"auto": None} | {str(kind).removeprefix("torch."): kind for kind in _FLOATS.values()}
+    if dtype not in (*known, *known.values()):
+        raise ValueError(f"{name} is {dtype!r:.200}: expected one of {', '.join(known)}")
+    return known[dtype] if isinstance(dtype, str) else dtype
 
 
 def read_tensors(

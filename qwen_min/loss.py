@@ -89,6 +89,9 @@ def _cross_entropy(hidden, head, targets, bias, vocabulary) -> tuple[Tensor, Ten
 
 def _places(targets: Tensor, vocabulary: Tensor, size: int) -> Tensor:
     """Where in `vocabulary` each target stands."""
+    inside = (vocabulary >= 0) & (vocabulary < size)
+    if not targets.is_meta and not 0 < len(vocabulary) == len(vocabulary[inside].unique()):
+        raise ValueError(f"the vocabulary asked for is no set of tokens: expected some of 0 to {size - 1}, each once")
     place = torch.full((size,), -1, device=targets.device)
     place[vocabulary] = torch.arange(len(vocabulary), device=targets.device)
     placed = place[targets.clamp(min=0)].where(targets != IGNORED, IGNORED)

@@ -46,7 +46,11 @@ class Decoder(Metered):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, ids: Tensor, cache: KVCache | None = None, padding: Tensor | None = None) -> Tensor:
+        if ids.ndim != 2 or ids.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"ids are {ids.dtype} {list(ids.shape)}: expected whole numbers (batch, tokens)")
         batch, tokens = ids.shape
+        if padding is not None and (padding.shape != (batch,) or padding.is_floating_point()):
+            raise ValueError(f"padding is {padding.dtype} {list(padding.shape)}: expected {batch} whole numbers")
         start = 0 if cache is None else cache.length
         if cache is not None:
             cache.check(batch, tokens)
@@ -58,6 +62,8 @@ class Decoder(Metered):
 
     def run(self, ids: Tensor, view: View, cache: KVCache | None) -> Tensor:
         """Hidden states (B, T, E) of (B, T) ids that stand as `view` says."""
+        if cache is not None and cache.config != self.config:
+            raise ValueError("the cache was made for another model: expected one of this model's configuration")
         x = self.embed_tokens(ids)  # (B, T, E)
         for block in self.layers:
             x = block(x, view, cache)
@@ -99,18 +105,19 @@ class Qwen(Metered):
     def from_pretrained(
         cls,
         name_or_folder: str | Path,
-        dtype: torch.dtype | None = torch.float32,
+        dtype: torch.dtype | str | None = torch.float32,
         device: torch.device | str = "cpu",
         revision: str | None = None,
         offline: bool = False,
         *,
-        compute_dtype: torch.dtype | None = None,
+        compute_dtype: torch.dtype | str | None = None,
     ) -> "Qwen":
         """A model with the weights of a folder in Hugging Face layout, or of a hub id (fetched once, then cached).
 
         Args:
             name_or_folder: a folder with config.json and model*.safetensors, or "Qwen/Qwen2.5-0.5B-Instruct".
-            dtype: the type the weights are kept in; None for that of each file's tensors, which are then not copied.
+            dtype: the type the weights are kept in, or its name ("bfloat16"); None or "auto" for that of each file's
+                tensors, which are then not copied.
             device: where to.
             revision: the hub's branch, tag or commit.
             offline: never open a connection; what is not cached is an error.
@@ -118,7 +125,8 @@ class Qwen(Metered):
                 compute_dtype=torch.float32` the weights take half the memory and are widened in each product.
 
         Raises:
-            ValueError: a file is missing, damaged, or does not fit the configuration; the message names it.
+            ValueError: a file is missing, damaged, or does not fit the configuration, or a type is no float's; the
+                message names it.
         """
         return load.from_pretrained(cls, name_or_folder, dtype, device, revision, offline, compute_dtype)
 

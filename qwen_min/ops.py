@@ -50,7 +50,10 @@ def embedding(ids: Tensor, weight: Tensor) -> Tensor:
     """Look up (B, T) token ids in a (V, E) table: (B, T, E)."""
     charge(POSITIONS, ids.numel(), weight.shape[1])
     charge(EMBEDDING, ids.numel(), weight.shape[1], *wanted(weight))
-    return F.embedding(ids, weight)
+    try:
+        return F.embedding(ids, weight)
+    except IndexError:  # on a CPU; on a GPU the kernel ends the process
+        raise ValueError(f"a token is outside of the vocabulary: expected 0 to {len(weight) - 1}") from None
 
 
 LINEAR = Price("", "N I O gx gw", product="N,I,O", d_products=("gx*N,O,I", "gw*O,N,I"))
@@ -151,7 +154,8 @@ def rotation_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Ten
     """
     charge(ANGLES, positions.numel(), head_dim)
     exponents = 2 * count_up(head_dim // 2, positions.device).float() / head_dim
-    angles = positions[:, :, None, None].float() * theta**-exponents  # (B, T, 1, D/2)
+    # Not theta**-exponents, whose last bit is not always Hugging Face's: at position 32,767 that is .002 radians.
+    angles = positions[:, :, None, None].float() * (1 / theta**exponents)  # (B, T, 1, D/2)
     return torch.cat((angles.cos(),) * 2, -1), torch.cat((angles.sin(),) * 2, -1)
 
 

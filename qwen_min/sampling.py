@@ -29,7 +29,7 @@ class Sampling:
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature is {self.temperature}: expected 0 (greedy) or more")
-        if self.top_k < 0 or self.top_k != int(self.top_k):
+        if type(self.top_k) is not int or self.top_k < 0:
             raise ValueError(f"top_k is {self.top_k}: expected a whole number, 0 (off) or more")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}: expected more than 0, at most 1")
@@ -97,8 +97,10 @@ class Choice:
         self.generator = torch.Generator(model.device)
         if seed is None:
             self.generator.seed()
-        else:
+        elif type(seed) is int and 0 <= seed < 2**64:
             self.generator.manual_seed(seed)
+        else:
+            raise ValueError(f"seed is {seed!r:.200}: expected a whole number, 0 to 2^64 - 1")
         self.seen: Tensor | None = None  # (rows, C)
         if self.options.repetition_penalty != 1:
             seen = _seen(prefill, model.config.vocab_size).repeat_interleave(samples, 0)  # (rows, V)
@@ -121,13 +123,21 @@ class Choice:
         if constraint is not None:
             allowed = constraint.allowed()
             scores = scores.masked_fill(~allowed, float("-inf"))
-        chosen = sample(scores, self.options, self.generator) if self.options.temperature else scores.argmax(-1)
+        greedy = likeliest(scores)
+        chosen = sample(scores, self.options, self.generator) if self.options.temperature else greedy
         if self.seen is not None:
             self.seen.scatter_(1, chosen[:, None], True)
         new = chosen if self.tokens is None else self.tokens[chosen]
         if constraint is not None:
             constraint.advance(new, _mass(logits, allowed) if self.tokens is None else None)
         return new
+
+
+def likeliest(scores: Tensor) -> Tensor:
+    """The token with the highest of scores (B, V), (B). Raises ValueError where that is not finite."""
+    if not (highest := scores.amax(-1)).isfinite().all():  # argmax would give some token
+        raise ValueError(f"the highest logits are {highest.tolist()!s:.100}: expected finite ones")
+    return scores.argmax(-1)
 
 
 def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:

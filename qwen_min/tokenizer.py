@@ -14,6 +14,10 @@ from qwen_min.config import how_to_fetch
 SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 """The system message that Qwen2.5's own chat template puts where none is given."""
 
+ROLES = ("system", "user", "assistant")
+OF_A_TURN = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
+"""The tokens that begin and end what somebody says; none may stand in a message."""
+
 OTHERS = ("WordLevel", "WordPiece", "Unigram")
 """Kinds of tokenizer that the library knows besides BPE."""
 
@@ -29,7 +33,7 @@ class Tokenizer:
     """
 
     def __init__(self, path: str | Path):
-        self.path = path = Path(path)
+        self.path = path = load.expanded(path)
         if not path.is_file():
             raise ValueError(f"{path}: no such file: expected a model's tokenizer.json{how_to_fetch(path)}")
         try:
@@ -111,7 +115,18 @@ class Tokenizer:
 
     @staticmethod
     def chat(messages: Sequence[tuple[str, str]]) -> str:
-        """Qwen2.5's chat format (ChatML) for (role, text) pairs, ending where the assistant's answer begins."""
+        """Qwen2.5's chat format (ChatML) for (role, text) pairs, ending where the assistant's answer begins.
+
+        Raises:
+            ValueError: another role, or a text that holds a token which ends its turn: what follows would be read as
+                said by somebody else. Transformers' template lets it through.
+        """
+        for role, text in messages:
+            if role not in ROLES:
+                raise ValueError(f"role is {role!r:.60}: expected one of {', '.join(ROLES)}")
+            for token in OF_A_TURN:
+                if token in text:
+                    raise ValueError(f"the text of the {role} holds {token}: expected none of {', '.join(OF_A_TURN)}")
         if not messages or messages[0][0] != "system":
             messages = [("system", SYSTEM), *messages]
         turns = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in messages)

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import re
 from collections.abc import Callable
 
 import pytest
@@ -11,10 +12,13 @@ from torch import Tensor
 from lora import add_logit_bias
 from qwen_min import FlopMeter, fast, ops
 from qwen_min.cache import KVCache
+from qwen_min.fast.captured import CapturedStep
 from qwen_min.fast.limits import FEED_FORWARD_AT_ONCE, sequences_at_once
 from qwen_min.fast.tree import forward, keep
 from qwen_min.generate import decode, left_padded, prefill, stream
+from qwen_min.loss import IGNORED
 from qwen_min.sampling import Sampling, sample
+from qwen_min.view import View
 
 TOLERANCE = 1e-5
 """Logits are near 1; other products' shapes sum in another order: 3e-6 was the most seen."""
@@ -168,6 +172,100 @@ def test_a_cache_keeps_the_tokens_of_one_branch_and_they_close_up(random_model):
     for length, places, problem in ((2, [1], "2 to 4"), (2, [5], "2 to 4"), (6, [], "0 to 5")):
         with pytest.raises(ValueError, match=f"expected {problem}"):
             keep(cache, length, places)
+
+
+@pytest.mark.parametrize(
+    ("ids", "padding", "message"),
+    [
+        (torch.zeros(2, 5), None, "ids are torch.float32 [2, 5]: expected whole numbers (batch, tokens)"),
+        (torch.zeros(5).long(), None, "ids are torch.int64 [5]: expected"),
+        (torch.zeros(1, 2, 5).long(), None, "ids are torch.int64 [1, 2, 5]: expected"),
+        (torch.full((2, 5), 97), None, "a token is outside of the vocabulary: expected 0 to 96"),
+        (torch.full((2, 5), -100), None, "a token is outside of the vocabulary"),
+        (torch.zeros(2, 5).long(), torch.tensor([1]), "padding is torch.int64 [1]: expected 2 whole numbers"),
+        (torch.zeros(2, 5).long(), torch.tensor([1.5, 0.0]), "padding is torch.float32 [2]: expected 2 whole"),
+        (torch.zeros(2, 5).long(), torch.ones(2, 5).long(), "padding is torch.int64 [2, 5]: expected 2 whole"),
+    ],
+    ids=str,
+)
+@torch.inference_mode()
+def test_ids_and_padding_of_another_kind_are_refused_and_a_cache_is_as_before(ids, padding, message, random_model):
+    model, first = random_model(), torch.tensor(prompts([6, 6]))
+    cache = KVCache(model.config, batch=2, capacity=12)
+    model(first, cache)
+    for options in ({}, {"cache": cache}):
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+            model(ids, padding=padding, **options)
+    close(model(first, cache), model(first.repeat(1, 2))[:, 6:])
+
+
+def test_an_error_inside_of_a_forward_leaves_the_cache_as_it_was(random_model):
+    model, ids = random_model(), torch.tensor(prompts([9, 9]))
+    cache = KVCache(model.config, batch=2, capacity=9)
+
+    def fail(*_) -> None:
+        raise RuntimeError
+
+    with torch.inference_mode():
+        model(ids[:, :4], cache)
+        hook = model.model.layers[1].register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError):
+            model(ids[:, 4:], cache)
+        hook.remove()
+        close(model(ids[:, 4:], cache), model(ids)[:, 4:])
+
+
+def test_rows_that_are_all_padding_and_batches_of_nothing_give_no_nan(way, random_model):
+    model, ids = random_model(), torch.tensor(prompts([7, 7]))
+    targets, padding = ids.clone(), torch.tensor([7, 0])
+    targets[0] = IGNORED
+    got = model(ids, padding=padding)
+    close(got[1:], model(ids[1:]))
+    assert got.isfinite().all()
+    total, count = model.loss(ids, targets, padding)
+    assert (count, total.item()) == (7, pytest.approx(model.loss(ids[1:], ids[1:])[0].item()))
+    assert model.token_losses(ids, targets, padding)[0].eq(0).all()
+    for nothing in (ids[:0], ids[:, :0]):
+        assert model(nothing).shape == (*nothing.shape, 97) and model.loss(nothing, nothing)[1] == 0
+        with torch.inference_mode():
+            assert model.token_losses(nothing, nothing).shape == nothing.shape
+
+
+@pytest.mark.parametrize("other", [{"num_hidden_layers": 3}, {"num_key_value_heads": 1}, {"rope_theta": 1e6}], ids=str)
+def test_a_cache_serves_models_of_its_configuration_alone(other, random_model):
+    model, cache = random_model(**other), KVCache(random_model().config, batch=1, capacity=4)
+    with torch.inference_mode(), pytest.raises(ValueError, match="cache was made for another model: expected one of"):
+        model(torch.tensor([[1, 2]]), cache)
+
+
+def test_a_cache_takes_nothing_that_wants_a_gradient(random_model):
+    """Torch says that a view was created in no_grad mode."""
+    model = random_model()
+    with pytest.raises(ValueError, match="want a gradient: expected a cache under torch.inference_mode"):
+        model(torch.tensor([[1, 2]]), KVCache(model.config, batch=1, capacity=4))
+
+
+def test_a_mask_has_the_shape_that_a_view_promises(random_model, monkeypatch):
+    """(B, 1, T, S), 1 in the place of B where all rows are alike; None where it is plainly causal."""
+    model, seen = random_model(), []
+    run, ids, padding = model.model.run, torch.tensor(prompts([4, 4])), torch.tensor([1, 0])
+
+    def record(ids: Tensor, view: View, cache: KVCache | None) -> Tensor:
+        seen.append((*view.cos.shape, *(view.mask.shape if view.mask is not None else ())))
+        return run(ids, view, cache)
+
+    monkeypatch.setattr(model.model, "run", record)
+    with torch.inference_mode():
+        for left, rows in ((None, 1), (padding, 2)):
+            cache = KVCache(model.config, batch=2, capacity=12)
+            model(ids, cache, left)
+            model(ids[:, :3], cache, left)
+            forward(model.model, ids[:, :3], cache, [-1, 0, 0], left)
+            CapturedStep(model, cache, left)
+            first = (rows, 4, 1, 8) + (() if left is None else (rows, 1, 4, 4))
+            later = [(rows, 3, 1, 8, rows, 1, 3, 7), (rows, 3, 1, 8, rows, 1, 3, 10), (rows, 1, 1, 8, rows, 1, 1, 12)]
+            assert seen == [first, *later]
+            seen.clear()
 
 
 def test_a_context_beyond_the_positions_of_the_model_is_refused(random_model):
@@ -365,6 +463,15 @@ def test_top_p_acts_after_the_temperature():
         ([[1]], {"top_p": 1.01}, "top_p is 1.01: expected more than 0, at most 1"),
         ([[1]], {"top_k": -1}, "top_k is -1: expected a whole number, 0"),
         ([[1]], {"top_k": 2.5}, "top_k is 2.5: expected a whole number, 0"),
+        ([1, 2], {}, "prompts are empty or not"),
+        ("ab", {}, "prompts are empty or not"),
+        ([[1.0]], {}, "ids are torch.float32"),
+        ([[1]], {"top_k": 3.0}, "top_k is 3.0: expected a whole number"),
+        ([[1]], {"top_k": "3"}, "top_k is 3: expected a whole number"),
+        ([[1]], {"seed": 2**64}, "seed is 18446744073709551616: expected a whole number, 0 to"),
+        ([[1]], {"seed": -1}, "seed is -1: expected"),
+        ([[1]], {"seed": 1.5}, "seed is 1.5: expected"),
+        ([[1]], {"repetition_penalty": 1e-45}, "the highest logits are .*inf.*: expected finite ones"),
         ([[1]], {"repetition_penalty": 0.0}, "repetition_penalty is 0.0: expected more than 0"),
         ([[1]], {"repetition_penalty": float("nan")}, "repetition_penalty is nan: expected more than 0"),
     ],
@@ -373,6 +480,17 @@ def test_top_p_acts_after_the_temperature():
 def test_a_bad_prompt_or_option_is_refused_with_what_was_expected(ids, options, message, random_model):
     with pytest.raises(ValueError, match=message):
         random_model().generate(ids, max_new_tokens=2, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.9, "top_k": 5}], ids=str)
+def test_logits_that_are_no_numbers_make_no_token(options, random_model):
+    """As where float16 overflows: greedy, it wrote token 0 for ever. Large ones are no trouble."""
+    model = random_model()
+    torch.nn.init.normal_(model.lm_head.weight, std=1e4)
+    assert model.generate([[1]], 5, seed=0, **options) == model.generate([[1]], 5)
+    torch.nn.init.constant_(model.model.embed_tokens.weight[3], torch.nan)
+    with pytest.raises(ValueError, match=r"the highest logits are \[\d.*, nan\]: expected finite ones"):
+        model.generate([[1], [3]], max_new_tokens=1, **options)
 
 
 def test_a_negative_number_of_tokens_is_refused(random_model):

@@ -231,6 +231,32 @@ def test_a_tensor_in_two_shards_is_refused(folder):
     other = load_file(folder / "model-00003-of-00003.safetensors")
     save_file({n: t.clone() for n, t in (again | other).items()}, folder / "model-00003-of-00003.safetensors")
     assert "stands in model-00001-of-00003.safetensors too: expected it once" in refusal(folder)
+    (folder / "model-00003-of-00003.safetensors").unlink()
+    (folder / "model-00003-of-00003.safetensors").symlink_to("model-00001-of-00003.safetensors")
+    assert "stands in model-00001-of-00003.safetensors too: expected it once" in refusal(folder)
+
+
+def test_what_the_shards_hold_counts_wherever_they_lie_and_wherever_the_index_looks_for_it(folder):
+    """The hub's cache keeps a file elsewhere, with a link to it. Shards may be of several types."""
+    rewrite(folder, {UP: load_file(folder / "model.safetensors")[UP].bfloat16()})
+    whole, weight_map = Qwen.from_pretrained(folder, dtype=None, compute_dtype=torch.float32), shard(folder)
+    second = folder / "model-00002-of-00003.safetensors"
+    outside = second.rename(folder.with_name(f"{folder.name}-blob"))
+    second.symlink_to(outside)
+    write_index(folder, dict(zip(weight_map, reversed(weight_map.values()), strict=True)) | {"nowhere": second.name})
+    parts = Qwen.from_pretrained(folder, dtype=None, compute_dtype=torch.float32)
+    assert parts.get_parameter(UP).dtype == torch.bfloat16 and torch.equal(parts(IDS), whole(IDS))
+
+
+def test_beside_an_index_a_single_file_is_read_as_transformers_does(folder):
+    from transformers import AutoModelForCausalLM
+
+    held = {name: t.clone() for name, t in load_file(folder / "model.safetensors").items()}
+    shard(folder)
+    save_file(held | {"model.norm.weight": held["model.norm.weight"] + 1}, folder / "model.safetensors")
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    got = Qwen.from_pretrained(folder).state_dict()["model.norm.weight"]
+    assert torch.equal(got, theirs["model.norm.weight"]) and torch.equal(got, held["model.norm.weight"] + 1)
 
 
 @pytest.mark.parametrize(
@@ -404,6 +430,21 @@ def test_a_weight_that_is_kept_narrow_has_a_gradient_of_its_type(way, folder):
         model(IDS).sum().backward()
     for got, expected in zip(kept.parameters(), wide.parameters(), strict=True):
         torch.testing.assert_close(got.grad, expected.grad.to(got.dtype), atol=1e-3, rtol=0.02)  # 8 bits of mantissa
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kept"), [("bfloat16", torch.bfloat16), ("float64", torch.float64), ("auto", torch.float32)]
+)
+def test_a_type_can_be_given_by_its_name(dtype, kept, folder):
+    model = Qwen.from_pretrained(folder, dtype, compute_dtype="float32")
+    assert model.get_parameter(UP).dtype == kept and model.compute_dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "torch.bfloat16", "int8", torch.int8, 32, "cpu", ""])
+def test_what_is_no_type_of_weights_is_refused_with_those_that_are(dtype, folder):
+    for name in ("dtype", "compute_dtype"):
+        message = f"{name} is {dtype!r}: expected one of auto, float32, bfloat16, float16, float64"
+        assert refusal(folder, **{name: dtype}) == message
 
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.float64, torch.bfloat16])

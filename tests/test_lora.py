@@ -1,6 +1,8 @@
 """LoRA against PEFT, adapters in PEFT's format both ways, and everything of PEFT's that is refused."""
 
+import copy
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +116,9 @@ def test_an_adapter_of_ours_opens_in_peft_with_the_same_logits(targets, referenc
         {"init_lora_weights": "gaussian"},
         {"init_lora_weights": False},
         {"lora_dropout": 0.25},
+        {"use_rslora": True},
+        {"target_modules": "all-linear"},
+        {"target_modules": ["layers.1.mlp.up_proj", "v_proj"], "lora_alpha": 2.5},
     ],
     ids=str,
 )
@@ -133,6 +138,23 @@ def test_an_adapter_saved_and_loaded_gives_the_same_logits_to_the_bit(adapter, r
     assert torch.equal(logits(loaded), logits(model))
     layer = q_proj(loaded)
     assert (layer.rank, layer.alpha, layer.scale, layer.dropout) == (3, 7.0, 7.0 / 3, 0.25)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "up_proj"])
+def test_all_linear_layers_or_one_name_can_be_given_as_text(targets, random_model):
+    names = ALL if targets == "all-linear" else [targets]
+    got, expected = (add_lora(random_model(), 3, targets=given, seed=0).state_dict() for given in (targets, names))
+    assert got.keys() == expected.keys() and all(torch.equal(got[name], expected[name]) for name in got)
+
+
+def test_an_adapter_kept_in_bfloat16_is_widened(adapter, random_model):
+    path = adapter / "adapter_model.safetensors"
+    save_file({name: t.bfloat16() for name, t in load_file(path).items()}, path)
+    expected = trained(add_lora(random_model(), 3, 7.0, dropout=0.25, seed=0))
+    for layer in dict(lora.layer.lora_layers(expected)).values():
+        for half in (layer.lora_a, layer.lora_b):
+            half.data = half.data.bfloat16().float()
+    assert torch.equal(logits(load_adapter(random_model(), adapter)), logits(expected))
 
 
 def test_the_saved_files_have_the_keys_and_fields_of_peft(adapter):
@@ -257,6 +279,35 @@ def test_merging_twice_or_nothing_is_an_error(random_model):
         unmerge(model)
 
 
+def test_the_weights_of_a_wider_type_come_back_to_that_type(random_model):
+    model = trained(add_lora(random_model().double(), 4, seed=0))
+    before = q_proj(model).weight.clone()
+    unmerge(merge(model))
+    assert (q_proj(model).weight - before).abs().max() < 1e-15  # by float32 it was 3e-8
+
+
+def test_the_state_of_a_merged_model_is_that_of_a_base_model_and_it_takes_no_other(random_model):
+    """Else the update would be added twice, or taken out of weights that it was never in."""
+    model = merge(trained(add_lora(random_model(), 4, seed=0)))
+    state, base = model.state_dict(), random_model(seed=1)
+    base.load_state_dict(state)
+    assert torch.equal(logits(base), logits(model))
+    with pytest.raises(RuntimeError, match="Missing key.*lora_a"):
+        add_lora(random_model(), 4).load_state_dict(state)
+    with pytest.raises(ValueError, match="q_proj is merged: expected unmerge before other weights are loaded"):
+        model.load_state_dict(state, strict=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("fold", [merge, lambda model: model])
+def test_a_copy_of_a_model_with_lora_is_a_model_of_its_own(fold, copied, random_model):
+    model = fold(trained(add_lora(random_model(tie_word_embeddings=True), 4, seed=0)))
+    other, before = copied(model), logits(model)
+    assert torch.equal(logits(other), before) and other.lm_head.weight is other.model.embed_tokens.weight
+    torch.nn.init.zeros_(q_proj(other).weight)
+    assert torch.equal(logits(model), before) and not torch.equal(logits(other), before)
+
+
 def test_a_merged_adapter_is_not_saved(random_model, tmp_path):
     with pytest.raises(ValueError, match="merged into the weights: expected unmerge first"):
         save_adapter(merge(add_lora(random_model(), 2)), tmp_path / "adapter")
@@ -342,7 +393,7 @@ def refused(model: Qwen, folder: Path) -> str:
     ("field", "value"),
     [
         ("use_dora", True),
-        ("use_rslora", True),
+        ("use_rslora", "yes"),
         ("rank_pattern", {"q_proj": 4}),
         ("alpha_pattern", {"q_proj": 4}),
         ("modules_to_save", ["lm_head"]),
@@ -376,12 +427,19 @@ def test_a_field_that_changes_the_maths_is_refused_by_name(field, value, adapter
     "options",
     [
         {"use_dora": True},
-        {"use_rslora": True},
         {"rank_pattern": {"q_proj": 4}},
         {"alpha_pattern": {"q_proj": 4}},
         {"bias": "all"},
         {"modules_to_save": ["lm_head"]},
         {"layers_to_transform": [1]},
+        {"exclude_modules": ["v_proj"]},
+        {"target_modules": r".*self_attn\.(q|v)_proj"},
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "olora"},
+        {"trainable_token_indices": [1, 2]},
+        {"use_qalora": True, "qalora_group_size": 16},
+        {"target_parameters": ["self_attn.q_proj.weight"], "target_modules": []},
+        {"alora_invocation_tokens": [5]},
     ],
     ids=str,
 )
@@ -390,6 +448,14 @@ def test_what_peft_itself_saves_with_such_a_field_is_refused(options, reference,
     peft_of(theirs, **options).save_pretrained(tmp_path / "adapter")
     field = next(iter(options))
     assert f"adapter_config.json: {field} is" in refused(Qwen.from_pretrained(folder), tmp_path / "adapter")
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_an_adapter_of_peft_for_the_table_or_the_head_is_refused_by_its_target(target, reference, tmp_path):
+    folder, theirs = reference()
+    peft_of(theirs, target_modules=["q_proj", target]).save_pretrained(tmp_path / "adapter")
+    assert f"target '{target}' matches no" in refused(Qwen.from_pretrained(folder), tmp_path / "adapter")
 
 
 @pytest.mark.parametrize(
@@ -431,10 +497,11 @@ def test_a_field_that_does_not_fit_is_refused_by_name(change, message, adapter, 
         ({"base_model.model.lm_head.weight": torch.zeros(97, 48)}, "unexpected base_model.model.lm_head.weight"),
         ({KEY.format(1, "v_proj", "B"): torch.zeros(48, 3)}, f"{KEY.format(1, 'v_proj', 'B')} is [48, 3], not [16, 3]"),
         ({KEY.format(0, "q_proj", "A"): torch.zeros(3, 48, dtype=torch.int8)}, "is of type torch.int8"),
+        ({KEY.format(1, "q_proj", "B"): torch.full((48, 3), torch.nan)}, "lora_B.weight holds NaN or infinity"),
         ({"a\nb\x1b": torch.zeros(1)}, r"unexpected 'a\nb\x1b'"),
         ({KEY.format(i, p, h): None for i in (0, 1) for p in ("q_proj", "v_proj") for h in "AB"}, "and 5 more"),
     ],
-    ids=["missing", "extra", "misshapen", "int8", "unprintable", "empty"],
+    ids=["missing", "extra", "misshapen", "int8", "NaN", "unprintable", "empty"],
 )
 def test_a_missing_extra_or_misshapen_key_is_refused_by_name(change, message, adapter, random_model):
     path = adapter / "adapter_model.safetensors"
@@ -484,6 +551,12 @@ def test_the_logit_bias_learns_whether_it_came_before_the_lora_layers_or_after(r
         gradient = model.get_parameter("logit_bias").grad
         assert gradient is not None and gradient.abs().max() > 0
         assert sum(p.requires_grad for p in model.parameters()) == 9
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (96,), (97, 1)], ids=str)
+def test_a_logit_bias_of_another_shape_is_refused_before_it_is_broadcast(shape, random_model):
+    with pytest.raises(ValueError, match=r"the logit bias is \[.*\]: expected \[97\]"):
+        add_logit_bias(random_model(), torch.zeros(shape))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from lora import add_logit_bias, add_lora
 from qwen_min import FlopMeter
@@ -90,6 +91,37 @@ def test_a_target_outside_of_a_restricted_vocabulary_is_refused(parts):
     targets[1, 1] = 7
     with pytest.raises(ValueError, match="target 7 is not in the vocabulary asked for: expected one of its 3"):
         linear_cross_entropy(hidden, head, targets, None, torch.arange(3))
+
+
+@pytest.mark.parametrize("tokens", [[], [0, 1, 1], [-1, 0], [0, V]], ids=str)
+def test_a_restricted_vocabulary_is_a_set_of_tokens(tokens, parts):
+    """A token named twice would count twice in the softmax, and -1 would be the last one."""
+    with pytest.raises(ValueError, match="vocabulary asked for is no set of tokens: expected some of 0 to 300, each"):
+        linear_cross_entropy(parts[0], parts[1], torch.full((B, T), IGNORED), None, torch.tensor(tokens).long())
+
+
+@pytest.mark.parametrize("scale", [1e4, 1e30])
+@pytest.mark.parametrize("forbidden", [0, 50])
+def test_huge_logits_and_a_block_that_a_bias_forbids_give_the_loss_of_float64(scale, forbidden, parts, monkeypatch):
+    """The first block's highest logit was -inf then, and its distance to itself NaN."""
+    monkeypatch.setitem(loss.LOGITS_AT_ONCE, "cpu", 42 * 20)
+    hidden, head, targets, bias = parts
+    with torch.no_grad():
+        head.weight.mul_(scale)
+        bias[:forbidden] = -math.inf
+    targets = targets.where(targets == IGNORED, targets.clamp(min=forbidden))
+    total, _ = linear_cross_entropy(hidden, head, targets, bias)
+    torch.testing.assert_close(total, in_float64(hidden, head, targets, bias)[0], rtol=1e-6, atol=0)
+
+
+def test_torchs_checkpointing_recomputes_the_same_gradients(random_model):
+    """It forbids a backward to read what it saved twice."""
+    ids, gradients = torch.arange(24).view(2, 12), []
+    for run in (lambda model: model(ids), lambda model: checkpoint(model, ids, use_reentrant=False)):
+        model = add_lora(random_model(), 3, seed=0)
+        run(model).sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 @pytest.mark.parametrize("which", range(3))

@@ -58,6 +58,56 @@ def test_greedy_tokens_equal_those_of_transformers(seed, reference, shape_of_see
     assert isinstance(got, Tensor) and torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("head_dim", [8, 64, 128])
+@pytest.mark.parametrize("theta", [1e4, 1e6])
+def test_angles_of_late_positions_are_those_of_transformers(head_dim, theta):
+    """An inverse frequency with another last bit is .002 radians off there, and the logits 5e-5."""
+    from transformers import Qwen2Config
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
+
+    rope = {"rope_type": "default", "rope_theta": theta}
+    theirs = Qwen2RotaryEmbedding(Qwen2Config(hidden_size=head_dim, num_attention_heads=1, rope_parameters=rope))
+    positions = torch.arange(32768 - 256, 32768)[None]
+    got, expected = ops.rotation_angles(positions, head_dim, theta), theirs(torch.zeros(1), positions)
+    for ours, their in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours[:, :, 0], their, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "taken"),
+    [
+        ({"rope_parameters": None, "rope_theta": 1e4, "rope_scaling": {"rope_type": "default"}}, True),
+        ({"rope_parameters": None, "rope_theta": 1e4, "rope_scaling": {"type": "default", "factor": 2.0}}, True),
+        ({"rope_parameters": None, "rope_scaling": {"rope_type": "default", "rope_theta": 1e4}}, True),
+        ({"rope_scaling": {"rope_type": "default", "rope_theta": 1e2}}, False),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}}, False),
+        ({"rope_parameters": {"rope_type": "default", "type": "yarn", "factor": 4.0, "rope_theta": 1e4}}, True),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}, True),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, True),
+        ({"rope_theta": 1e6}, False),
+        ({"max_window_layers": 0, "sliding_window": 4, "layer_types": None}, True),
+        ({"max_window_layers": 0, "sliding_window": 4, "layer_types": None, "use_sliding_window": True}, False),
+        ({"architectures": ["LlamaForCausalLM"], "attention_bias": False, "mlp_bias": True}, True),
+        ({"dtype": "float16", "torch_dtype": "bfloat16"}, True),
+        ({"head_dim": 8, "final_logit_softcapping": 3.0, "logits_scaling": 2.0}, True),
+        ({"is_causal": False}, False),
+    ],
+    ids=str,
+)
+def test_a_configuration_computes_what_transformers_makes_of_it_or_is_refused(change, taken, reference):
+    from transformers import AutoModelForCausalLM
+
+    folder, _ = reference()
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    if not taken:
+        with pytest.raises(ValueError, match="config.json: .*expected"):
+            Qwen.from_pretrained(folder)
+        return
+    theirs = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+    assert difference(Qwen.from_pretrained(folder), theirs, batch_of(97, seed=3)) < TOLERANCE
+
+
 def swap_norms(model: Qwen, patch) -> None:
     for block in model.model.layers:
         first, second = block.input_layernorm, block.post_attention_layernorm

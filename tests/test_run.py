@@ -68,6 +68,8 @@ def test_every_help_shows_an_example_that_parses(verb, capsys):
         ["grid", "--data", "absent.h5"],
         ["evaluate", "--adapter", "absent"],
         ["flops", "--model", "Qwen2.5-8B"],
+        ["flops", "--model", "Qwen/Qwen2.5-8B-Instruct", "--offline"],
+        ["flops", "--model", "Qwen/Qwen2.5-Math-7B", "--offline"],
         ["flops", "--batch", "0"],
         ["flops", "--convention", "paper"],
         ["budget"],
@@ -75,6 +77,8 @@ def test_every_help_shows_an_example_that_parses(verb, capsys):
         ["forecast", "--system", "1000"],
         ["generate", "--prompt", ""],
         ["generate", "--prompt", "1", "--top-p", "2"],
+        ["generate", "--prompt", "1", "--sample-seed", str(2**64)],
+        ["generate", "--prompt", "1<|im_end|>2", "--chat"],
         ["generate", "--prompt", "1", "--temperature", "-1"],
         ["data", "--decimals", "9"],
         ["doctor", "--device", "tpu"],
@@ -159,6 +163,36 @@ def test_flops_prints_one_json_object_with_the_reference_total(capsys):
         assert sum(printed[part].values()) == printed["forward"]
 
 
+def test_flops_knows_a_size_by_the_hubs_name_without_a_download_but_a_folder_of_that_name_wins(capsys, monkeypatch):
+    totals = []
+    for name in ("Qwen2.5-7B", "Qwen2.5-7B-Instruct", "Qwen/Qwen2.5-7B", "Qwen/Qwen2.5-7B-Instruct"):
+        assert run.main(["flops", "--model", name, "--offline", "--json"]) == 0
+        totals.append(json.loads(capsys.readouterr().out)["forward"])
+    assert len(set(totals)) == 1
+    shutil.copytree(POCKET, "Qwen/Qwen2.5-7B-Instruct")
+    assert run.main(["flops", "--model", "Qwen/Qwen2.5-7B-Instruct", "--offline", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["forward"] < totals[0] / 1000
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, capsys, monkeypatch):
+    """A shell expands that of `--out ~/x`, not that of `--out=~/x`, and nobody that of a TOML file."""
+    from lora import add_lora, load_adapter, save_adapter
+    from qwen_min import Qwen, Tokenizer
+
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    shutil.copytree(POCKET, tmp_path / "home" / "model")
+    save_adapter(add_lora(Qwen.from_pretrained("~/model"), 2), "~/adapter")
+    load_adapter(Qwen.from_pretrained("~/model"), "~/adapter")
+    assert len(Tokenizer.from_pretrained("~/model")) == len(Tokenizer("~/model/tokenizer.json"))
+    hdf5(tmp_path / "home" / "d.h5", np.linspace(0.5, 2, 1200).reshape(20, 30, 2))
+    flags = ["--config=~/c.toml", "--adapter=~/adapter", "--ledger=~/l", "--out=~/f.png", "--system", "17"]
+    (tmp_path / "home" / "c.toml").write_text('model = "~/model"\ndata = "~/d.h5"\npoints = 20\nhorizon = 4\n')
+    assert run.main(["forecast", *flags]) == 0, capsys.readouterr().err
+    assert run.main(["flops", "--model=~/model", "--plot=~/flops.png"]) == 0
+    assert {"f.png", "flops.png", "l"} <= {path.name for path in (tmp_path / "home").iterdir()}
+    assert run.main(["data", "--model=~/model", "--data=~/d.h5"]) == 0 and not Path("~").exists()
+
+
 def test_the_flops_table_shows_formulas_whose_lines_add_up(capsys, tmp_path):
     assert run.main(["flops", "--rank", "8", "--train", "--per-layer", "--plot", "f.png"]) == 0
     printed = capsys.readouterr().out
@@ -189,10 +223,12 @@ def test_per_layer_a_module_has_its_own_flops_and_those_of_the_modules_inside_it
 def test_generate_streams_a_greedy_continuation_to_stdout(capsys):
     assert run.main(["generate", "--prompt", "1.00,2.00;1.00,2.00;1.00,2.00;", "--max-new-tokens", "30"]) == 0
     captured = capsys.readouterr()
-    assert len(captured.out) == 31 and "toy" in captured.err
+    assert len(captured.out) == 31 and captured.err == "[toy: the pocket model]\n"
     assert (
         run.main(["generate", "--prompt", "1.00,2.00;", "--chat", "--max-new-tokens", "3", "--temperature", "1"]) == 0
     )
+    captured = capsys.readouterr()
+    assert captured.out and "the pocket model was never taught to chat" in captured.err
 
 
 def test_data_shows_two_worked_examples(capsys, tmp_path):

@@ -6,8 +6,6 @@ them on the spot, so the backward only scales it. Sums run in float64.
 Source: the online softmax of Milakov and Gimelshein 2018, over a head as in Cut Your Losses (Wijmans et al. 2024).
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -72,7 +70,8 @@ def token_losses(rows, weight, targets, bias, gradients) -> Tensor:
     """
     d_rows, d_weight, d_bias = gradients
     counted, index = (targets != IGNORED)[:, None], targets.clamp(min=0)[:, None]  # (n, 1)
-    top = torch.full_like(index, -math.inf, dtype=torch.float32)
+    # Not -inf, which a bias may make of a whole block: their difference would be NaN.
+    top = torch.full_like(index, torch.finfo(torch.float32).min, dtype=torch.float32)
     sums, chosen, kept = torch.zeros_like(index, dtype=torch.float64), torch.zeros_like(top), []
     size = max(1, LOGITS_AT_ONCE.get(rows.device.type, LOGITS_ELSEWHERE) // len(rows))
     for first in range(0, len(weight), size):
@@ -103,4 +102,4 @@ def token_losses(rows, weight, targets, bias, gradients) -> Tensor:
         d_weight.index_add_(0, index[:, 0], -(rows * counted).to(d_weight.dtype))
     if d_bias is not None:
         d_bias.index_add_(0, index[:, 0], -counted[:, 0].to(d_bias.dtype))
-    return (sums.log() + (top.double() - chosen.double()))[:, 0] * counted[:, 0]
+    return (sums.log() + (top.double() - chosen.double())).where(counted, 0)[:, 0]  # which infinity times 0 is not

@@ -138,10 +138,11 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        d_gate, d_up = (empty(t.shape, t) for t in ctx.saved_tensors)
+        saved = ctx.saved_tensors  # read once, as torch's checkpointing asks
+        d_gate, d_up = (empty(t.shape, t) for t in saved)
         # On a CPU a few rows at a time, whose intermediate results stay in its cache.
         rows = max(1, 2**18 // grad.shape[-1]) if grad.is_cpu else max(1, grad.numel())
-        whole = (t.reshape(-1, grad.shape[-1]).split(rows) for t in (*ctx.saved_tensors, grad, d_gate, d_up))
+        whole = (t.reshape(-1, grad.shape[-1]).split(rows) for t in (*saved, grad, d_gate, d_up))
         for gate, up, d, for_gate, for_up in zip(*whole, strict=True):
             sigmoid = torch.sigmoid(gate)
             torch.mul(gate, sigmoid, out=for_up).mul_(d)
