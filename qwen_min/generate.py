@@ -25,25 +25,18 @@ def prefill(model, ids: Tensor, room: int, padding: Tensor | None = None) -> Pre
         padding: (B) how many of each row's first tokens are padding; None for none.
     """
     cache = KVCache(model.config, ids.shape[0], ids.shape[1] + room, model.compute_dtype, model.device)
-    read = faster("read") or _read
-    return Prefill(cache, ids, padding, read(model, ids, cache, padding))
-
-
-def _read(model, ids: Tensor, cache: KVCache, padding: Tensor | None) -> Tensor:
-    """Hidden states (B, 1, E) of the last of `ids` (B, T), which `cache` takes up."""
-    return model.model(ids, cache, padding)[:, -1:]
-
-
-def _forward(model, cache: KVCache, padding: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """What makes hidden states (B, 1, E) of (B, 1) tokens, which `cache` takes up."""
-    return partial(model.model, cache=cache, padding=padding)
+    if read := faster("read"):
+        hidden = read(model, ids, cache, padding)
+    else:
+        hidden = model.model(ids, cache, padding)[:, -1:]  # (B, 1, E)
+    return Prefill(cache, ids, padding, hidden)
 
 
 @torch.inference_mode()
 def steps(
     hidden: Tensor, max_new_tokens: int, choose: Callable[[Tensor], Tensor], forward: Callable[[Tensor], Tensor]
 ) -> Iterator[Tensor]:
-    """The loop: yield the (B) new tokens of each step; `hidden` (B, 1, E) are those of the prompts' last tokens."""
+    """The loop: yield the (B) new tokens of each step; `hidden` (B, 1, E) is that of the prompts' last tokens."""
     for left in reversed(range(max_new_tokens)):
         new = choose(hidden)  # (B)
         yield new
@@ -83,30 +76,26 @@ def decode(
         ValueError: an option is out of its range, or the cache is too small.
     """
     options = Sampling(**sampling)
-    _check(max_new_tokens)
-    if samples < 1:
-        raise ValueError(f"samples is {samples}: expected at least 1")
-    if draft is not None and (len(prefill.ids) * samples > 1 or options.temperature):
-        asked = f"{len(prefill.ids)} prompts, {samples} samples of each, temperature {options.temperature:g}"
-        raise ValueError(f"a draft with {asked}: expected one prompt, one sample, greedy")
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}: expected 0 or more")
+    choose: Callable[[Tensor], Tensor] = Choice(model, prefill, samples, seed, constraint, options)
     cache = prefill.rewound() if samples == 1 else prefill.rewound().repeat(samples)
     cache.check(cache.batch, max_new_tokens - 1)
     model.model.check(cache.length + max_new_tokens - 1)
-    choose = Choice(model, prefill, samples, seed, constraint, options)
     if draft is not None and (tree := faster("tree")):
         return tree(model, prefill, max_new_tokens, choose, draft)
-    plainly = samples == 1 and constraint is None and options == Sampling()
+    if samples == 1 and constraint is None and options == Sampling():
+        choose = greedy(model)
     padding = None if prefill.padding is None else prefill.padding.repeat_interleave(samples)
-    forward = (faster("forward") or _forward)(model, cache, padding)
-    return steps(prefill.hidden, max_new_tokens, greedy(model) if plainly else choose, forward)
+    forward = (faster("forward") or partial)(model.model, cache=cache, padding=padding)
+    return steps(prefill.hidden, max_new_tokens, choose, forward)
 
 
 def stream(model, ids: Tensor, max_new_tokens: int, *, padding: Tensor | None = None, **options) -> Iterator[Tensor]:
     """The (B) new tokens of each step after the prompts: arguments as in `prefill`, options as in `decode`."""
-    _check(max_new_tokens)
-    if not max_new_tokens:
+    if max_new_tokens == 0:
         return iter(())
-    return decode(model, prefill(model, ids, max_new_tokens - 1, padding), max_new_tokens, **options)
+    return decode(model, prefill(model, ids, max(0, max_new_tokens - 1), padding), max_new_tokens, **options)
 
 
 def generate(
@@ -172,8 +161,3 @@ def left_padded(
     padding = torch.tensor([longest - len(p) for p in prompts], device=device)
     ids = torch.tensor([[pad_id] * (longest - len(p)) + list(p) for p in prompts], device=device)
     return ids, padding if any(len(p) < longest for p in prompts) else None
-
-
-def _check(max_new_tokens: int) -> None:
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}: expected 0 or more")

@@ -91,6 +91,8 @@ class Choice:
         constraint: Constraint | None = None,
         options: Sampling | None = None,
     ):
+        if samples < 1:
+            raise ValueError(f"samples is {samples}: expected at least 1")
         self.model, self.constraint, self.options = model, constraint, options or Sampling()
         self.rows = len(prefill.ids) * samples
         self.tokens = None if constraint is None else constraint.tokens  # (N), or all V: C of them

@@ -261,7 +261,7 @@ def test_a_mask_has_the_shape_that_a_view_promises(random_model, monkeypatch):
             model(ids, cache, left)
             model(ids[:, :3], cache, left)
             forward(model.model, ids[:, :3], cache, [-1, 0, 0], left)
-            CapturedStep(model, cache, left)
+            CapturedStep(model.model, cache, left)
             first = (rows, 4, 1, 8) + (() if left is None else (rows, 1, 4, 4))
             later = [(rows, 3, 1, 8, rows, 1, 3, 7), (rows, 3, 1, 8, rows, 1, 3, 10), (rows, 1, 1, 8, rows, 1, 1, 12)]
             assert seen == [first, *later]

@@ -17,11 +17,11 @@ DEVICES = ("cuda",)
 """Kinds of device where a step is captured; elsewhere launching is cheap, and what is masked is not."""
 
 
-def forward_of_one(model: Any, cache: KVCache, padding: Tensor | None) -> Callable[[Tensor], Tensor]:
+def forward_of_one(decoder: Any, cache: KVCache, padding: Tensor | None) -> Callable[[Tensor], Tensor]:
     """What makes hidden states (B, 1, E) of (B, 1) new tokens: a `CapturedStep`, with its arguments, or the decoder."""
-    if model.device.type in DEVICES:
-        return CapturedStep(model, cache, padding)
-    return partial(model.model, cache=cache, padding=padding)
+    if cache.store.device.type in DEVICES:
+        return CapturedStep(decoder, cache, padding)
+    return partial(decoder, cache=cache, padding=padding)
 
 
 class CapturedStep:
@@ -32,21 +32,21 @@ class CapturedStep:
     hold until the next call.
 
     Args:
-        model: a `Qwen`.
+        decoder: of a `Qwen`.
         cache: with at least one place left.
         padding: (B) how many of each sequence's first tokens are padding; None for none.
     """
 
     @torch.inference_mode()
-    def __init__(self, model: Any, cache: KVCache, padding: Tensor | None):
+    def __init__(self, decoder: Any, cache: KVCache, padding: Tensor | None):
         cache.check(cache.batch, 1)
-        self.decoder, self.cache, self.padding = model.model, cache, padding
+        self.decoder, self.cache, self.padding = decoder, cache, padding
         self.fixed = _FixedCache(cache)
-        self.ids = torch.zeros(cache.batch, 1, dtype=torch.int64, device=model.device)
+        self.ids = torch.zeros(cache.batch, 1, dtype=torch.int64, device=cache.store.device)
         cache.store[..., cache.length :, :].zero_()  # what is masked has weight 0, which makes nothing of a NaN
         with unmetered(), FlopMeter() as self.charged:
             self.hidden = self._forward()
-        self.graph = self._captured() if model.device.type == "cuda" else None
+        self.graph = self._captured() if self.ids.is_cuda else None
 
     @torch.inference_mode()
     def __call__(self, ids: Tensor) -> Tensor:

@@ -19,9 +19,20 @@ from qwen_min.sampling import Choice, Draft
 from qwen_min.view import view_of
 
 
-@torch.inference_mode()
 def decode(model, prefill: Prefill, max_new_tokens: int, choose: Choice, draft: Draft) -> Iterator[Tensor]:
-    """Yield the new token (1) of each step: see `generate.decode`."""
+    """The new token (1) of each step: see `generate.decode`.
+
+    Raises:
+        ValueError: there are several prompts or samples, or tokens are drawn.
+    """
+    if choose.rows > 1 or choose.options.temperature:
+        asked = f"{choose.rows} rows, temperature {choose.options.temperature:g}"
+        raise ValueError(f"a draft with {asked}: expected one prompt, one sample, greedy")
+    return _decode(model, prefill, max_new_tokens, choose, draft)
+
+
+@torch.inference_mode()
+def _decode(model, prefill: Prefill, max_new_tokens: int, choose: Choice, draft: Draft) -> Iterator[Tensor]:
     cache, hidden, left = prefill.rewound(), prefill.hidden, max_new_tokens
     tree, alone = Tree(), None  # alone: the forward of a token without guesses
     while left:
@@ -43,7 +54,7 @@ def decode(model, prefill: Prefill, max_new_tokens: int, choose: Choice, draft: 
             if tree.tokens:
                 hidden = forward(model.model, ids, cache, tree.parents, prefill.padding)
             else:
-                alone = alone or forward_of_one(model, cache, prefill.padding)
+                alone = alone or forward_of_one(model.model, cache, prefill.padding)
                 hidden = alone(ids)
 
 
