@@ -99,7 +99,7 @@ def load_adapter(model: Qwen, folder: str | Path) -> Qwen:
 
     Raises:
         ValueError: the files are missing or damaged, ask for what is not implemented (by name), or hold a key too
-            few, too many or of another shape.
+            few, too many, of another shape or with NaN.
     """
     folder = expanded(folder)
     config, path = _read_config(folder / "adapter_config.json"), folder / "adapter_model.safetensors"

@@ -168,6 +168,8 @@ def how_to_fetch(path: Path, again: bool = False) -> str:
 
 def _rope_theta(fields: dict[str, Any]) -> float:
     """The rotary base: `rope_parameters.rope_theta` (transformers 5) or `rope_theta` (4). No default is assumed."""
+    if fields.get("rope_parameters") and fields.get("rope_scaling"):  # of which transformers would take the second
+        raise ValueError(f"rope_scaling is {fields['rope_scaling']!r:.200}: expected null beside rope_parameters")
     given: list[Any] = [fields.get("rope_theta")]
     for name in ("rope_parameters", "rope_scaling"):
         rope = fields.get(name)

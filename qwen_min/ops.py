@@ -52,7 +52,7 @@ def embedding(ids: Tensor, weight: Tensor) -> Tensor:
     charge(EMBEDDING, ids.numel(), weight.shape[1], *wanted(weight))
     try:
         return F.embedding(ids, weight)
-    except IndexError:  # on a CPU; on a GPU the kernel ends the process
+    except IndexError:  # of the CPU's kernel; a GPU's ends the process
         raise ValueError(f"a token is outside of the vocabulary: expected 0 to {len(weight) - 1}") from None
 
 

@@ -203,7 +203,7 @@ def test_what_is_reserved_for_a_draft_is_enough_and_what_is_spent_is_what_the_me
 def test_a_draft_needs_no_positions_beyond_those_of_the_forecast(file):
     task, model = evaluate.prepare(Settings(data=str(file), points=20, horizon=4), None)
     config = replace(model.config, max_position_embeddings=239)  # the last token is not read
-    object.__setattr__(model.model, "config", config)
+    model.config = model.model.config = config
     plain, drafted = (evaluate.forecast(task, model, [17], nodes) for nodes in (0, 12))
     np.testing.assert_array_equal(drafted.values, plain.values)
     assert drafted.flops["inference"] <= evaluate.predicted(task, config, [17], rank=0, draft=12)["inference"]

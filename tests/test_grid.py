@@ -165,7 +165,7 @@ def test_a_run_whose_model_has_another_config_now_is_refused(data, tmp_path, cap
     model = shutil.copytree(ROOT / "weights" / "pocket", tmp_path / "model")
     assert grid(data, "grid", "--model", str(model)) == 0
     config = json.loads((model / "config.json").read_text())
-    config["rope_parameters"]["rope_theta"] *= 2
+    config["rope_theta"] = config["rope_parameters"]["rope_theta"] = 2e4
     (model / "config.json").write_text(json.dumps(config))
     assert grid(data, "grid", "--model", str(model)) == 2
     assert "config_sha256" in capsys.readouterr().err

@@ -20,7 +20,7 @@ from experiments import arguments, pocket, report, run
 from qwen_min import load
 
 POCKET = Path(__file__).parents[1] / "weights" / "pocket"
-HUB_ID = "Qwen/Qwen2.5-0.5B-Instruct"
+HUB_ID = "Qwen/Qwen2.5-Coder-0.5B-Instruct"  # whose size `flops` has to look up
 SECRETS = ["hf_TheTokenOfTheEnvironment0123456789", "hf_TheTokenOfTheFile0123456789"]
 
 DATA = ["--data", "waves.h5"]

@@ -102,4 +102,4 @@ def token_losses(rows, weight, targets, bias, gradients) -> Tensor:
         d_weight.index_add_(0, index[:, 0], -(rows * counted).to(d_weight.dtype))
     if d_bias is not None:
         d_bias.index_add_(0, index[:, 0], -counted[:, 0].to(d_bias.dtype))
-    return (sums.log() + (top.double() - chosen.double())).where(counted, 0)[:, 0]  # which infinity times 0 is not
+    return (sums.log() + (top.double() - chosen.double())).where(counted, 0)[:, 0]  # not times 0: it may be infinite
