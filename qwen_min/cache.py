@@ -44,10 +44,7 @@ class KVCache:
         if batch != self.batch:
             raise ValueError(f"{batch} sequences for a cache: expected the {self.batch} that it was made for")
         if self.length + tokens > self.capacity:
-            raise ValueError(
-                f"the cache holds {self.length} tokens and is to take {tokens} more: expected at most "
-                f"{self.capacity}, its capacity"
-            )
+            raise ValueError(f"the cache is to hold {self.length} + {tokens} tokens: expected at most {self.capacity}")
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store (B, K, T, D) keys and values after what `layer` holds; returns views of all S, (B, K, S, D)."""

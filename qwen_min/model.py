@@ -71,11 +71,8 @@ class Decoder(Metered):
 
     def check(self, tokens: int) -> None:
         """Raise ValueError if a sequence of so many `tokens` has places that the model was not made for."""
-        if tokens > self.config.max_position_embeddings:
-            raise ValueError(
-                f"{tokens} tokens are too long: expected at most max_position_embeddings, "
-                f"which is {self.config.max_position_embeddings}"
-            )
+        if tokens > (most := self.config.max_position_embeddings):
+            raise ValueError(f"{tokens} tokens are too long: expected at most max_position_embeddings, which is {most}")
 
 
 class Qwen(Metered):

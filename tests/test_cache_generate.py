@@ -115,7 +115,7 @@ def test_a_full_cache_names_what_is_needed_and_what_it_has(make_config, random_m
     model, cache = random_model(), KVCache(make_config(), batch=1, capacity=6)
     with torch.inference_mode():
         model(torch.tensor([[1, 2, 3, 4]]), cache)
-        with pytest.raises(ValueError, match="holds 4 tokens and is to take 3 more: expected at most 6"):
+        with pytest.raises(ValueError, match="hold 4 [+] 3 tokens: expected at most 6"):
             model(torch.tensor([[1, 2, 3]]), cache)
         assert cache.length == 4
         model(torch.tensor([[1, 2]]), cache)  # what was refused has changed nothing: two more still fit

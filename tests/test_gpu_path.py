@@ -325,14 +325,14 @@ def test_a_captured_step_refuses_what_a_growing_one_does(device, plain, random_m
             list(decode(model, read, new))
         return str(raised.value)
 
-    for case, said in (((1, 3), "the cache holds 4 tokens and is to take 2 more"), ((9, 5), "8 tokens are too long")):
+    for case, said in (((1, 3), "the cache is to hold 4 + 2 tokens"), ((9, 5), "8 tokens are too long")):
         assert said in work(*case) and work(*case) == plain(partial(work, *case))
     cache = KVCache(model.config, 1, 5, device=device)
     cache.advance(4)
     step = CapturedStep(model.model, cache, None)
     with torch.inference_mode():
         step(torch.zeros(1, 1, dtype=torch.int64, device=device))
-        with pytest.raises(ValueError, match="holds 5 tokens and is to take 1 more: expected at most 5"):
+        with pytest.raises(ValueError, match="hold 5 [+] 1 tokens: expected at most 5"):
             step(torch.zeros(1, 1, dtype=torch.int64, device=device))
 
 

@@ -176,10 +176,10 @@ def test_a_prefill_without_room_is_refused_before_a_token_is_made(random_model):
     read = prefill(model, torch.tensor([[1, 2, 3]]), 4)
     assert len(list(decode(model, read, 5))) == 5  # the last token is not read
     for samples in (1, 2):
-        with pytest.raises(ValueError, match="holds 3 tokens and is to take 5 more: expected at most 7"):
+        with pytest.raises(ValueError, match="hold 3 [+] 5 tokens: expected at most 7"):
             next(decode(model, read, 6, samples=samples))
     assert continuation_losses(model, read, torch.ones(1, 5, dtype=torch.int64)).shape == (1, 5)
-    with pytest.raises(ValueError, match="holds 3 tokens and is to take 5 more: expected at most 7"):
+    with pytest.raises(ValueError, match="hold 3 [+] 5 tokens: expected at most 7"):
         continuation_losses(model, read, torch.ones(1, 6, dtype=torch.int64))
 
 
