@@ -385,7 +385,9 @@ class Polls(threading.Thread):
 
     def run(self):
         with Ledger(self.path, self.budget) as ledger:
-            while not self.done.wait(0.005):
+            over = False
+            while not over:
+                over = self.done.wait(0.005)  # and then looks once more: at what the last debit left
                 totals = ledger.totals()
                 self.highest = max(self.highest, totals["spent"] + totals["reserved"])
                 self.looks += 1

@@ -354,7 +354,8 @@ def test_shards_at_the_same_time_end_in_the_bytes_of_the_whole_grid_and_are_char
     os.chdir("parts")
     ended = Processes(*(shard(f"{i}/3") for i in (1, 2, 3)), apart=True).end()
     assert ended.codes == [0, 0, 0], ended.err
-    totals = Ledger("ledger.sqlite").totals()
+    with Ledger("ledger.sqlite") as ledger:
+        totals = ledger.totals()
     assert totals["spent"] == 0 and totals["reserved"] == sum(row["total"] for row in entries("../ledger.sqlite"))
     assert not Path("g/results.csv").exists()
     for _ in range(2):  # merging again charges nothing
