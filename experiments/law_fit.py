@@ -56,8 +56,9 @@ def law_fits(time: Array, contexts: ArrayLike, progress: Callable[[int], None] |
 def law_fit(time: Array, context: ArrayLike) -> Array:
     """Forecast by the law, fitted to the context and integrated on: `time` (P+H,), `context` (P, 2) -> (H, 2).
 
-    Deterministic, and the same in any unit of time and of the values. Where nothing could be integrated, the last
-    point is repeated. Raises ValueError for fewer than 4 points, or values that are not finite or negative.
+    Deterministic, and the same in any unit of time and of the values. A variable that is 0 in the whole context stays
+    0. Where nothing could be integrated, the last point is repeated. Raises ValueError for fewer than 4 points, or
+    values that are not finite or negative.
     """
     values, time = np.asarray(context, np.float64), np.asarray(time, np.float64)
     points = len(values)
@@ -74,7 +75,7 @@ def law_fit(time: Array, context: ArrayLike) -> Array:
     forecast = _integrated(unknowns[:, None], np.append(0.0, clock[points:]), FINAL_TOLERANCE)
     if forecast is None:
         return np.repeat(values[-1:], len(time) - points, axis=0)
-    return forecast[0, 1:] * unit
+    return forecast[0, 1:] * means  # not `unit`: 0 has no logarithm, and the fit only comes near it
 
 
 def _fitted(clock: Array, values: Array) -> Array:

@@ -6,7 +6,6 @@ Without torch, so that `status` is quick.
 import os
 import platform
 import subprocess
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ import filelock
 from experiments import files
 
 NAME = ".owner"
+NAMELESS = 200  # tries for a lock whose holder has no name, of a twentieth of a second
 
 
 @dataclass(frozen=True)
@@ -89,12 +89,18 @@ def claimed(out: Path, wait: float = 0.0) -> Iterator[Claim]:
     lock = filelock.FileLock(out / ".lock")
     with files.writing(lock.lock_file):
         out.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=wait)
-        except NotImplementedError:
-            raise OSError(f"{out}: its file system has no locks (flock): expected one that keeps two apart") from None
-        except filelock.Timeout:
-            raise ValueError(f"{out}: {_who(out)} is at work in it: expected a folder of its own") from None
+        for more in range(NAMELESS, -1, -1):
+            try:
+                lock.acquire(timeout=wait)
+                break
+            except NotImplementedError:
+                message = f"{out}: its file system has no locks (flock): expected one that keeps two apart"
+                raise OSError(message) from None
+            except filelock.Timeout:
+                if (who := _who(out)) or not more:
+                    who = who or "another process"
+                    raise ValueError(f"{out}: {who} is at work in it: expected a folder of its own") from None
+                wait = 0.05  # its name is written right behind the lock, and goes right before it
     try:
         yield Claim(out)
     finally:
@@ -104,13 +110,11 @@ def claimed(out: Path, wait: float = 0.0) -> Iterator[Claim]:
 
 
 def _who(out: Path) -> str:
-    """The name of the process that holds a folder, which it writes right behind the lock."""
-    for _ in range(20):
-        with suppress(ValueError):
-            if (owner := owner_of(out)) and owner.alive is not False:
-                return str(owner)
-        time.sleep(0.05)
-    return "another process"
+    """The name of the process that holds a folder, or nothing where it is not written."""
+    with suppress(ValueError):
+        if (owner := owner_of(out)) and owner.alive is not False:
+            return str(owner)
+    return ""
 
 
 def start_marker(pid: int) -> str:

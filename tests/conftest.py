@@ -13,8 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from qwen_min import Qwen, QwenConfig, fast
+
+# On a busy machine an example, or what draws it, may take any time.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 TINY: dict[str, Any] = {
     "vocab_size": 97,

@@ -20,12 +20,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from test_parallel import FIGURES, SERVER, no_figure
+from test_parallel import FIGURES, PATIENCE, SERVER, no_figure
 
 from experiments import plots, run
-
-PATIENCE = 300
-"""Seconds that a process may take on a machine that is busy."""
 
 
 class Call(NamedTuple):

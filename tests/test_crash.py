@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from faults import Action, Call, Calls, Ended, Running, die_after, die_before, ends, warm
+from faults import PATIENCE, Action, Call, Calls, Ended, Running, die_after, die_before, ends, warm
 from safetensors.torch import load_file
 from waves import damped_waves
 
@@ -164,7 +164,7 @@ def test_a_grid_killed_at_100_moments_ends_in_the_bytes_of_one_never_stopped(tmp
 def meet(folder: Path, late: float) -> None:
     """Wait until both processes are here; the later one then a moment more."""
     (folder / f"{os.getpid()}.here").touch()
-    until = time.monotonic() + 60
+    until = time.monotonic() + PATIENCE
     while len(list(folder.glob("*.here"))) < 2 and time.monotonic() < until:
         time.sleep(0.001)
     time.sleep(late)
@@ -197,8 +197,6 @@ def race_and_compare(place: Path, whole: Whole, races: int, seed: int) -> None:
             other = "expected the settings the run began with"  # the first has ended
             assert first in error or (kind == "a grid and a training run" and other in error), error
             assert "Traceback" not in ended[i].err
-        if kind != "a grid and a training run":
-            assert refused or late[1] > 0.1  # behind the first the second finds all done
         assert_nothing_ran_twice(folder, "g/shards/1-of-2" if kind == "a shard twice" else "")
         if kind == "two grids":
             assert assert_as_never_stopped(folder, whole) == 0

@@ -364,7 +364,7 @@ def test_products_in_bfloat16_keep_lora_and_the_loss_in_float32_and_float64(devi
         assert gradient.dtype == torch.float32
         assert torch.cosine_similarity(gradient.flatten(), expected[name].flatten(), 0) > 0.99, name
     model.compile(backend="aot_eager")
-    close(step(model, ids)["values"], [total, each, gradients], 1e-2)
+    close(step(model, ids)["values"], [total, each, gradients], 2e-2)  # a logit of 7 is rounded by .016 to .03
     read = prefill(model, ids, 4)
     assert read.cache.store.dtype == read.hidden.dtype == torch.bfloat16
     assert torch.stack(list(decode(model, read, 5))).shape == (5, 3)

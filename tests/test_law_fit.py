@@ -94,9 +94,9 @@ def test_any_context_has_a_finite_forecast_that_is_not_negative(context):
     assert np.isfinite(forecast).all() and (forecast >= 0).all()
 
 
-def test_what_stays_the_same_is_forecast_to_stay_so():
-    assert_allclose(law_fit(TIME, np.tile([2.0, 3.0], (80, 1))), np.tile([2.0, 3.0], (20, 1)), rtol=1e-6)
-    assert_allclose(law_fit(TIME, np.zeros((80, 2))), np.zeros((20, 2)), atol=1e-6)
+@pytest.mark.parametrize("point", [(2.0, 3.0), (2.0, 0.0), (0.0, 3.0), (0.0, 0.0)])
+def test_what_stays_the_same_is_forecast_to_stay_so_and_zero_exactly(point):
+    assert_allclose(law_fit(TIME, np.tile(point, (80, 1))), np.tile(point, (20, 1)), rtol=1e-6)
 
 
 def test_fourteen_points_already_beat_the_seasonal_repeat(dataset):

@@ -95,7 +95,7 @@ def test_outputs_loss_and_gradients_equal_those_of_peft(targets, reference, tmp_
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["o_proj", "model.layers.1.mlp.up_proj"], ALL], ids=" ".join)
 def test_an_adapter_of_ours_opens_in_peft_with_the_same_logits(targets, reference, tmp_path):
-    """The base in float64: in float32 the base models alone differ by 2e-6, and 1e-6 is asked of the adapter."""
+    """The base in float64, so that norms and rotation alone, float32 in both, are rounded: 9e-7 was the most seen."""
     from peft import PeftModel
 
     folder, theirs = reference()
@@ -104,7 +104,7 @@ def test_an_adapter_of_ours_opens_in_peft_with_the_same_logits(targets, referenc
     save_adapter(ours, tmp_path / "adapter", base=str(folder))
     wrapped = PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
     assert (logits(ours) - base).abs().max() > 0.1
-    torch.testing.assert_close(logits(ours), logits(wrapped), atol=1e-6, rtol=0)
+    torch.testing.assert_close(logits(ours), logits(wrapped), atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_an_adapter_of_peft_opens_here_with_the_same_logits(options, reference, 
     wrapped.save_pretrained(tmp_path / "adapter")
     ours = load_adapter(Qwen.from_pretrained(folder, torch.float64), tmp_path / "adapter")
     assert (logits(ours) - base).abs().max() > 0.05
-    torch.testing.assert_close(logits(ours), logits(wrapped), atol=1e-6, rtol=0)
+    torch.testing.assert_close(logits(ours), logits(wrapped), atol=TOLERANCE, rtol=0)
 
 
 def test_an_adapter_saved_and_loaded_gives_the_same_logits_to_the_bit(adapter, random_model):

@@ -48,7 +48,10 @@ CASES = {
     "bench": ["--quick", "--peer", "none", "--what", "load"],
     "pretrain-pocket": ["--steps", "1", "--out", "pocket"],
 }
-"""A small run of each verb, in an order in which each finds what it needs."""
+"""A small run of each verb."""
+
+ABOUT_THE_GRID = ("report", "status", "budget")
+"""Verbs that read what the grid's case leaves."""
 
 
 def verbs() -> dict[str, argparse.ArgumentParser]:
@@ -127,9 +130,10 @@ def test_each_of_the_verbs_runs_offline_without_a_socket_and_keeps_the_token_to_
 ):
     for name, value in network_guard.in_children(tmp_path / "site", attempts).items():
         monkeypatch.setenv(name, value)
-    code = run.main(small(verb, monkeypatch))
+    first = ["grid"] * (verb in ABOUT_THE_GRID)  # which does nothing again
+    codes = [run.main(small(one, monkeypatch)) for one in (*first, verb)]
     printed = capfd.readouterr()
-    assert code == 0, printed.err
+    assert not any(codes), printed.err
     assert attempts.read_text() == ""
     no_secret(printed.out, printed.err, folder=place)
     assert not any((tmp_path / "home" / "hub").rglob("*"))

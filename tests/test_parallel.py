@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ import torch
 from torch.distributed import TCPStore
 from waves import damped_waves
 
-from experiments import files, parallel, plots, run
+from experiments import files, parallel, plots, run, train
 from experiments.budget import BudgetExceeded, Ledger
 from experiments.owner import claimed
 from experiments.shards import Shard
@@ -35,6 +36,8 @@ TRAIN = ["train", *SMALL, "--lr", "1e-2", "--rank", "2", "--out", "t"]
 GRID = ["grid", *SMALL, "--steps", "2", "--lr", "1e-3", "1e-2", "--ranks", "2", "4", "--out", "g"]
 CELL = Path("t/cells/lr0.01-r2")
 FIGURES = ("loss_curves", "heat_map")  # would take longer than the training
+PATIENCE = 300
+"""Seconds that a process may take on a machine that is busy."""
 
 # A process is forked from a server that has the libraries imported, which would take most of its time.
 SERVER = multiprocessing.get_context("forkserver")
@@ -99,16 +102,8 @@ class Processes:
             self.running.append(SERVER.Process(target=process, args=arguments))
             self.running[-1].start()
 
-    def signal_after(self, lines: int, metrics: Path, number: int, how: signal.Signals) -> None:
-        """Send a process a signal once so many lines of metrics are written."""
-        until = time.monotonic() + 60
-        while not (metrics.is_file() and metrics.read_text().count("\n") >= lines):
-            assert all(p.is_alive() for p in self.running) and time.monotonic() < until, "ended before it was stopped"
-            time.sleep(0.005)
-        os.kill(self.running[number].pid, how)
-
     def end(self) -> Ended:
-        until = time.monotonic() + 60
+        until = time.monotonic() + PATIENCE
         for p in self.running:
             p.join(max(0, until - time.monotonic()))
         hanging = [p for p in self.running if p.is_alive()]
@@ -119,6 +114,20 @@ class Processes:
         out, err = ([Path(f"{n}.{name}").read_text() for n in numbers] for name in ("out", "err"))
         assert not hanging, f"did not end: {err}"
         return Ended([p.exitcode for p in self.running], out, err)
+
+
+def signalled(rank: int, step: int, how: signal.Signals, number: int) -> None:
+    """Let the process of this rank send itself a signal at the beginning of a step: no later than that, however busy
+    the machine is."""
+    true, seen = train.training_step, []
+
+    def training_step(*args, **kwargs):
+        seen.append(1)
+        if len(seen) == step and number == rank:
+            os.kill(os.getpid(), how)
+        return true(*args, **kwargs)
+
+    train.training_step = training_step
 
 
 def torchrun(argv: list[str], fault: Callable | None = None) -> Ended:
@@ -186,12 +195,10 @@ def test_two_processes_train_the_curve_of_one_and_are_charged_what_it_is_charged
 
 def test_a_group_of_processes_stopped_by_a_signal_to_one_goes_on_to_the_same_bytes(place):
     """With dropout: every rank draws its own, from the seed, the step and its number."""
-    argv = [*TRAIN, "--steps", "30", "--val-every", "10", "--dropout", "0.2", "--ledger"]
+    argv = [*TRAIN, "--steps", "16", "--val-every", "5", "--dropout", "0.2", "--ledger"]
     assert torchrun([*argv, "a.sqlite"]).codes == [0, 0]
     Path("t").rename("whole")
-    stopped = Processes([*argv, "b.sqlite"], [*argv, "b.sqlite"])
-    stopped.signal_after(12, CELL / "metrics.jsonl", 1, signal.SIGTERM)
-    ended = stopped.end()
+    ended = torchrun([*argv, "b.sqlite"], partial(signalled, 1, 7, signal.SIGTERM))
     assert ended.codes == [130, 130] and "interrupted" in last_line(ended)
     assert not (CELL / "result.json").exists() and (CELL / "checkpoint").is_dir()
     assert torchrun([*argv, "b.sqlite"]).codes == [0, 0]
@@ -347,7 +354,8 @@ def test_shards_at_the_same_time_end_in_the_bytes_of_the_whole_grid_and_are_char
     os.chdir("parts")
     ended = Processes(*(shard(f"{i}/3") for i in (1, 2, 3)), apart=True).end()
     assert ended.codes == [0, 0, 0], ended.err
-    totals = Ledger("ledger.sqlite").totals()
+    with Ledger("ledger.sqlite") as ledger:
+        totals = ledger.totals()
     assert totals["spent"] == 0 and totals["reserved"] == sum(row["total"] for row in entries("../ledger.sqlite"))
     assert not Path("g/results.csv").exists()
     for _ in range(2):  # merging again charges nothing
@@ -407,9 +415,8 @@ def test_no_shard_begins_unless_the_whole_grid_fits_and_what_it_needs_is_set_asi
 
 
 def test_a_shard_that_was_killed_goes_on_with_what_the_kill_wasted_added_to_its_allowance(place, capsys):
-    more = ["--steps", "30", "--val-every", "15", "--ranks", "2"]
-    started = Processes(shard("1/2", *more), apart=True)
-    started.signal_after(22, Path("g/cells/lr0.001-r2/metrics.jsonl"), 0, signal.SIGKILL)
+    more = ["--steps", "9", "--val-every", "4", "--ranks", "2"]
+    started = Processes(shard("1/2", *more), apart=True, fault=partial(signalled, 0, 7, signal.SIGKILL))
     assert started.end().codes == [-signal.SIGKILL]
     first = json.loads(Path("g/shards/plan.json").read_text())
     assert run.main(shard("1/2", *more)) == run.main(shard("2/2", *more)) == 0
@@ -421,9 +428,8 @@ def test_a_shard_that_was_killed_goes_on_with_what_the_kill_wasted_added_to_its_
 
 
 def test_a_cell_that_a_run_without_shards_has_begun_is_left_to_it(place, capsys):
-    more = ["--steps", "60", "--val-every", "10"]
-    started = Processes([*GRID, *more], apart=True)
-    started.signal_after(15, Path("g/cells/lr0.001-r2/metrics.jsonl"), 0, signal.SIGTERM)
+    more = ["--steps", "9"]
+    started = Processes([*GRID, *more], apart=True, fault=partial(signalled, 0, 5, signal.SIGTERM))
     assert started.end().codes == [130]
     assert "lr0.001-r2: was begun without shards" in refused(capsys, shard("1/2", *more))
     assert [row["cell"] for row in entries()] == ["untrained", "lr0.001-r2"]

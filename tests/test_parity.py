@@ -14,7 +14,8 @@ from qwen_min import Qwen, ops
 from qwen_min.layers import SwiGLU
 
 TOLERANCE = 1e-5
-"""Logits are near 1 in size, and float32 rounds each of some hundred sums at 6e-8: 2e-6 was the most seen."""
+"""Logits are up to 5 in size, and float32 rounds each of some hundred sums at 6e-8: 3e-6 was the most seen, but for the
+configuration of seed 4, 7e-6 without fused multiply-add."""
 
 SEEDS = range(24)
 
@@ -36,7 +37,9 @@ def test_logits_equal_those_of_transformers_on_24_random_configurations(seed, wa
     folder, theirs = reference(shape, seed, generation=4 + seed // 2 % 2, sharded=seed // 4 % 2 == 1)
     ids = batch_of(shape["vocab_size"], seed)
     with torch.inference_mode():
-        torch.testing.assert_close(Qwen.from_pretrained(folder)(ids), theirs(ids).logits, atol=TOLERANCE, rtol=0)
+        torch.testing.assert_close(
+            Qwen.from_pretrained(folder)(ids), theirs(ids).logits, atol=TOLERANCE, rtol=TOLERANCE
+        )
 
 
 def test_the_random_configurations_cover_every_case(shape_of_seed):

@@ -57,14 +57,14 @@ def test_the_committed_folder_is_what_the_command_writes(tmp_path):
 
 
 def test_logits_equal_those_of_transformers(model):
-    """1e-4: logits are near 10 in size, and trained weights spread more than random ones."""
+    """5e-4: logits are up to 24 in size, and ours and theirs in float32 each differ from float64 by 1e-4."""
     from transformers import AutoModelForCausalLM
 
     theirs, report = AutoModelForCausalLM.from_pretrained(POCKET, dtype=torch.float32, output_loading_info=True)
     assert not any(report.values())
     ids = torch.randint(model.config.vocab_size, (2, 300))
     with torch.inference_mode():
-        torch.testing.assert_close(model(ids), theirs(ids).logits, atol=1e-4, rtol=0)
+        torch.testing.assert_close(model(ids), theirs(ids).logits, atol=5e-4, rtol=0)
 
 
 def test_greedy_forecasts_keep_the_format_and_the_range(model, tokenizer):

@@ -4,11 +4,13 @@ import csv
 import io
 import json
 import re
+import shlex
 import shutil
 import struct
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -270,7 +272,7 @@ def test_every_table_and_figure_says_what_it_is_made_from_and_by_which_command(m
     blocks = re.split(r'<(?:figure|div class="block") id="(?:figure|table)-', made.html)[1:]
     assert len(blocks) == sum(len(list((made.folder / kind).iterdir())) for kind in ("figures", "tables"))
     for block in blocks:
-        assert f"experiments.run report {made.folder}" in block
+        assert f"experiments.run report {shlex.quote(str(made.folder))}" in unescape(block)
         if not block.startswith("records"):
             name, digest = re.findall(r'<code>([^<]+)</code> <code class="digest">([0-9a-f]{12})</code>', block)[0]
             assert digest == files.file_digest(made.folder / name)[:12]

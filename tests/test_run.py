@@ -37,7 +37,8 @@ def refused(capsys, *argv: str) -> str:
 
 
 @pytest.mark.parametrize("verb", arguments.EXAMPLES)
-def test_every_help_shows_an_example_that_parses(verb, capsys):
+def test_every_help_shows_an_example_that_parses(verb, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")  # a narrow terminal's help breaks a path at its hyphens
     with pytest.raises(SystemExit) as e:
         run.main([verb, "--help"])
     assert e.value.code == 0
@@ -269,6 +270,6 @@ def test_help_and_a_mistyped_verb_need_no_torch():
 
 
 def test_a_closed_pipe_is_no_error():
-    command = f"{sys.executable} -m experiments.run flops --per-layer | head -1"
-    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    command = ["bash", "-o", "pipefail", "-c", '"$0" -m experiments.run flops --per-layer | head -1', sys.executable]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "Traceback" not in done.stderr and "Broken" not in done.stderr, done.stderr

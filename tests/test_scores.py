@@ -14,7 +14,7 @@ NAN = np.nan
 DIGITS = st.integers(-1000, 1000).map(lambda value: value / 100)
 FORECASTS = arrays(np.float64, array_shapes(min_dims=3, max_dims=3, max_side=4), elements=DIGITS)
 SAMPLES = arrays(np.float64, array_shapes(min_dims=4, max_dims=4, max_side=4), elements=DIGITS)
-quick = settings(max_examples=60, deadline=None)
+quick = settings(max_examples=60)
 
 
 def random(*shape: int, seed: int = 0) -> np.ndarray:
@@ -356,7 +356,7 @@ def test_the_band_between_two_quantiles_covers_its_share_of_the_samples_own_law(
     for low, high, share, width in ((0.25, 0.75, 0.5, 1.349), (0.1, 0.9, 0.8, 2.563)):  # of a normal law
         covered = scores.coverage(draws[:, 0], bands[low], bands[high])
         found = np.array([covered, scores.width(bands[low], bands[high])], np.float64)
-        assert_allclose(found, [share, width], rtol=0.03)
+        assert_allclose(found, [share, width], rtol=0.06)  # four standard errors of 4,000 draws
 
 
 def test_samples_and_bounds_of_unlike_shape_or_infinite_or_the_wrong_way_round_are_refused():

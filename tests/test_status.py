@@ -4,11 +4,13 @@ import json
 import platform
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import filelock
 import pytest
-from faults import Calls, Running, ends, warm
+from faults import PATIENCE, Calls, Running, ends, warm
 from test_crash import CELL, GRID, TRAIN, poison, signalled, stand
 
 from experiments import run, train
@@ -49,7 +51,7 @@ def pausing(step: int) -> Calls:
 
 
 def wait_for(name: str) -> None:
-    until = time.monotonic() + 120
+    until = time.monotonic() + PATIENCE
     while not Path(name).exists():
         assert time.monotonic() < until, f"{name} did not appear"
         time.sleep(0.005)
@@ -144,7 +146,7 @@ def test_a_run_that_failed_says_why_until_it_is_started_again(place):
 
 def test_two_shards_at_work_are_both_told(place):
     running = [Running([*GRID, "--shard", f"{i}/2"], place, pausing, 3) for i in (1, 2)]
-    until = time.monotonic() + 120
+    until = time.monotonic() + PATIENCE
     while not all((Path("g/cells") / name / "checkpoint").is_dir() for name in ("lr0.001-r2", "lr0.01-r2")):
         assert time.monotonic() < until
         time.sleep(0.01)
@@ -193,6 +195,17 @@ def test_who_holds_a_folder_is_written_while_it_is_held_and_gone_behind_that(tmp
     gone = Owner(owner.process, owner.host, "another start", (), 0)
     gone.write(tmp_path)
     assert owner_of(tmp_path) == gone and gone.alive is False
+
+
+def test_a_folder_that_its_holder_is_about_to_leave_is_waited_for(tmp_path):
+    """Its name goes a moment before the lock is free: the next was refused, by the name of "another process"."""
+    leaving = filelock.FileLock(tmp_path / ".lock", thread_local=False)
+    leaving.acquire()
+    timer = threading.Timer(0.1, leaving.release)
+    timer.start()
+    with claimed(tmp_path):
+        assert owner_of(tmp_path) is not None
+    timer.join()
 
 
 @pytest.fixture(scope="module")
