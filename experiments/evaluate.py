@@ -181,6 +181,7 @@ def _constraint(task: Task, model: Qwen, rows: int, measure: bool) -> Constraine
         vocabulary=model.config.vocab_size,
         device=model.device,
         measure=measure,
+        signed=task.dataset.signed,
     )
 
 
@@ -259,7 +260,7 @@ def _drafted(task: Task, config, prompt: int, rank: int, logit_bias: bool, nodes
 def predicted_loss(task: Task, config, rank: int, logit_bias: bool = False) -> int:
     """FLOPs of one pass over the validation windows."""
     windows, context = len(task.validation_windows), task.settings.context
-    one = predict.predict(config, 1, context, rank=rank, logit_bias=logit_bias, symbols=task.settings.symbols)
+    one = predict.predict(config, 1, context, rank=rank, logit_bias=logit_bias, symbols=task.symbols)
     return windows * one.total
 
 

@@ -9,7 +9,6 @@ from typing import Any, get_args, get_origin
 
 import torch
 
-from data.grammar import Grammar
 from experiments.budget import BUDGET
 from experiments.files import read_toml
 from qwen_min import compiled
@@ -204,11 +203,6 @@ class Settings:
     def compute_dtype(self) -> torch.dtype:
         """Products run in float32 on a CPU, which is slow at anything else, and on a GPU in bfloat16 unless told."""
         return torch.float32 if self.device == "cpu" or self.dtype == "float32" else torch.bfloat16
-
-    @property
-    def symbols(self) -> int:
-        """How many tokens the loss is over; 0 for all."""
-        return len(Grammar.symbols) if self.vocabulary == "symbols" else 0
 
     @property
     def judged(self) -> str:

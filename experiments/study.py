@@ -146,7 +146,7 @@ def price(task: Task, config: QwenConfig, run: Run) -> Price:
     """
     own = task.under(run.settings)
     own.check_fits(config)
-    training = predicted(run.settings, run.cell, config, len(own.validation_windows))
+    training = predicted(own, run.cell, config)
     forecasts = dict.fromkeys(LEDGER_STAGES, 0)
     if run.parts:
         bias = bool(run.cell.rank and run.settings.logit_bias)

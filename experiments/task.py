@@ -1,5 +1,6 @@
 """The forecasting task as tokens: data set, split, scale, encoding and tokenizer of one run."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -96,8 +97,12 @@ class Task:
     def tokens(self, system: int, points: int | None = None) -> list[int]:
         """Their ids, kept: windows of several contexts are cut from the same."""
         if (system, points) not in self._tokens:
-            self._tokens[system, points] = self.tokenizer.encode(self.text(system, points))
+            self._tokens[system, points] = self.encode(self.text(system, points))
         return self._tokens[system, points]
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a series' text, one for each symbol: Qwen's tokenizer would join ",-" and ";-" to one token."""
+        return [token for part in re.split("(-)", text) for token in self.tokenizer.encode(part)]
 
     @cached_property
     def train_windows(self) -> Windows:
@@ -133,19 +138,24 @@ class Task:
     def widest(self) -> int:
         """The most digits before the point in any number of the training part."""
         series = self.dataset.series[self.split.train].astype(np.float64)
-        largest = np.round((series / self.alphas[self.split.train, None, None]).max(), self.codec.decimals)
+        largest = np.round(np.abs(series / self.alphas[self.split.train, None, None]).max(), self.codec.decimals)
         return len(str(int(largest)))
 
     @cached_property
     def grammar(self) -> Grammar:
         """Of the series as text, no number wider than those of the training part."""
-        return Grammar(self.codec, self.dataset.series.shape[2], self.widest)
+        return Grammar(self.codec, self.dataset.series.shape[2], self.widest, self.dataset.signed)
+
+    @property
+    def symbols(self) -> int:
+        """How many tokens the loss is over; 0 for all."""
+        return len(self.grammar.symbols) if self.settings.vocabulary == "symbols" else 0
 
     @property
     def tokens_to_forecast(self) -> int:
         """How many tokens the horizon takes at most, when no number is wider than those of the training part."""
         variables = self.dataset.series.shape[2]
-        return self.settings.horizon * Codec(self.codec.decimals, self.widest).step_width(variables)
+        return self.settings.horizon * Codec(self.codec.decimals, self.widest).step_width(variables, self.dataset.signed)
 
     def read_forecast(self, ids: Sequence[int], system: int) -> NDArray[np.float64]:
         """New tokens as raw values (horizon, V), NaN where a step did not parse.

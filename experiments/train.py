@@ -59,8 +59,9 @@ def load_model(settings: Settings) -> Qwen:
     return model.requires_grad_(False)
 
 
-def predicted(settings: Settings, cell: Cell, config, validation_windows: int) -> dict[str, int]:
+def predicted(task: Task, cell: Cell, config) -> dict[str, int]:
     """FLOPs of a cell by ledger stage, before it runs."""
+    settings = task.settings
     steps = settings.steps if cell.rank else 0
     return predict.training_run(
         config,
@@ -70,8 +71,8 @@ def predicted(settings: Settings, cell: Cell, config, validation_windows: int) -
         rank=cell.rank,
         logit_bias=bool(cell.rank and settings.logit_bias),
         validations=max(1, math.ceil(steps / settings.val_every)) if settings.val_every else 1,
-        validation_windows=validation_windows,
-        symbols=settings.symbols,
+        validation_windows=len(task.validation_windows),
+        symbols=task.symbols,
     )
 
 

@@ -139,7 +139,6 @@ def hdf5(path: Path, values) -> Path:
     ("values", "named"),
     [
         (np.full((20, 100, 2), np.nan, np.float32), "nan"),
-        (np.full((20, 100, 2), -1.0), "negative"),
         (np.ones((20, 100)), "shape"),
         (np.ones((2, 100, 2)), "systems"),
     ],
