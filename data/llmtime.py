@@ -37,7 +37,7 @@ def context_percentile(series: ArrayLike, context_points: int, q: float = 95.0) 
     """alpha = max over variables of percentile q, / 10, of the sizes in the first points of one series (P, V)."""
     rule, values = "context percentile", np.atleast_1d(series)
     if not 1 <= context_points <= len(values):
-        raise ValueError(f"{rule}: {context_points} context points; expected 1 to {len(values)}")
+        raise ValueError(f"{rule}: {context_points} points of context; expected 1 to {len(values)}, all there are")
     return _largest_percentile(rule, values[:context_points], q)
 
 
@@ -87,7 +87,7 @@ class Codec:
             raise ValueError("codec: shortest with 0 decimals; expected at least 1, which is always written")
 
     def step_width(self, variables: int, signed: bool = False) -> int:
-        """Characters, which are tokens, of one step of numbers that fit (`shortest`: at most; `signed`: all negative)."""
+        """Characters, which are tokens, of a step of numbers that fit (`shortest`: at most; `signed`: all negative)."""
         return variables * (signed + self.integer_digits + self._fraction_width + 1)
 
     def encode(self, values: ArrayLike) -> str:

@@ -71,7 +71,7 @@ def load(path: Path | None = None) -> Dataset:
     """Read a data set and check it; without a path, the data set that is rebuilt once into `data/`.
 
     path: an HDF5 file with `/trajectories` (S, P, V), finite, and optionally `/time` (P,), which is 0, 1, 2, ...
-    where it is absent. Two variables are taken for prey and predator unless a number is negative, which no population is.
+    where it is absent. Two variables are taken for prey and predator unless a number is negative: populations are not.
     Raises ValueError with one line: the file, what is wrong, what was expected; OSError where the data set that is
     rebuilt cannot be written.
     """

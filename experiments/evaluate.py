@@ -29,9 +29,10 @@ ROWS_AT_ONCE, ROWS_AT_ONCE_ON_A_GPU = 16, 256  # sequences that are decoded toge
 class Forecasts:
     """Forecasts of N systems in raw units; a step that did not parse is NaN.
 
-    context (N, P, V), truth and values (N, h, V); samples (N, S, h, V) where several were drawn, whose median is
-    `values`; `losses`: for each system the nats of every token of its true horizon; `cut`, `cut_mean` (N,): the
-    probability that free text would have left the grammar on the way, and the mass cut off per token, if constrained.
+    context (N, P, V), truth and values (N, h, V), the truth NaN where the data has ended; samples (N, S, h, V) where
+    several were drawn, whose median is `values`; `losses`: for each system the nats of every token of its true horizon;
+    `cut`, `cut_mean` (N,): the probability that free text would have left the grammar on the way, and the mass cut off
+    per token, if constrained.
     """
 
     systems: list[int]
@@ -59,10 +60,11 @@ class Forecasts:
         return replace(self, systems=list(systems), losses=[self.losses[row] for row in rows], **chosen)
 
 
-def prepare(settings: Settings, adapter: str | Path | None) -> tuple[Task, Qwen]:
-    """The task and the model of a run, with an adapter if one is named."""
+def prepare(settings: Settings, adapter: str | Path | None, needs_split: bool = True) -> tuple[Task, Qwen]:
+    """The task and the model of a run, with an adapter if one is named; `needs_split` as in `Task.prepare`."""
     folder = resolve(settings.model, settings.revision or None, settings.offline)
-    task, model = Task.prepare(settings, Tokenizer(folder / "tokenizer.json")), trained_model(settings, adapter)
+    task = Task.prepare(settings, Tokenizer(folder / "tokenizer.json"), needs_split)
+    model = trained_model(settings, adapter)
     task.check_fits(model.config)
     return task, model
 
@@ -82,7 +84,7 @@ def check_draft(settings: Settings, draft: int) -> None:
 
 
 def forecast(task: Task, model: Qwen, systems: Sequence[int], draft: int = 0) -> Forecasts:
-    """Forecast `horizon` points after the first `points` of each system, and score the true ones on the way.
+    """Forecast `horizon` points after the first `points` of each system, and score those that are known on the way.
 
     A prompt's prefill runs once: its true continuation and all its samples go on from there.
 
@@ -93,7 +95,7 @@ def forecast(task: Task, model: Qwen, systems: Sequence[int], draft: int = 0) ->
     Raises:
         ValueError: there is no such system, or there are several, or samples, with a draft.
     """
-    task.check(systems)
+    task.check(systems, scored=False)
     settings, series = task.settings, task.dataset.series.astype(np.float64)
     check_draft(settings, draft)
     if draft and len(systems) != 1:
@@ -112,9 +114,11 @@ def forecast(task: Task, model: Qwen, systems: Sequence[int], draft: int = 0) ->
             # A true number can be wider than any of the training part.
             room = max(task.tokens_to_forecast + draft, targets.shape[1])
             prompts = prefill(model, ids, room, padding if padding.any() else None)
-        with FlopMeter() as scoring:
-            nats = continuation_losses(model, prompts, targets).cpu().numpy()
-        flops["validation"] += scoring.total
+        nats = np.empty(targets.shape)
+        if nats.size:
+            with FlopMeter() as scoring:
+                nats = continuation_losses(model, prompts, targets).cpu().numpy()
+            flops["validation"] += scoring.total
         with meter:
             new = _continue(task, model, prompts, constraint, guesses, seed=settings.seed + batch.places[0])
         flops["inference"] += meter.total
@@ -127,11 +131,12 @@ def forecast(task: Task, model: Qwen, systems: Sequence[int], draft: int = 0) ->
             for kind, values in enumerate((constraint.cut, constraint.cut_mean)):
                 cut[kind, batch.places] = np.asarray(values).reshape(len(batch.places), -1)
     chosen, points = series[np.asarray(systems, int)], settings.points
+    known = chosen[:, points : points + settings.horizon]
     several = settings.num_samples > 1
     return Forecasts(
         systems=list(systems),
         context=chosen[:, :points],
-        truth=chosen[:, points : points + settings.horizon],
+        truth=np.pad(known, ((0, 0), (0, settings.horizon - known.shape[1]), (0, 0)), constant_values=np.nan),
         values=quantiles(samples)[QUANTILES.index(0.5)] if several else samples[:, 0],
         samples=samples if several else None,
         losses=losses,
@@ -146,7 +151,7 @@ class _Batch:
     places: list[int]  # of the systems among those asked for
     ids: torch.Tensor  # (B, T) prompts, padded on the left
     padding: torch.Tensor  # (B)
-    targets: torch.Tensor  # (B, n) tokens of the true horizon, IGNORED behind a shorter one
+    targets: torch.Tensor  # (B, n) tokens of the true horizon as far as it is known, IGNORED behind a shorter one
     lengths: list[int]  # of the true horizons, in tokens
 
 
@@ -166,7 +171,8 @@ def _batches(task: Task, systems: Sequence[int]) -> Iterator[_Batch]:
         true = [wholes[place][len(prompts[place]) :] for place in places]
         lengths = [len(tokens) for tokens in true]
         targets = [tokens + [IGNORED] * (max(lengths) - len(tokens)) for tokens in true]
-        yield _Batch(places, torch.tensor(ids), torch.tensor(padding), torch.tensor(targets), lengths)
+        true_ids = torch.tensor(targets, dtype=torch.int64)  # of no token, too
+        yield _Batch(places, torch.tensor(ids), torch.tensor(padding), true_ids, lengths)
 
 
 def _constraint(task: Task, model: Qwen, rows: int, measure: bool) -> Constrained:
@@ -222,10 +228,15 @@ def predicted(
 
     With a `draft` that is a full tree and all logits for every token, as if no guess came true.
     """
-    settings = task.settings
+    settings, most = task.settings, config.max_position_embeddings
     flops = {"training": 0, "validation": 0, "inference": 0}
     for batch in _batches(task, systems):
         b, prompt, scored = len(batch.places), batch.ids.shape[1], batch.targets.shape[1]
+        if (tokens := prompt + task.tokens_to_forecast - 1) > most:
+            raise ValueError(
+                f"points is {settings.points}, horizon {settings.horizon}: {tokens} tokens with "
+                f"{len(task.dataset.names)} variables: expected at most {most}, the model's max_position_embeddings"
+            )
         alone, both = (
             predict.generation(
                 config,

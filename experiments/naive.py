@@ -6,16 +6,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from experiments import baselines, files
-from experiments.law_fit import law_fits
+from experiments import files
+from experiments.baselines import RULES, SEASONAL
+from experiments.law_fit import FEWEST_POINTS, law_fits
 from experiments.task import Task
 
-SEASONAL = "seasonal repeat"  # the reference of every skill
-RULES = {
-    "persistence": baselines.persistence,
-    "context mean": baselines.context_mean,
-    SEASONAL: baselines.seasonal_repeat,
-}
 Forecasts = dict[str, NDArray[np.float64]]
 
 
@@ -25,8 +20,8 @@ def forecasts(task: Task, systems: Sequence[int]) -> Forecasts:
     series = dataset.series[np.asarray(systems, int)].astype(np.float64)
     context = series[:, : settings.points]
     found = {name: np.stack([rule(one, settings.horizon) for one in context]) for name, rule in RULES.items()}
-    if dataset.names == ("prey", "predator"):
-        found["law fit"] = law_fits(dataset.time[: settings.points + settings.horizon], context)
+    if dataset.names == ("prey", "predator") and settings.points >= FEWEST_POINTS:
+        found["law fit"] = law_fits(task.time, context)
     return found
 
 

@@ -329,13 +329,15 @@ def _evaluate(args) -> None:
 
 
 def _forecast(args) -> None:
+    import numpy as np
+
     from experiments import evaluate, naive, scores
     from experiments.budget import Ledger
 
     settings, draft = _gather(args), args.draft
     evaluate.check_draft(settings, draft)
-    task, model = evaluate.prepare(settings, getattr(args, "adapter", None))
-    task.check([args.system])
+    task, model = evaluate.prepare(settings, getattr(args, "adapter", None), needs_split=False)
+    task.check([args.system], scored=False)
     adapter, path = getattr(args, "adapter", None), Path(getattr(args, "out", f"forecast-{args.system}.png"))
     with Ledger(getattr(args, "ledger", LEDGER), settings.budget) as ledger:
         rank, bias = evaluate.rank_of(model), model.logit_bias is not None
@@ -351,11 +353,22 @@ def _forecast(args) -> None:
     print(
         f"{settings.label + ': ' if settings.label else ''}system {args.system} ({task.shape_of(args.system)}), "
         f"{settings.points} points -> {settings.horizon}, raw units, {settings.judged}; "
-        f"{unparsed.sum()} steps did not parse"
+        f"{unparsed.sum()} steps did not parse; {task.alpha_rule}"
     )
-    for name, guess in {"model": values, **plain}.items():
-        errors = scores.errors(made.truth, guess)
-        print(f"{name:16} MSE {errors['mse']:.4f}  MAE {errors['mae']:.4f}")
+    known = settings.horizon - int(np.isnan(made.truth[0, :, 0]).sum())
+    if known < settings.horizon:
+        scored = f"the errors are of the {known} steps that it holds" if known else "there is no truth, so no error"
+        print(f"the data ends after {len(task.dataset.time)} points: {scored}")
+        print(" ".join(f"{name:>10}" for name in ("time", *task.dataset.names)))
+        for time, row in zip(task.time[settings.points :], made.values[0], strict=True):
+            print(" ".join(f"{value:10.5g}" for value in (time, *row)))
+    if known:
+        mse = {}
+        for name, guess in {"model": values, **plain}.items():
+            errors = scores.errors(made.truth[:, :known], guess[:, :known])
+            mse[name] = errors["mse"]
+            print(f"{name:16} MSE {errors['mse']:.4f}  MAE {errors['mae']:.4f}")
+        print(scores.verdict(mse, series=1))
     print(f"{path}; {sum(made.flops.values()):,} FLOPs (coursework)")
 
 
@@ -369,7 +382,7 @@ def _draw(task, made, path: Path) -> None:
     systems = [
         {
             "title": f"system {system} ({task.shape_of(system)})",
-            "time": task.dataset.time[: settings.points + settings.horizon],
+            "time": task.time,
             "context": made.context[i],
             "truth": made.truth[i],
             "forecast": made.values[i],

@@ -11,6 +11,7 @@ import torch
 
 from experiments.budget import BUDGET
 from experiments.files import read_toml
+from experiments.scores import FEWEST_SERIES
 from qwen_min import compiled
 
 POCKET = Path(__file__).parent.parent / "weights" / "pocket"
@@ -35,7 +36,6 @@ _CHOICES = {
 # Far above what any run needs: a damaged file must not ask for all memory.
 _MOST = {"batch_size": 2**20, "context": 2**20, "contexts": 2**20, "num_samples": 10_000, "ranks": 4096}
 MOST_VALIDATIONS = 12  # of a run of a shortened study
-FEWEST_SERIES = 20  # that a shortened study still judges by, where the part has as many
 
 
 @dataclass(frozen=True)

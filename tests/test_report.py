@@ -308,11 +308,14 @@ def test_every_number_of_the_summary_is_found_in_a_record(made):
         if path.parent.name != "tables" and path.suffix in (".json", ".csv"):
             recorded |= scalars(made.json(str(path)) if path.suffix == ".json" else rows_of(path))
     found = made.page.values["summary"]
-    assert len(found) == 21
+    assert len(found) == 26
     assert set(found) <= recorded
     scores = [row for row in rows_of(made.folder / "final/evaluation/scores.csv") if row["forecaster"] == "model"]
-    for part, start in (("validation", 5), ("test", 11)):
+    untrained = rows_of(made.folder / "untrained/evaluation/scores.csv")[0]["mse"]  # of the model, validation, raw, all
+    assert found[2] == untrained and untrained not in found[3:]
+    for part, beside, start in (("validation", 0, 10), ("test", 3, 16)):
         row = next(r for r in scores if (r["part"], r["unit"], r["variable"]) == (part, "raw", "all"))
+        assert found[beside] == row["mse"]
         columns = ("mse", "mse_low", "mse_high", "skill", "won", "series")
         assert found[start : start + 6] == [row[column] for column in columns]
 
