@@ -1,6 +1,6 @@
 """Forecasts of a model: prompts, continuations, and what the model says of the true horizon; priced before they run."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from data.windows import IGNORED
 from experiments import predict
 from experiments.constrain import Constrained, Drafted
+from experiments.progress import Counted
 from experiments.scores import QUANTILES, quantiles
 from experiments.settings import Settings
 from experiments.task import Task
@@ -83,7 +84,9 @@ def check_draft(settings: Settings, draft: int) -> None:
         raise ValueError(f"draft is {draft} with sampling ({settings.judged}): expected greedy, one sample")
 
 
-def forecast(task: Task, model: Qwen, systems: Sequence[int], draft: int = 0) -> Forecasts:
+def forecast(
+    task: Task, model: Qwen, systems: Sequence[int], draft: int = 0, progress: Counted = lambda done, of: None
+) -> Forecasts:
     """Forecast `horizon` points after the first `points` of each system, and score those that are known on the way.
 
     A prompt's prefill runs once: its true continuation and all its samples go on from there.
@@ -91,6 +94,7 @@ def forecast(task: Task, model: Qwen, systems: Sequence[int], draft: int = 0) ->
     Args:
         draft: at most so many tokens in a forward, guesses included, for one system; 0 for one token. The forecast is
             the same; what a constraint cuts off is not measured.
+        progress: takes how many steps of all horizons are written, samples included, and of how many.
 
     Raises:
         ValueError: there is no such system, or there are several, or samples, with a draft.
@@ -105,7 +109,13 @@ def forecast(task: Task, model: Qwen, systems: Sequence[int], draft: int = 0) ->
     losses: list[NDArray[np.float64]] = [np.empty(0)] * len(systems)
     cut = np.zeros((2, len(systems), settings.num_samples))
     flops = {"validation": 0, "inference": 0}
+    before, of = 0, len(systems) * settings.num_samples * settings.horizon
+
+    def written(steps: int) -> None:
+        progress(before + steps, of)
+
     for batch in _batches(task, systems):
+        written(0)
         ids, padding, targets = (t.to(model.device) for t in (batch.ids, batch.padding, batch.targets))
         rows = len(batch.places) * settings.num_samples
         constraint = _constraint(task, model, rows, measured) if settings.constrained else None
@@ -120,7 +130,9 @@ def forecast(task: Task, model: Qwen, systems: Sequence[int], draft: int = 0) ->
                 nats = continuation_losses(model, prompts, targets).cpu().numpy()
             flops["validation"] += scoring.total
         with meter:
-            new = _continue(task, model, prompts, constraint, guesses, seed=settings.seed + batch.places[0])
+            seed = settings.seed + batch.places[0]
+            new = _continue(task, model, prompts, constraint, guesses, seed, written)
+        before += rows * settings.horizon
         flops["inference"] += meter.total
         for row, place in enumerate(batch.places):
             losses[place] = nats[row, : batch.lengths[row]]
@@ -130,6 +142,7 @@ def forecast(task: Task, model: Qwen, systems: Sequence[int], draft: int = 0) ->
         if constraint is not None and measured:
             for kind, values in enumerate((constraint.cut, constraint.cut_mean)):
                 cut[kind, batch.places] = np.asarray(values).reshape(len(batch.places), -1)
+    written(0)
     chosen, points = series[np.asarray(systems, int)], settings.points
     known = chosen[:, points : points + settings.horizon]
     several = settings.num_samples > 1
@@ -195,8 +208,13 @@ def _guesses(task: Task, system: int, nodes: int) -> Drafted:
     return Drafted.for_tokenizer(task.tokenizer, task.grammar, task.text(system, task.settings.points), nodes)
 
 
-def _continue(task: Task, model: Qwen, prompts, constraint, draft, seed: int) -> list[list[int]]:
-    """New tokens of every sample, until each has written `horizon` steps or the most tokens that they can take."""
+def _continue(
+    task: Task, model: Qwen, prompts, constraint, draft, seed: int, written: Callable[[int], None]
+) -> list[list[int]]:
+    """New tokens of every sample, until each has written `horizon` steps or the most tokens that they can take.
+
+    `written` takes how many steps of all samples are written so far.
+    """
     settings, separator = task.settings, task.tokenizer.encode(";")[0]
     steps = decode(
         model,
@@ -212,11 +230,12 @@ def _continue(task: Task, model: Qwen, prompts, constraint, draft, seed: int) ->
         draft=draft,
     )
     new: list[torch.Tensor] = []
-    written: Any = 0
+    ended: Any = 0
     for tokens in steps:
         new.append(tokens)
-        written = written + (tokens == separator).long()  # (rows,)
-        if bool((written >= settings.horizon).all()):
+        ended = ended + (tokens == separator).long()  # (rows,)
+        written(done := int(ended.clamp(max=settings.horizon).sum()))
+        if done == settings.horizon * len(ended):
             break
     return torch.stack(new, 1).tolist()
 

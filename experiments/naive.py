@@ -9,23 +9,27 @@ from numpy.typing import NDArray
 from experiments import files
 from experiments.baselines import RULES, SEASONAL
 from experiments.law_fit import FEWEST_POINTS, law_fits
+from experiments.progress import Counted
 from experiments.task import Task
 
 Forecasts = dict[str, NDArray[np.float64]]
 
 
-def forecasts(task: Task, systems: Sequence[int]) -> Forecasts:
-    """Persistence, the context's mean, a seasonal repeat, and for predator and prey a fit of their law, (N, h, V)."""
+def forecasts(task: Task, systems: Sequence[int], progress: Counted = lambda done, of: None) -> Forecasts:
+    """Persistence, the context's mean, a seasonal repeat, and for predator and prey a fit of their law, (N, h, V).
+
+    `progress` takes how many fits are done, which take a while, and of how many."""
     settings, dataset = task.settings, task.dataset
     series = dataset.series[np.asarray(systems, int)].astype(np.float64)
     context = series[:, : settings.points]
     found = {name: np.stack([rule(one, settings.horizon) for one in context]) for name, rule in RULES.items()}
     if dataset.names == ("prey", "predator") and settings.points >= FEWEST_POINTS:
-        found["law fit"] = law_fits(task.time, context)
+        progress(0, len(context))
+        found["law fit"] = law_fits(task.time, context, lambda done: progress(done, len(context)))
     return found
 
 
-def kept(task: Task, systems: Sequence[int], path: Path) -> Forecasts:
+def kept(task: Task, systems: Sequence[int], path: Path, progress: Counted = lambda done, of: None) -> Forecasts:
     """The forecasts of `systems`, from the CSV at `path`, or made and written there.
 
     Raises:
@@ -35,7 +39,7 @@ def kept(task: Task, systems: Sequence[int], path: Path) -> Forecasts:
     end = settings.points + settings.horizon
     time = task.dataset.time[settings.points : end]
     if not path.is_file():
-        made = forecasts(task, systems)
+        made = forecasts(task, systems, progress)
         files.write_csv(
             path,
             [

@@ -13,7 +13,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ def _stage(args) -> None:
 def _stages(args, stages: Sequence[str]) -> None:
     """Run stages of a study in its folder; its page is made behind the last."""
     from experiments import report
-    from experiments.progress import Report
+    from experiments.progress import Report, counting
     from experiments.study import run_stages
 
     if not hasattr(args, "protocol"):
@@ -140,11 +141,24 @@ def _stages(args, stages: Sequence[str]) -> None:
     try:
         ledger = Path(getattr(args, "ledger", LEDGER))
         run_stages(settings, out, ledger, progress, stages, args.group, getattr(args, "allow_drift", False))
+        if stages[-1] == "final" and not args.group.rank:
+            report.build(out, counting(progress, "page", "figures"))
     finally:
         progress.close()
-    if args.group.rank:
-        return
-    print(report.build(out) if stages[-1] == "final" else f"{out}; its page: python -m experiments.run report {out}")
+    if stages[-1] == "final":
+        print(out / "report.html")
+    else:
+        print(f"its page: python -m experiments.run report {out}")
+    _wrote(out, *(_PAGE if stages[-1] == "final" else ()), *_RECORDS, "study.json", ledger=ledger)
+
+
+_PAGE, _RECORDS = ("report.html", "report.md", "figures/", "tables/"), ("results.csv", "flops.csv")
+_CELLS = ("results.md", *_RECORDS, "figures/", "cells/*/adapter/")
+
+
+def _wrote(out: Path, *names: str, ledger: Path | None = None) -> None:
+    """Say what was written into a folder, and where its FLOPs were charged."""
+    print(f"written to {out}: {', '.join(names)}" + (f"; FLOPs charged to {ledger}" if ledger else ""))
 
 
 def _price(settings, stages: Sequence[str], as_json: bool) -> None:
@@ -177,10 +191,14 @@ def _price(settings, stages: Sequence[str], as_json: bool) -> None:
 
 def _report(args) -> None:
     from experiments import report
+    from experiments.progress import Report, counting
 
-    if not (Path(args.run) / "config.toml").is_file():
-        raise ValueError(f"{args.run}: has no config.toml: expected the folder of a study or a grid")
-    print(report.build(Path(args.run)))
+    out = Path(args.run)
+    if not (out / "config.toml").is_file():
+        raise ValueError(f"{out}: has no config.toml: expected the folder of a study or a grid")
+    with closing(Report(1)) as progress:
+        print(report.build(out, counting(progress, "page", "figures")))
+    _wrote(out, *_PAGE)
 
 
 def _grid(args) -> None:
@@ -193,6 +211,7 @@ def _grid(args) -> None:
     results = _run_cells(args, settings, out)
     if results:
         print(markdown(settings, results, out))
+        _wrote(out, *_CELLS, ledger=Path(getattr(args, "ledger", LEDGER)))
 
 
 def _train(args) -> None:
@@ -210,6 +229,7 @@ def _train(args) -> None:
             f"per token after {r['steps']} steps (untrained {results[0]['validation_loss']:.4f}); "
             f"FLOPs {sum(r['flops'].values()):,}; adapter in {out / 'cells' / r['cell'] / 'adapter'}"
         )
+        _wrote(out, *_CELLS, ledger=Path(getattr(args, "ledger", LEDGER)))
 
 
 def _run_cells(args, settings, out: Path) -> list[dict[str, Any]]:
@@ -289,6 +309,7 @@ def _product_rate(settings) -> float:
 def _evaluate(args) -> None:
     from experiments import evaluate, judge, naive
     from experiments.budget import Ledger
+    from experiments.progress import Report, counting
     from experiments.train import validation_loss
     from qwen_min import FlopMeter
 
@@ -302,17 +323,19 @@ def _evaluate(args) -> None:
     rank, bias = evaluate.rank_of(model), model.logit_bias is not None
     expected = evaluate.predicted(task, model.config, systems, rank, bias)
     expected["validation"] += evaluate.predicted_loss(task, model.config, rank, bias)
-    with Ledger(getattr(args, "ledger", LEDGER), settings.budget) as ledger:
+    with closing(Report(1)) as report, Ledger(getattr(args, "ledger", LEDGER), settings.budget) as ledger:
+        far = partial(counting, report, "evaluate")
         entry = ledger.reserve(f"evaluate {adapter or settings.model}", "evaluate", expected)
         with FlopMeter() as meter:
-            losses = validation_loss(model, task.validation_windows, settings.count_padding)
+            windows = task.validation_windows
+            losses = validation_loss(model, windows, settings.count_padding, progress=far("windows"))
         ledger.spend(entry, "validation", meter.total)
-        made = evaluate.forecast(task, model, systems)
+        made = evaluate.forecast(task, model, systems, progress=far("forecasts"))
         for stage, flops in made.flops.items():
             ledger.spend(entry, stage, flops)
         ledger.settle(entry)
+        plain = naive.forecasts(task, systems, far("law fits"))
     made.flops["validation"] += meter.total
-    plain = naive.forecasts(task, systems)
     rows = {part: [systems.index(system) for system in chosen] for part, chosen in parts.items()}
     by_part = {part: {name: values[rows[part]] for name, values in plain.items()} for part in parts}
     result = losses | {"validation_tokens": task.validation_windows.real_tokens}
@@ -323,9 +346,11 @@ def _evaluate(args) -> None:
         judge.write(Path(args.out) / "evaluation", tables)
         _draw(task, made.of(parts["shown"]), Path(args.out) / "figures" / "forecasts.png")
     if getattr(args, "json", False):
-        _print_json(evaluation | {"scores": scores})
-    else:
-        print(judge.table(evaluation, scores, args.part))
+        _print_json(evaluation | {"scores": scores} | ({"out": str(args.out)} if hasattr(args, "out") else {}))
+        return
+    print(judge.table(evaluation, scores, args.part))
+    if hasattr(args, "out"):
+        _wrote(Path(args.out), "evaluation/", "figures/forecasts.png", ledger=Path(getattr(args, "ledger", LEDGER)))
 
 
 def _forecast(args) -> None:
@@ -333,17 +358,18 @@ def _forecast(args) -> None:
 
     from experiments import evaluate, naive, scores
     from experiments.budget import Ledger
+    from experiments.progress import Report, counting
 
     settings, draft = _gather(args), args.draft
     evaluate.check_draft(settings, draft)
     task, model = evaluate.prepare(settings, getattr(args, "adapter", None), needs_split=False)
     task.check([args.system], scored=False)
     adapter, path = getattr(args, "adapter", None), Path(getattr(args, "out", f"forecast-{args.system}.png"))
-    with Ledger(getattr(args, "ledger", LEDGER), settings.budget) as ledger:
+    with closing(Report(1)) as report, Ledger(getattr(args, "ledger", LEDGER), settings.budget) as ledger:
         rank, bias = evaluate.rank_of(model), model.logit_bias is not None
         expected = evaluate.predicted(task, model.config, [args.system], rank, bias, draft)
         entry = ledger.reserve(f"forecast {adapter or settings.model}", f"system {args.system}", expected)
-        made = evaluate.forecast(task, model, [args.system], draft)
+        made = evaluate.forecast(task, model, [args.system], draft, counting(report, "forecast", ""))
         for stage, flops in made.flops.items():
             ledger.spend(entry, stage, flops)
         ledger.settle(entry)
@@ -369,7 +395,8 @@ def _forecast(args) -> None:
             mse[name] = errors["mse"]
             print(f"{name:16} MSE {errors['mse']:.4f}  MAE {errors['mae']:.4f}")
         print(scores.verdict(mse, series=1))
-    print(f"{path}; {sum(made.flops.values()):,} FLOPs (coursework)")
+    ledger_path = getattr(args, "ledger", LEDGER)
+    print(f"written: {path}; {sum(made.flops.values()):,} FLOPs (coursework) charged to {ledger_path}")
 
 
 def _draw(task, made, path: Path) -> None:
@@ -465,6 +492,8 @@ def _flops_verb(args) -> None:
         f"convention {args.convention}\n"
     )
     print(flops_table.table(meter, training, getattr(args, "per_layer", False)))
+    if hasattr(args, "plot"):
+        print(f"\nwritten: {args.plot}")
 
 
 def _status(args) -> None:
@@ -554,7 +583,14 @@ def _bench(args) -> None:
     options, out = session.Options(folder, **asked), Path(getattr(args, "out", "runs")) / "bench"
     measure, text = (scaling.scale, table.scaling_text) if scales else (session.bench, table.text)
     report = measure(options, out, lambda line: print(f"bench: {line}", file=sys.stderr, flush=True))
-    _print_json(report) if getattr(args, "json", False) else print(text(report))
+    if getattr(args, "json", False):
+        _print_json(report)
+        return
+    print(text(report))
+    print()
+    _wrote(
+        out, *(("scaling.json", "scaling.csv", "scaling.png") if scales else ("bench.json", "bench.md", "bench.png"))
+    )
 
 
 def _pretrain_pocket(args) -> None:

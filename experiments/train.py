@@ -17,6 +17,7 @@ from experiments import cell_records, files, predict
 from experiments.budget import Ledger
 from experiments.errors import FAILURE, RunFailed
 from experiments.parallel import ALONE, Alone
+from experiments.progress import Counted
 from experiments.settings import Settings
 from experiments.task import Task
 from lora import add_lora, save_adapter
@@ -100,18 +101,25 @@ def groups(model: Qwen, windows: Windows, chosen, count_padding: bool = False) -
 
 @torch.no_grad()
 def validation_loss(
-    model: Qwen, windows: Windows, count_padding: bool = False, group: Alone = ALONE
+    model: Qwen,
+    windows: Windows,
+    count_padding: bool = False,
+    group: Alone = ALONE,
+    progress: Counted = lambda done, of: None,
 ) -> dict[str, float]:
     """Mean cross-entropy in nats over all windows: `validation_loss`, per real token.
 
     With `count_padding` also `validation_loss_with_padding`: over every place, padding as a token to be predicted.
+    `progress` takes how many windows are done, and of how many.
     """
     model.eval()
-    real, total = 0.0, 0.0
+    real, total, done = 0.0, 0.0, 0
+    progress(0, len(windows))
     for batch in groups(model, windows, group.share(range(len(windows))), count_padding):
         each = model.token_losses(batch.inputs, batch.targets, batch.padding, batch.vocabulary)  # (B, T)
         real += each[batch.real].sum().item()
         total += each.sum().item()
+        progress(done := done + len(each), len(windows))
     losses = {"validation_loss": group.sum(real) / windows.real_tokens}
     if count_padding:
         losses["validation_loss_with_padding"] = group.sum(total) / windows.targets.size

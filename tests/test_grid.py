@@ -62,9 +62,9 @@ def test_the_grid_trains_every_cell_and_its_flops_equal_the_prediction(data, cap
     rows = list(csv.DictReader(Path("grid/results.csv").read_text().splitlines()))
     assert [row["cell"] for row in rows] == ["untrained", "lr0.001-r2", "lr0.01-r2", "lr0.001-r4", "lr0.01-r4"]
     assert {p.name for p in Path("grid/figures").iterdir()} == {
-        "loss_by_step.png",
-        "loss_by_flops.png",
-        "validation_loss.png",
+        "loss-cells-by-step.png",
+        "loss-cells-by-flops.png",
+        "grid.png",
     }
     printed = capsys.readouterr().out
     for result in results:
