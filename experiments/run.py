@@ -365,9 +365,9 @@ def _forecast(args) -> None:
     task, model = evaluate.prepare(settings, getattr(args, "adapter", None), needs_split=False)
     task.check([args.system], scored=False)
     adapter, path = getattr(args, "adapter", None), Path(getattr(args, "out", f"forecast-{args.system}.png"))
+    rank, bias = evaluate.rank_of(model), model.logit_bias is not None
+    expected = evaluate.predicted(task, model.config, [args.system], rank, bias, draft)
     with closing(Report(1)) as report, Ledger(getattr(args, "ledger", LEDGER), settings.budget) as ledger:
-        rank, bias = evaluate.rank_of(model), model.logit_bias is not None
-        expected = evaluate.predicted(task, model.config, [args.system], rank, bias, draft)
         entry = ledger.reserve(f"forecast {adapter or settings.model}", f"system {args.system}", expected)
         made = evaluate.forecast(task, model, [args.system], draft, counting(report, "forecast", ""))
         for stage, flops in made.flops.items():
