@@ -42,7 +42,8 @@ class SeriesDraft:
         self._columns = {symbol: column for column, symbol in enumerate(grammar.symbols)}
         self._next = grammar.next.tolist()
         steps, end, self._step = text.rpartition(";")
-        self._rules = _Rules(self._units(steps + end), 10 ** (grammar.widest + grammar.codec.decimals) - 1)
+        largest = 10 ** (grammar.widest + grammar.codec.decimals) - 1
+        self._rules = _Rules(self._units(steps + end), -largest if grammar.signed else 0, largest)
         self._known: dict[tuple[int, ...], dict[str, float]] = {}
 
     def advance(self, symbol: str) -> None:
@@ -129,9 +130,9 @@ class _Rules:
     exact: more than its due, which measured best.
     """
 
-    def __init__(self, history: NDArray[np.int64], largest: int):
+    def __init__(self, history: NDArray[np.int64], least: int, largest: int):
         variables = history.shape[1]
-        self._largest = largest
+        self._least, self._largest = least, largest
         self._error = np.full((2, variables), 3.0)  # mean |e|
         self._history = history[: max(0, len(history) - MEMORY)]
         for step in history[len(self._history) :]:
@@ -151,7 +152,7 @@ class _Rules:
             return np.empty(0, np.int64), np.empty(0)
         expected, q = self._expected(history)[:, variable, None], self._decay[:, variable, None]  # (2, 1)
         spacing = np.maximum(1, self._error[:, variable, None] // COARSE).astype(np.int64)
-        units = np.unique(np.clip(expected + spacing * np.arange(-NEAREST, NEAREST + 1), 0, self._largest))
+        units = np.unique(np.clip(expected + spacing * np.arange(-NEAREST, NEAREST + 1), self._least, self._largest))
         exact = (1 - q) / (1 + q)
         chances = (exact**2 * exact * q ** np.abs(units - expected)).sum(0) / (exact**2).sum()
         likely = chances >= LEAST * chances.max()
@@ -163,7 +164,7 @@ class _Rules:
         alike = np.abs(history[:-2] - before).sum(1) + np.abs(history[1:-1] - last).sum(1)
         then = int(alike.argmin()) + 1
         rules = (3 * last - 3 * before + history[-3], last + history[then + 1] - history[then])
-        return np.clip(rules, 0, self._largest)
+        return np.clip(rules, self._least, self._largest)
 
     @property
     def _decay(self) -> NDArray[np.float64]:

@@ -15,7 +15,9 @@ DIGITS = "0123456789"
 
 
 class Grammar:
-    """The steps of numbers, not negative, that `codec` can write with at most `widest` digits before the point.
+    """The steps of numbers that `codec` can write with at most `widest` digits before the point.
+
+    Numbers are not negative unless the grammar is `signed`; it has a symbol more then, the minus.
 
     states: how many there are. 0 is the start of a step, and what ";" leads back to: `step_ends`.
     symbols: the characters, in the order of the tables' columns.
@@ -26,16 +28,17 @@ class Grammar:
         ValueError: there are no variables, or the codec writes no number so narrow, or none so wide.
     """
 
-    symbols = (*DIGITS, ".", ",", ";")
+    symbols: tuple[str, ...] = (*DIGITS, ".", ",", ";")
     step_ends = 0
 
-    def __init__(self, codec: Codec, variables: int, widest: int = 1):
+    def __init__(self, codec: Codec, variables: int, widest: int = 1, signed: bool = False):
         if variables < 1:
             raise ValueError(f"grammar: {variables} variables; expected at least 1")
         if not codec.integer_digits <= widest <= codec.most_integer_digits:
             fit = f"{codec.integer_digits} to {codec.most_integer_digits}"
             raise ValueError(f"grammar: at most {widest} digits before the point; expected {fit}")
-        self.codec, self.variables, self.widest = codec, variables, widest
+        self.codec, self.variables, self.widest, self.signed = codec, variables, widest, signed
+        self.symbols += ("-",) * signed
         places, rows = [_Place(0)], []
         for place in places:  # which grows as new ones are met
             met = [self._after(place, symbol) for symbol in self.symbols]
@@ -47,19 +50,27 @@ class Grammar:
 
     def _after(self, place: "_Place", symbol: str) -> "_Place | None":
         """Where `symbol` leads to; None where `Codec.decode` would reject whatever comes behind it."""
-        variable, whole, decimals, zero = place
+        variable, whole, decimals, zero, minus = place
         fewest, last = self.codec.integer_digits, self.codec.decimals
+        if symbol == "-":
+            return _Place(variable, minus=True) if place == _Place(variable) else None
+        if symbol in DIGITS:
+            minus = minus and symbol == "0"
+            if minus and (decimals + 1 == last if decimals >= 0 else not last and whole + 1 == fewest):
+                return None  # no digit is left that could make the number less than zero
         if symbol in DIGITS and decimals < 0:
             if whole == (fewest if zero else self.widest):
                 return None
-            return _Place(variable, whole + 1, zero=zero if whole else symbol == "0")
+            return _Place(variable, whole + 1, zero=zero if whole else symbol == "0", minus=minus)
         if symbol in DIGITS:
             useless = self.codec.shortest and symbol == "0"  # unless another digit comes behind it, or it is the first
             if decimals == last or useless and 0 < decimals == last - 1:
                 return None
-            return _Place(variable, 0, decimals + 1, useless and decimals > 0)
+            return _Place(variable, 0, decimals + 1, useless and decimals > 0, minus)
         if symbol == ".":
-            return _Place(variable, 0, 0) if last and decimals < 0 and whole >= fewest else None
+            return _Place(variable, 0, 0, minus=minus) if last and decimals < 0 and whole >= fewest else None
+        if minus:
+            return None
         if last == 0:
             complete = whole >= fewest
         else:
@@ -76,3 +87,4 @@ class _Place(NamedTuple):
     whole: int = 0  # digits before the point
     decimals: int = -1  # behind it; -1 before it
     zero: bool = False  # before the point: the first digit is 0; behind it: the number may not end here, on a 0
+    minus: bool = False  # it began with one, and no digit but 0 has come: there is no -0

@@ -22,22 +22,22 @@ def fixed(alpha: float) -> float:
 
 
 def training_maximum(train: ArrayLike) -> float:
-    """alpha = max(train) / 9.99: the largest value of the training series (S, P, V) is written 9.99."""
+    """alpha = max |train| / 9.99: the largest size in the training series (S, P, V) is written 9.99, or -9.99."""
     rule = "training maximum"
     return _checked(rule, np.max(_filled(rule, train)) / 9.99)
 
 
 def training_percentile(train: ArrayLike, q: float = 95.0) -> float:
-    """alpha = percentile q of all values of the training series (S, P, V), / 10: it is written 10."""
+    """alpha = percentile q of the sizes of all values of the training series (S, P, V), / 10: it is written 10."""
     rule = "training percentile"
     return _checked(rule, np.percentile(_filled(rule, train), _percent(rule, q)) / 10)
 
 
 def context_percentile(series: ArrayLike, context_points: int, q: float = 95.0) -> float:
-    """alpha = max over variables of percentile q, / 10, of the first points of one series (P, V)."""
+    """alpha = max over variables of percentile q, / 10, of the sizes in the first points of one series (P, V)."""
     rule, values = "context percentile", np.atleast_1d(series)
     if not 1 <= context_points <= len(values):
-        raise ValueError(f"{rule}: {context_points} context points; expected 1 to {len(values)}")
+        raise ValueError(f"{rule}: {context_points} points of context; expected 1 to {len(values)}, all there are")
     return _largest_percentile(rule, values[:context_points], q)
 
 
@@ -86,9 +86,9 @@ class Codec:
         if self.shortest and decimals == 0:
             raise ValueError("codec: shortest with 0 decimals; expected at least 1, which is always written")
 
-    def step_width(self, variables: int) -> int:
-        """Characters, which are tokens, of one step of numbers that fit and are not negative (`shortest`: at most)."""
-        return variables * (self._fraction_width + self.integer_digits + 1)
+    def step_width(self, variables: int, signed: bool = False) -> int:
+        """Characters, which are tokens, of a step of numbers that fit (`shortest`: at most; `signed`: all negative)."""
+        return variables * (signed + self.integer_digits + self._fraction_width + 1)
 
     def encode(self, values: ArrayLike) -> str:
         """Scaled values (P, V) as text such as "1.23,0.45;1.30,0.50;".
@@ -159,7 +159,8 @@ def _largest_percentile(rule: str, series: ArrayLike, q: float) -> float:
 
 
 def _filled(rule: str, values: ArrayLike) -> NDArray[np.float64]:
-    array = np.asarray(values, dtype=np.float64)
+    """The sizes of values that are there and finite."""
+    array = np.abs(np.asarray(values, dtype=np.float64))
     if array.size == 0 or not np.isfinite(array).all():
         problem = "not all finite" if array.size else "empty"
         raise ValueError(f"{rule}: values are {problem}; expected finite numbers")

@@ -50,7 +50,7 @@ SAME_VALUE = 1e-6
 class Dataset:
     """Series and where they come from.
 
-    time: (P,) float64, in the file's unit. series: (S, P, V) float32, finite and not negative. names: of V.
+    time: (P,) float64, in the file's unit. series: (S, P, V) float32, finite. names: of V.
     digest: SHA-256 of the file's bytes. source: one line that says whether these are the published values.
     """
 
@@ -61,12 +61,17 @@ class Dataset:
     source: str
     path: Path
 
+    @property
+    def signed(self) -> bool:
+        """Whether any number is negative, so that the text has a minus."""
+        return bool((self.series < 0).any())
+
 
 def load(path: Path | None = None) -> Dataset:
     """Read a data set and check it; without a path, the data set that is rebuilt once into `data/`.
 
-    path: an HDF5 file with `/trajectories` (S, P, V), finite and not negative, and optionally `/time` (P,),
-    which is 0, 1, 2, ... where it is absent.
+    path: an HDF5 file with `/trajectories` (S, P, V), finite, and optionally `/time` (P,), which is 0, 1, 2, ...
+    where it is absent. Two variables are taken for prey and predator unless a number is negative: populations are not.
     Raises ValueError with one line: the file, what is wrong, what was expected; OSError where the data set that is
     rebuilt cannot be written.
     """
@@ -155,7 +160,8 @@ def _read(path: Path) -> Dataset:
     series = _checked_series(path, np.asarray(stored["trajectories"]))
     points, variables = series.shape[1:]
     time = _checked_time(path, np.asarray(stored.get("time", np.arange(points))), points)
-    names = ("prey", "predator") if variables == 2 else tuple(f"x{variable}" for variable in range(variables))
+    populations = variables == 2 and not (series < 0).any()
+    names = ("prey", "predator") if populations else tuple(f"x{variable}" for variable in range(variables))
     if written_digest and (found := _exact_digest(time, series)).encode() != written_digest:
         recorded = ascii(written_digest.decode("latin-1"))[1:-1]
         raise ValueError(
@@ -193,11 +199,11 @@ def _checked_series(path: Path, stored: NDArray[Any]) -> NDArray[np.float32]:
         raise ValueError(f"{path}: /trajectories has shape {stored.shape}; expected 3 dimensions, none empty")
     with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as that
         series = stored.astype(np.float32)
-    bad = ~np.isfinite(series) | (series < 0)
+    bad = ~np.isfinite(series)
     if bad.any():
         system, point, variable = first = tuple(np.argwhere(bad)[0])
         where = f"system {system}, point {point}, variable {variable}"
-        raise ValueError(f"{path}: {where} is {stored[first]}; expected finite numbers that are not negative")
+        raise ValueError(f"{path}: {where} is {stored[first]}; expected finite numbers")
     return series
 
 

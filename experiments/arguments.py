@@ -93,7 +93,11 @@ def parser() -> argparse.ArgumentParser:
     _settings(p, "data", "forecast")
     p.add_argument("--adapter", help="an adapter folder; none is the untrained model")
     p.add_argument("--part", default="validation", help="whose series are forecast: validation or test (validation)")
-    p.add_argument("--out", help="a folder for evaluation.json, forecasts.csv, scores.csv and more, and a figure")
+    p.add_argument(
+        "--out",
+        help="a folder: evaluation.json, scores.csv, forecasts.csv and more go into its evaluation/, a figure "
+        "into its figures/ (nothing is written)",
+    )
     p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 
     p = verb("forecast", "forecast one system and draw it")

@@ -41,6 +41,11 @@ def period(context: ArrayLike) -> int:
     return min(lags, key=lambda k: float(np.mean((values[k:] - values[:-k]) ** 2)), default=1)
 
 
+SEASONAL = "seasonal repeat"  # the reference of every skill
+RULES = {"persistence": persistence, "context mean": context_mean, SEASONAL: seasonal_repeat}
+"""The copies: forecasts that only repeat what the context holds, by name."""
+
+
 def _context(context: ArrayLike, horizon: int = 1) -> Array:
     values = np.asarray(context, np.float64)
     if values.ndim != 2 or not values.size or not np.isfinite(values).all():

@@ -77,9 +77,10 @@ class Constrained:
         vocabulary: int,
         device: torch.device | str = "cpu",
         measure: bool = True,
+        signed: bool = False,
     ) -> "Constrained":
         """For a tokenizer that makes one token of each digit, point and separator; ValueError for another."""
-        grammar = Grammar(codec, variables, widest)
+        grammar = Grammar(codec, variables, widest, signed)
         return cls(grammar, symbol_tokens(tokenizer, grammar), vocabulary, rows, steps, device, measure)
 
     def allowed(self) -> Tensor:

@@ -1,6 +1,6 @@
 """Forecasts of a model: prompts, continuations, and what the model says of the true horizon; priced before they run."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from data.windows import IGNORED
 from experiments import predict
 from experiments.constrain import Constrained, Drafted
+from experiments.progress import Counted
 from experiments.scores import QUANTILES, quantiles
 from experiments.settings import Settings
 from experiments.task import Task
@@ -30,9 +31,10 @@ ROWS_AT_ONCE, ROWS_AT_ONCE_ON_A_GPU = 16, 256  # sequences that are decoded toge
 class Forecasts:
     """Forecasts of N systems in raw units; a step that did not parse is NaN.
 
-    context (N, P, V), truth and values (N, h, V); samples (N, S, h, V) where several were drawn, whose median is
-    `values`; `losses`: for each system the nats of every token of its true horizon; `cut`, `cut_mean` (N,): the
-    probability that free text would have left the grammar on the way, and the mass cut off per token, if constrained.
+    context (N, P, V), truth and values (N, h, V), the truth NaN where the data has ended; samples (N, S, h, V) where
+    several were drawn, whose median is `values`; `losses`: for each system the nats of every token of its true horizon;
+    `cut`, `cut_mean` (N,): the probability that free text would have left the grammar on the way, and the mass cut off
+    per token, if constrained.
     """
 
     systems: list[int]
@@ -60,10 +62,11 @@ class Forecasts:
         return replace(self, systems=list(systems), losses=[self.losses[row] for row in rows], **chosen)
 
 
-def prepare(settings: Settings, adapter: str | Path | None) -> tuple[Task, Qwen]:
-    """The task and the model of a run, with an adapter if one is named."""
+def prepare(settings: Settings, adapter: str | Path | None, needs_split: bool = True) -> tuple[Task, Qwen]:
+    """The task and the model of a run, with an adapter if one is named; `needs_split` as in `Task.prepare`."""
     folder = resolve(settings.model, settings.revision or None, settings.offline)
-    task, model = Task.prepare(settings, Tokenizer(folder / "tokenizer.json")), trained_model(settings, adapter)
+    task = Task.prepare(settings, Tokenizer(folder / "tokenizer.json"), needs_split)
+    model = trained_model(settings, adapter)
     task.check_fits(model.config)
     return task, model
 
@@ -82,19 +85,22 @@ def check_draft(settings: Settings, draft: int) -> None:
         raise ValueError(f"draft is {draft} with sampling ({settings.judged}): expected greedy, one sample")
 
 
-def forecast(task: Task, model: Qwen, systems: Sequence[int], draft: int = 0) -> Forecasts:
-    """Forecast `horizon` points after the first `points` of each system, and score the true ones on the way.
+def forecast(
+    task: Task, model: Qwen, systems: Sequence[int], draft: int = 0, progress: Counted = lambda done, of: None
+) -> Forecasts:
+    """Forecast `horizon` points after the first `points` of each system, and score those that are known on the way.
 
     A prompt's prefill runs once: its true continuation and all its samples go on from there.
 
     Args:
         draft: at most so many tokens in a forward, guesses included, for one system; 0 for one token. The forecast is
             the same; what a constraint cuts off is not measured.
+        progress: takes how many steps of all horizons are written, samples included, and of how many.
 
     Raises:
         ValueError: there is no such system, or there are several, or samples, with a draft.
     """
-    task.check(systems)
+    task.check(systems, scored=False)
     settings, series = task.settings, task.dataset.series.astype(np.float64)
     check_draft(settings, draft)
     if draft and len(systems) != 1:
@@ -104,7 +110,13 @@ def forecast(task: Task, model: Qwen, systems: Sequence[int], draft: int = 0) ->
     losses: list[NDArray[np.float64]] = [np.empty(0)] * len(systems)
     cut = np.zeros((2, len(systems), settings.num_samples))
     flops = {"validation": 0, "inference": 0}
+    before, of = 0, len(systems) * settings.num_samples * settings.horizon
+
+    def written(steps: int) -> None:
+        progress(before + steps, of)
+
     for batch in _batches(task, systems):
+        written(0)
         ids, padding, targets = (t.to(model.device) for t in (batch.ids, batch.padding, batch.targets))
         rows = len(batch.places) * settings.num_samples
         constraint = _constraint(task, model, rows, measured) if settings.constrained else None
@@ -113,11 +125,15 @@ def forecast(task: Task, model: Qwen, systems: Sequence[int], draft: int = 0) ->
             # A true number can be wider than any of the training part.
             room = max(task.tokens_to_forecast + draft, targets.shape[1])
             prompts = prefill(model, ids, room, padding if padding.any() else None)
-        with FlopMeter() as scoring:
-            nats = continuation_losses(model, prompts, targets).cpu().numpy()
-        flops["validation"] += scoring.total
+        nats = np.empty(targets.shape)
+        if nats.size:
+            with FlopMeter() as scoring:
+                nats = continuation_losses(model, prompts, targets).cpu().numpy()
+            flops["validation"] += scoring.total
         with meter:
-            new = _continue(task, model, prompts, constraint, guesses, seed=settings.seed + batch.places[0])
+            seed = settings.seed + batch.places[0]
+            new = _continue(task, model, prompts, constraint, guesses, seed, written)
+        before += rows * settings.horizon
         flops["inference"] += meter.total
         for row, place in enumerate(batch.places):
             losses[place] = nats[row, : batch.lengths[row]]
@@ -127,12 +143,14 @@ def forecast(task: Task, model: Qwen, systems: Sequence[int], draft: int = 0) ->
         if constraint is not None and measured:
             for kind, values in enumerate((constraint.cut, constraint.cut_mean)):
                 cut[kind, batch.places] = np.asarray(values).reshape(len(batch.places), -1)
+    written(0)
     chosen, points = series[np.asarray(systems, int)], settings.points
+    known = chosen[:, points : points + settings.horizon]
     several = settings.num_samples > 1
     return Forecasts(
         systems=list(systems),
         context=chosen[:, :points],
-        truth=chosen[:, points : points + settings.horizon],
+        truth=np.pad(known, ((0, 0), (0, settings.horizon - known.shape[1]), (0, 0)), constant_values=np.nan),
         values=quantiles(samples)[QUANTILES.index(0.5)] if several else samples[:, 0],
         samples=samples if several else None,
         losses=losses,
@@ -147,7 +165,7 @@ class _Batch:
     places: list[int]  # of the systems among those asked for
     ids: torch.Tensor  # (B, T) prompts, padded on the left
     padding: torch.Tensor  # (B)
-    targets: torch.Tensor  # (B, n) tokens of the true horizon, IGNORED behind a shorter one
+    targets: torch.Tensor  # (B, n) tokens of the true horizon as far as it is known, IGNORED behind a shorter one
     lengths: list[int]  # of the true horizons, in tokens
 
 
@@ -167,7 +185,8 @@ def _batches(task: Task, systems: Sequence[int]) -> Iterator[_Batch]:
         true = [wholes[place][len(prompts[place]) :] for place in places]
         lengths = [len(tokens) for tokens in true]
         targets = [tokens + [IGNORED] * (max(lengths) - len(tokens)) for tokens in true]
-        yield _Batch(places, torch.tensor(ids), torch.tensor(padding), torch.tensor(targets), lengths)
+        true_ids = torch.tensor(targets, dtype=torch.int64)  # of no token, too
+        yield _Batch(places, torch.tensor(ids), torch.tensor(padding), true_ids, lengths)
 
 
 def _constraint(task: Task, model: Qwen, rows: int, measure: bool) -> Constrained:
@@ -182,6 +201,7 @@ def _constraint(task: Task, model: Qwen, rows: int, measure: bool) -> Constraine
         vocabulary=model.config.vocab_size,
         device=model.device,
         measure=measure,
+        signed=task.dataset.signed,
     )
 
 
@@ -189,8 +209,13 @@ def _guesses(task: Task, system: int, nodes: int) -> Drafted:
     return Drafted.for_tokenizer(task.tokenizer, task.grammar, task.text(system, task.settings.points), nodes)
 
 
-def _continue(task: Task, model: Qwen, prompts, constraint, draft, seed: int) -> list[list[int]]:
-    """New tokens of every sample, until each has written `horizon` steps or the most tokens that they can take."""
+def _continue(
+    task: Task, model: Qwen, prompts, constraint, draft, seed: int, written: Callable[[int], None]
+) -> list[list[int]]:
+    """New tokens of every sample, until each has written `horizon` steps or the most tokens that they can take.
+
+    `written` takes how many steps of all samples are written so far.
+    """
     settings, separator = task.settings, task.tokenizer.encode(";")[0]
     steps = decode(
         model,
@@ -206,11 +231,12 @@ def _continue(task: Task, model: Qwen, prompts, constraint, draft, seed: int) ->
         draft=draft,
     )
     new: list[torch.Tensor] = []
-    written: Any = 0
+    ended: Any = 0
     for tokens in steps:
         new.append(tokens)
-        written = written + (tokens == separator).long()  # (rows,)
-        if bool((written >= settings.horizon).all()):
+        ended = ended + (tokens == separator).long()  # (rows,)
+        written(done := int(ended.clamp(max=settings.horizon).sum()))
+        if done == settings.horizon * len(ended):
             break
     return torch.stack(new, 1).tolist()
 
@@ -222,10 +248,15 @@ def predicted(
 
     With a `draft` that is a full tree and all logits for every token, as if no guess came true.
     """
-    settings = task.settings
+    settings, most = task.settings, config.max_position_embeddings
     flops = {"training": 0, "validation": 0, "inference": 0}
     for batch in _batches(task, systems):
         b, prompt, scored = len(batch.places), batch.ids.shape[1], batch.targets.shape[1]
+        if (tokens := prompt + task.tokens_to_forecast - 1) > most:
+            raise ValueError(
+                f"points is {settings.points}, horizon {settings.horizon}: {tokens} tokens with "
+                f"{len(task.dataset.names)} variables: expected at most {most}, the model's max_position_embeddings"
+            )
         alone, both = (
             predict.generation(
                 config,
@@ -260,7 +291,7 @@ def _drafted(task: Task, config, prompt: int, rank: int, logit_bias: bool, nodes
 def predicted_loss(task: Task, config, rank: int, logit_bias: bool = False) -> int:
     """FLOPs of one pass over the validation windows."""
     windows, context = len(task.validation_windows), task.settings.context
-    one = predict.predict(config, 1, context, rank=rank, logit_bias=logit_bias, symbols=task.settings.symbols)
+    one = predict.predict(config, 1, context, rank=rank, logit_bias=logit_bias, symbols=task.symbols)
     return windows * one.total
 
 

@@ -1,6 +1,6 @@
 """The table and figures of the hyperparameter grid, from the folders of its cells alone.
 
-RUN/results.md  figures/*.png   (the run folder itself is described in `study.py`)
+RUN/results.md  figures/*.png, of which the page has the same   (the run folder is described in `study.py`)
 """
 
 from collections.abc import Sequence
@@ -21,9 +21,9 @@ def write_results(settings: Settings, out: Path) -> list[dict[str, Any]]:
     figures.mkdir(exist_ok=True)
     curves = [_curve(folder, result) for folder, result in zip(folders[1:], results[1:], strict=True)]
     for x in ("step", "flops"):
-        plots.loss_curves(curves, figures / f"loss_by_{x}.png", x=x, label=settings.label)
+        plots.loss_curves(curves, figures / f"loss-cells-by-{x}.png", x=x, label=settings.label)
     table = {(r["lr"], r["rank"]): r["validation_loss"] for r in results[1:]}
-    plots.heat_map(table, figures / "validation_loss.png", label=settings.label)
+    plots.heat_map(table, figures / "grid.png", label=settings.label)
     return results
 
 

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from experiments import files, scores
+from experiments.baselines import SEASONAL
 from experiments.evaluate import Forecasts
-from experiments.naive import SEASONAL
 from experiments.task import Task
 
 Parts = Mapping[str, list[int]]
@@ -42,6 +42,7 @@ def tables(
     of = {part: made.of(systems) for part, systems in parts.items()}
     guesses = {part: {"model": of[part].values, **naive[part]} for part in parts}
     settings, loss = task.settings, result["validation_loss"]
+    every = [row for part in parts for row in _scores(task, part, of[part], guesses[part])]
     horizon_loss = {part: float(np.concatenate(of[part].losses).mean()) for part in parts}
     return {
         "evaluation.json": {
@@ -49,6 +50,7 @@ def tables(
             "points": settings.points,
             "horizon": settings.horizon,
             "parts": dict(parts),
+            "verdict": {part: verdict(every, part) for part in parts},
             "shown_names": {str(system): task.shape_of(system) for system in parts["shown"]},
             "validation_loss": loss,
             "validation_loss_with_padding": result.get("validation_loss_with_padding"),
@@ -73,12 +75,18 @@ def tables(
         },
         "forecasts.csv": list(_forecasts(task, made)),
         "history.csv": list(_history(task, of["shown"])),
-        "scores.csv": [row for part in parts for row in _scores(task, part, of[part], guesses[part])],
+        "scores.csv": every,
         "systems.csv": _systems(task, of, guesses, parts),
         "systems_scaled.csv": _systems(task, of, guesses, {"shown": parts["shown"]}, scaled=True),
         "horizon.csv": [row for part in parts for row in _horizon(task, part, of[part], guesses[part])],
         "tokens.csv": list(_tokens(task, of["shown"])),
     }
+
+
+def verdict(rows: Sequence[Row], part: str) -> str:
+    """The model's forecasts of a part in one sentence, from the rows of scores.csv."""
+    asked = [row for row in rows if (row["part"], row["unit"], row["variable"]) == (part, "raw", "all")]
+    return scores.verdict({row["forecaster"]: row["mse"] for row in asked}, asked[0]["series"])
 
 
 def write(folder: Path, tables: Mapping[str, Any]) -> None:
@@ -234,6 +242,7 @@ def table(evaluation: Mapping[str, Any], rows: Sequence[Row], part: str) -> str:
     flops = evaluation["flops"]
     lines += [
         "",
+        evaluation["verdict"][part],
         f"skill: 1 - MSE / MSE of the seasonal repeat; won: series with a lower MSE than its, of {series}",
         f"FLOPs (coursework): validation {flops['validation']:,}, inference {flops['inference']:,}",
     ]

@@ -6,31 +6,30 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from experiments import baselines, files
-from experiments.law_fit import law_fits
+from experiments import files
+from experiments.baselines import RULES, SEASONAL
+from experiments.law_fit import FEWEST_POINTS, law_fits
+from experiments.progress import Counted
 from experiments.task import Task
 
-SEASONAL = "seasonal repeat"  # the reference of every skill
-RULES = {
-    "persistence": baselines.persistence,
-    "context mean": baselines.context_mean,
-    SEASONAL: baselines.seasonal_repeat,
-}
 Forecasts = dict[str, NDArray[np.float64]]
 
 
-def forecasts(task: Task, systems: Sequence[int]) -> Forecasts:
-    """Persistence, the context's mean, a seasonal repeat, and for predator and prey a fit of their law, (N, h, V)."""
+def forecasts(task: Task, systems: Sequence[int], progress: Counted = lambda done, of: None) -> Forecasts:
+    """Persistence, the context's mean, a seasonal repeat, and for predator and prey a fit of their law, (N, h, V).
+
+    `progress` takes how many fits are done, which take a while, and of how many."""
     settings, dataset = task.settings, task.dataset
     series = dataset.series[np.asarray(systems, int)].astype(np.float64)
     context = series[:, : settings.points]
     found = {name: np.stack([rule(one, settings.horizon) for one in context]) for name, rule in RULES.items()}
-    if dataset.names == ("prey", "predator"):
-        found["law fit"] = law_fits(dataset.time[: settings.points + settings.horizon], context)
+    if dataset.names == ("prey", "predator") and settings.points >= FEWEST_POINTS:
+        progress(0, len(context))
+        found["law fit"] = law_fits(task.time, context, lambda done: progress(done, len(context)))
     return found
 
 
-def kept(task: Task, systems: Sequence[int], path: Path) -> Forecasts:
+def kept(task: Task, systems: Sequence[int], path: Path, progress: Counted = lambda done, of: None) -> Forecasts:
     """The forecasts of `systems`, from the CSV at `path`, or made and written there.
 
     Raises:
@@ -40,7 +39,7 @@ def kept(task: Task, systems: Sequence[int], path: Path) -> Forecasts:
     end = settings.points + settings.horizon
     time = task.dataset.time[settings.points : end]
     if not path.is_file():
-        made = forecasts(task, systems)
+        made = forecasts(task, systems, progress)
         files.write_csv(
             path,
             [

@@ -26,7 +26,7 @@ def preprocessing(task: Task) -> dict[str, Any]:
 
 def _example(task: Task, system: int) -> dict[str, Any]:
     text = task.text(system, POINTS_SHOWN)
-    ids = task.tokenizer.encode(text)
+    ids = task.encode(text)
     return {
         "system": system,
         "points": POINTS_SHOWN,

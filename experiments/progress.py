@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from tqdm import tqdm
@@ -9,8 +10,18 @@ from tqdm import tqdm
 SECONDS_BETWEEN_LINES = 10
 
 
+Counted = Callable[[int, int], None]  # takes how many steps are done, and of how many
+
+
+def counting(progress: Callable[[dict[str, Any]], None], cell: str, doing: str) -> Counted:
+    """What tells `progress` of a cell how far something else than its training is, such as "forecasts"."""
+    return lambda done, of: progress({"cell": cell, "doing": doing, "step": done, "steps": of})
+
+
 class Report:
     """Called with a record after each step (see `train.run_cell`); shows loss, tokens/s and FLOPs so far.
+
+    A record of `counting` has none of these.
 
     Args:
         batch_size: windows of a training step, for the rate.
@@ -19,48 +30,47 @@ class Report:
 
     def __init__(self, batch_size: int, label: str = ""):
         self.batch_size, self.label = batch_size, label
-        self.cell, self.bar = "", None
+        self.name, self.bar = "", None
         self.first, self.began, self.shown = 0, 0.0, 0.0
-        self.loss, self.validation = float("nan"), float("nan")
+        self.loss: float | None = None
+        self.validation: float | None = None
 
     def __call__(self, record: dict[str, Any]) -> None:
-        if record["cell"] != self.cell:
-            self._begin(record)
+        name = " ".join(filter(None, (record["cell"], record.get("doing"))))
+        if name != self.name:
+            self._begin(name, record)
         self.loss = record.get("loss", self.loss)
         self.validation = record.get("validation_loss", self.validation)
-        rate = (
-            (record["step"] - self.first)
-            * self.batch_size
-            * record["context"]
-            / max(1e-9, time.monotonic() - self.began)
-        )
-        # format, not :g: a total is read as an order of magnitude here and stands exactly in result.json
-        numbers = {
-            "loss": f"{self.loss:.4f}",
-            "val": f"{self.validation:.4f}",
-            "tokens/s": f"{rate:,.0f}",
-            "FLOPs": f"{record['training'] + record['validation']:.3e}",
-        }
+        losses = {"loss": self.loss, "val": self.validation}
+        numbers = {key: f"{value:.4f}" for key, value in losses.items() if value is not None}
+        if "training" in record:
+            if (steps := record["step"] - self.first) > 0:
+                seconds = max(1e-9, time.monotonic() - self.began)
+                numbers["tokens/s"] = f"{steps * self.batch_size * record['context'] / seconds:,.0f}"
+            # format, not :g: a total is read as an order of magnitude here and stands exactly in result.json
+            numbers["FLOPs"] = f"{record['training'] + record['validation']:.3e}"
         if self.bar is not None:
             self.bar.set_postfix(numbers, refresh=False)
             self.bar.update(record["step"] - self.bar.n)
-            self.bar.refresh()
+            if numbers or record["step"] == record["steps"]:  # tokens of a forecast come by the hundred in a second
+                self.bar.refresh()
         elif "validation_loss" in record or time.monotonic() - self.shown > SECONDS_BETWEEN_LINES:
             self.shown = time.monotonic()
             text = "  ".join(f"{name} {value}" for name, value in numbers.items())
-            print(f"{self.cell}: step {record['step']}/{record['steps']}  {text}", file=sys.stderr, flush=True)
+            print(f"{name}: step {record['step']}/{record['steps']}  {text}".rstrip(), file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
             self.bar = None
 
-    def _begin(self, record: dict[str, Any]) -> None:
+    def _begin(self, name: str, record: dict[str, Any]) -> None:
         self.close()
-        if self.label and not self.cell:
+        if self.label and not self.name:
             print(f"[{self.label}; every figure is a toy's]", file=sys.stderr)
-        self.cell, self.began, self.shown = record["cell"], time.monotonic(), 0.0
-        self.first = record["step"]
-        self.loss = self.validation = float("nan")
+        self.name, self.began, self.first = name, time.monotonic(), record["step"]
+        self.shown = self.began if "doing" in record else 0.0
+        self.loss = self.validation = None
         if sys.stderr.isatty():
-            self.bar = tqdm(total=record["steps"], desc=self.cell, unit="step", initial=record["step"])
+            unit = "it" if "doing" in record else "step"
+            self.bar = tqdm(total=record["steps"], desc=name, unit=unit, initial=record["step"])

@@ -14,7 +14,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,7 @@ def _stage(args) -> None:
 def _stages(args, stages: Sequence[str]) -> None:
     """Run stages of a study in its folder; its page is made behind the last."""
     from experiments import report
-    from experiments.progress import Report
+    from experiments.progress import Report, counting
     from experiments.study import run_stages
 
     if not hasattr(args, "protocol"):
@@ -158,11 +159,24 @@ def _stages(args, stages: Sequence[str]) -> None:
     try:
         ledger = Path(getattr(args, "ledger", LEDGER))
         run_stages(settings, out, ledger, progress, stages, args.group, getattr(args, "allow_drift", False))
+        if stages[-1] == "final" and not args.group.rank:
+            report.build(out, counting(progress, "page", "figures"))
     finally:
         progress.close()
-    if args.group.rank:
-        return
-    print(report.build(out) if stages[-1] == "final" else f"{out}; its page: python -m experiments.run report {out}")
+    if stages[-1] == "final":
+        print(out / "report.html")
+    else:
+        print(f"its page: python -m experiments.run report {out}")
+    _wrote(out, *(_PAGE if stages[-1] == "final" else ()), *_RECORDS, "study.json", ledger=ledger)
+
+
+_PAGE, _RECORDS = ("report.html", "report.md", "figures/", "tables/"), ("results.csv", "flops.csv")
+_CELLS = ("results.md", *_RECORDS, "figures/", "cells/*/adapter/")
+
+
+def _wrote(out: Path, *names: str, ledger: Path | None = None) -> None:
+    """Say what was written into a folder, and where its FLOPs were charged."""
+    print(f"written to {out}: {', '.join(names)}" + (f"; FLOPs charged to {ledger}" if ledger else ""))
 
 
 def _price(settings, stages: Sequence[str], as_json: bool) -> None:
@@ -195,10 +209,14 @@ def _price(settings, stages: Sequence[str], as_json: bool) -> None:
 
 def _report(args) -> None:
     from experiments import report
+    from experiments.progress import Report, counting
 
-    if not (Path(args.run) / "config.toml").is_file():
-        raise ValueError(f"{args.run}: has no config.toml: expected the folder of a study or a grid")
-    print(report.build(Path(args.run)))
+    out = Path(args.run)
+    if not (out / "config.toml").is_file():
+        raise ValueError(f"{out}: has no config.toml: expected the folder of a study or a grid")
+    with closing(Report(1)) as progress:
+        print(report.build(out, counting(progress, "page", "figures")))
+    _wrote(out, *_PAGE)
 
 
 def _grid(args) -> None:
@@ -211,6 +229,7 @@ def _grid(args) -> None:
     results = _run_cells(args, settings, out)
     if results:
         print(markdown(settings, results, out))
+        _wrote(out, *_CELLS, ledger=Path(getattr(args, "ledger", LEDGER)))
 
 
 def _train(args) -> None:
@@ -228,6 +247,7 @@ def _train(args) -> None:
             f"per token after {r['steps']} steps (untrained {results[0]['validation_loss']:.4f}); "
             f"FLOPs {sum(r['flops'].values()):,}; adapter in {out / 'cells' / r['cell'] / 'adapter'}"
         )
+        _wrote(out, *_CELLS, ledger=Path(getattr(args, "ledger", LEDGER)))
 
 
 def _run_cells(args, settings, out: Path) -> list[dict[str, Any]]:
@@ -307,6 +327,7 @@ def _product_rate(settings) -> float:
 def _evaluate(args) -> None:
     from experiments import evaluate, judge, naive
     from experiments.budget import Ledger
+    from experiments.progress import Report, counting
     from experiments.train import validation_loss
     from qwen_min import FlopMeter
 
@@ -320,17 +341,19 @@ def _evaluate(args) -> None:
     rank, bias = evaluate.rank_of(model), model.logit_bias is not None
     expected = evaluate.predicted(task, model.config, systems, rank, bias)
     expected["validation"] += evaluate.predicted_loss(task, model.config, rank, bias)
-    with Ledger(getattr(args, "ledger", LEDGER), settings.budget) as ledger:
+    with closing(Report(1)) as report, Ledger(getattr(args, "ledger", LEDGER), settings.budget) as ledger:
+        far = partial(counting, report, "evaluate")
         entry = ledger.reserve(f"evaluate {adapter or settings.model}", "evaluate", expected)
         with FlopMeter() as meter:
-            losses = validation_loss(model, task.validation_windows, settings.count_padding)
+            windows = task.validation_windows
+            losses = validation_loss(model, windows, settings.count_padding, progress=far("windows"))
         ledger.spend(entry, "validation", meter.total)
-        made = evaluate.forecast(task, model, systems)
+        made = evaluate.forecast(task, model, systems, progress=far("forecasts"))
         for stage, flops in made.flops.items():
             ledger.spend(entry, stage, flops)
         ledger.settle(entry)
+        plain = naive.forecasts(task, systems, far("law fits"))
     made.flops["validation"] += meter.total
-    plain = naive.forecasts(task, systems)
     rows = {part: [systems.index(system) for system in chosen] for part, chosen in parts.items()}
     by_part = {part: {name: values[rows[part]] for name, values in plain.items()} for part in parts}
     result = losses | {"validation_tokens": task.validation_windows.real_tokens}
@@ -341,25 +364,30 @@ def _evaluate(args) -> None:
         judge.write(Path(args.out) / "evaluation", tables)
         _draw(task, made.of(parts["shown"]), Path(args.out) / "figures" / "forecasts.png")
     if getattr(args, "json", False):
-        _print_json(evaluation | {"scores": scores})
-    else:
-        print(judge.table(evaluation, scores, args.part))
+        _print_json(evaluation | {"scores": scores} | ({"out": str(args.out)} if hasattr(args, "out") else {}))
+        return
+    print(judge.table(evaluation, scores, args.part))
+    if hasattr(args, "out"):
+        _wrote(Path(args.out), "evaluation/", "figures/forecasts.png", ledger=Path(getattr(args, "ledger", LEDGER)))
 
 
 def _forecast(args) -> None:
+    import numpy as np
+
     from experiments import evaluate, naive, scores
     from experiments.budget import Ledger
+    from experiments.progress import Report, counting
 
     settings, draft = _gather(args), args.draft
     evaluate.check_draft(settings, draft)
-    task, model = evaluate.prepare(settings, getattr(args, "adapter", None))
-    task.check([args.system])
+    task, model = evaluate.prepare(settings, getattr(args, "adapter", None), needs_split=False)
+    task.check([args.system], scored=False)
     adapter, path = getattr(args, "adapter", None), Path(getattr(args, "out", f"forecast-{args.system}.png"))
-    with Ledger(getattr(args, "ledger", LEDGER), settings.budget) as ledger:
-        rank, bias = evaluate.rank_of(model), model.logit_bias is not None
-        expected = evaluate.predicted(task, model.config, [args.system], rank, bias, draft)
+    rank, bias = evaluate.rank_of(model), model.logit_bias is not None
+    expected = evaluate.predicted(task, model.config, [args.system], rank, bias, draft)
+    with closing(Report(1)) as report, Ledger(getattr(args, "ledger", LEDGER), settings.budget) as ledger:
         entry = ledger.reserve(f"forecast {adapter or settings.model}", f"system {args.system}", expected)
-        made = evaluate.forecast(task, model, [args.system], draft)
+        made = evaluate.forecast(task, model, [args.system], draft, counting(report, "forecast", ""))
         for stage, flops in made.flops.items():
             ledger.spend(entry, stage, flops)
         ledger.settle(entry)
@@ -369,12 +397,24 @@ def _forecast(args) -> None:
     print(
         f"{settings.label + ': ' if settings.label else ''}system {args.system} ({task.shape_of(args.system)}), "
         f"{settings.points} points -> {settings.horizon}, raw units, {settings.judged}; "
-        f"{unparsed.sum()} steps did not parse"
+        f"{unparsed.sum()} steps did not parse; {task.alpha_rule}"
     )
-    for name, guess in {"model": values, **plain}.items():
-        errors = scores.errors(made.truth, guess)
-        print(f"{name:16} MSE {errors['mse']:.4f}  MAE {errors['mae']:.4f}")
-    print(f"{path}; {sum(made.flops.values()):,} FLOPs (coursework)")
+    known = settings.horizon - int(np.isnan(made.truth[0, :, 0]).sum())
+    if known < settings.horizon:
+        scored = f"the errors are of the {known} steps that it holds" if known else "there is no truth, so no error"
+        print(f"the data ends after {len(task.dataset.time)} points: {scored}")
+        print(" ".join(f"{name:>10}" for name in ("time", *task.dataset.names)))
+        for time, row in zip(task.time[settings.points :], made.values[0], strict=True):
+            print(" ".join(f"{value:10.5g}" for value in (time, *row)))
+    if known:
+        mse = {}
+        for name, guess in {"model": values, **plain}.items():
+            errors = scores.errors(made.truth[:, :known], guess[:, :known])
+            mse[name] = errors["mse"]
+            print(f"{name:16} MSE {errors['mse']:.4f}  MAE {errors['mae']:.4f}")
+        print(scores.verdict(mse, series=1))
+    ledger_path = getattr(args, "ledger", LEDGER)
+    print(f"written: {path}; {sum(made.flops.values()):,} FLOPs (coursework) charged to {ledger_path}")
 
 
 def _draw(task, made, path: Path) -> None:
@@ -387,7 +427,7 @@ def _draw(task, made, path: Path) -> None:
     systems = [
         {
             "title": f"system {system} ({task.shape_of(system)})",
-            "time": task.dataset.time[: settings.points + settings.horizon],
+            "time": task.time,
             "context": made.context[i],
             "truth": made.truth[i],
             "forecast": made.values[i],
@@ -477,7 +517,7 @@ def _flops_verb(args) -> None:
     if hasattr(args, "per_layer"):
         print("", flops_table.layers_table(meter, training), sep="\n")
     if hasattr(args, "plot"):
-        print("", args.plot, sep="\n")
+        print(f"\nwritten: {args.plot}")
 
 
 def _status(args) -> None:
@@ -570,7 +610,14 @@ def _bench(args) -> None:
     options, out = session.Options(folder, **asked), Path(getattr(args, "out", "runs")) / "bench"
     measure, text = (scaling.scale, table.scaling_text) if scales else (session.bench, table.text)
     report = measure(options, out, lambda line: print(f"bench: {line}", file=sys.stderr, flush=True))
-    _print_json(report) if getattr(args, "json", False) else print(text(report))
+    if getattr(args, "json", False):
+        _print_json(report)
+        return
+    print(text(report))
+    print()
+    _wrote(
+        out, *(("scaling.json", "scaling.csv", "scaling.png") if scales else ("bench.json", "bench.md", "bench.png"))
+    )
 
 
 def _pretrain_pocket(args) -> None:

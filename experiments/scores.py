@@ -4,15 +4,20 @@ Letters: N series, h forecast steps, V variables, S samples. Only the horizon is
 units of the data (MSE their square); MAPE, R2, skill and coverage have none. Everything is float64.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from experiments.baselines import RULES
+
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
+FEWEST_SERIES = 20  # that tell something of a forecaster
+AS_GOOD, MOST_TIMES = 1.05, 1e6  # ratios of two MSEs: below it they count as equal; above it none is named
 EPSILON = float(np.finfo(np.float64).eps)
 QUANTILES = (0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9)
 
@@ -126,6 +131,37 @@ def won(model: ArrayLike, reference: ArrayLike) -> int:
     """Return the number of series whose error is lower with the model. Both (N,); a tie is not won."""
     first, second = _same_series(model, reference)
     return int(np.sum(first < second))
+
+
+def verdict(mse: Mapping[str, float], series: int, untrained: float | None = None) -> str:
+    """Return how good a model's forecasts are, in one sentence: beside the best of the copies, and the untrained model.
+
+    `mse` by forecaster over the same `series`: "model", and of the others those that are copies, `baselines.RULES`; of
+    equal copies the first is the best. `untrained`: the untrained model's on these series, where it is known."""
+    best = best_copy(mse)
+    said, link = _compared(mse["model"], mse[best])
+    subject, them = ("The forecast is", "it") if series == 1 else ("The forecasts are", "them")
+    text = f"{subject} {said} (MSE) {link} {'the ' if ' ' in best else ''}{best}, the best of the copies"
+    if untrained is not None:
+        said, link = _compared(mse["model"], untrained)
+        text += f", and training {'left' if link == 'as' else 'made'} {them} {said} {link} the untrained model's"
+    few = "one series tells" if series == 1 else f"{series} series tell"
+    return text + (f"; {few} little." if series < FEWEST_SERIES else ".")
+
+
+def best_copy(mse: Mapping[str, float]) -> str:
+    """Return the one of `baselines.RULES` with the lowest MSE; of equals the first."""
+    return min((name for name in RULES if name in mse), key=lambda name: mse[name])
+
+
+def _compared(mse: float, other: float) -> tuple[str, str]:
+    """ "2.1 times worse" and "than", or "about as good" and "as"."""
+    low, high = sorted((mse, other))
+    ratio = high / low if low else math.inf if high else 1.0
+    if ratio < AS_GOOD:
+        return "about as good", "as"
+    times = "over a million" if ratio > MOST_TIMES else f"{ratio:,.0f}" if ratio >= 9.95 else f"{ratio:.1f}"
+    return f"{times} times {'worse' if mse > other else 'better'}", "than"
 
 
 def quantiles(samples: ArrayLike) -> Array:

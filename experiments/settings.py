@@ -10,9 +10,9 @@ from typing import Any, get_args, get_origin
 
 import torch
 
-from data.grammar import Grammar
 from experiments.budget import BUDGET
 from experiments.files import read_toml
+from experiments.scores import FEWEST_SERIES
 from qwen_min.fast import compiled
 
 POCKET = Path(__file__).parent.parent / "weights" / "pocket"
@@ -37,7 +37,6 @@ _CHOICES = {
 # Far above what any run needs: a damaged file must not ask for all memory.
 _MOST = {"batch_size": 2**20, "context": 2**20, "contexts": 2**20, "num_samples": 10_000, "ranks": 4096}
 MOST_VALIDATIONS = 12  # of a run of a shortened study
-FEWEST_SERIES = 20  # that a shortened study still judges by, where the part has as many
 
 
 @dataclass(frozen=True)
@@ -205,11 +204,6 @@ class Settings:
     def compute_dtype(self) -> torch.dtype:
         """Products run in float32 on a CPU, which is slow at anything else, and on a GPU in bfloat16 unless told."""
         return torch.float32 if self.device == "cpu" or self.dtype == "float32" else torch.bfloat16
-
-    @property
-    def symbols(self) -> int:
-        """How many tokens the loss is over; 0 for all."""
-        return len(Grammar.symbols) if self.vocabulary == "symbols" else 0
 
     @property
     def judged(self) -> str:

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 Shape = Literal["growing", "decaying", "oscillating", "settled"]
 SHAPES: tuple[Shape, ...] = get_args(Shape)  # the order in which they are shown
 
+FEWEST_POINTS = 4
 CHANGED, NEGLIGIBLE = 1.08, 0.05  # ratios of the late range to the early one
 RULE = (
     "A series is cut in two halves, and the range of each variable (its largest value less its smallest) in the "
@@ -31,7 +32,7 @@ def shape(series: ArrayLike) -> Shape:
     published. Raises ValueError for fewer than 4 points, or values that are not finite.
     """
     values = np.asarray(series, np.float64)
-    if values.ndim != 2 or len(values) < 4 or not values.size or not np.isfinite(values).all():
+    if values.ndim != 2 or len(values) < FEWEST_POINTS or not values.size or not np.isfinite(values).all():
         raise ValueError(f"a shape is of finite values (4 points or more, variables), got shape {values.shape}")
     early, late = (np.ptp(half, axis=0) for half in np.split(values, [len(values) // 2]))  # (V,)
     begins = np.where(late > 0, np.inf, 0.0)

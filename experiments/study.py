@@ -22,6 +22,7 @@ from experiments.folder import begin, check_drift, undivided
 from experiments.owner import Claim, claimed
 from experiments.parallel import ALONE, Alone
 from experiments.preprocessing import preprocessing
+from experiments.progress import counting
 from experiments.settings import Settings
 from experiments.status import PLAN, spent, stages_of
 from experiments.task import Task
@@ -146,7 +147,7 @@ def price(task: Task, config: QwenConfig, run: Run) -> Price:
     """
     own = task.under(run.settings)
     own.check_fits(config)
-    training = predicted(run.settings, run.cell, config, len(own.validation_windows))
+    training = predicted(own, run.cell, config)
     forecasts = dict.fromkeys(LEDGER_STAGES, 0)
     if run.parts:
         bias = bool(run.cell.rank and run.settings.logit_bias)
@@ -285,7 +286,7 @@ def run_all(
         own = task.under(run.settings)
         run_cell(own, run.cell, flops["training"], out / run.folder, ledger, name, progress, group)
         if run.parts:
-            group.tell(_judge, own, run, flops["forecasts"], out, ledger, name)
+            group.tell(_judge, own, run, flops["forecasts"], out, ledger, name, progress)
 
 
 def _require_room(ledger: Ledger, name: str, out: Path, task: Task, priced: Priced) -> None:
@@ -320,7 +321,9 @@ def judged(task: Task, run: Run, out: Path) -> bool:
     return all(parts.get(part) == task.forecast_systems(part) for part in run.parts)
 
 
-def _judge(task: Task, run: Run, expected: dict[str, int], out: Path, ledger: Ledger, name: str) -> None:
+def _judge(
+    task: Task, run: Run, expected: dict[str, int], out: Path, ledger: Ledger, name: str, progress: Progress
+) -> None:
     """Forecast and score with a finished run, unless that is done."""
     folder, entry_name = out / run.folder / "evaluation", f"{run.cell.name} forecasts"
     files.recover_folder(folder)
@@ -331,16 +334,26 @@ def _judge(task: Task, run: Run, expected: dict[str, int], out: Path, ledger: Le
     adapter = out / run.folder / "adapter" if run.cell.rank else None
     parts = {part: task.forecast_systems(part) for part in run.parts}
     entry = ledger.reserve(name, entry_name, expected)
-    made = evaluate.forecast(task, evaluate.trained_model(task.settings, adapter), _systems(task, run))
+    model = evaluate.trained_model(task.settings, adapter)
+    made = evaluate.forecast(task, model, _systems(task, run), progress=counting(progress, run.cell.name, "forecasts"))
     for stage, flops in made.flops.items():
         ledger.spend(entry, stage, flops)
-    plain = {part: naive.kept(task, systems, out / "naive" / f"{part}.csv") for part, systems in parts.items()}
+    plain = {
+        part: naive.kept(
+            task, systems, out / "naive" / f"{part}.csv", counting(progress, run.cell.name, f"law fits, {part}")
+        )
+        for part, systems in parts.items()
+    }
     judge.write(folder, judge.tables(task, made, plain, parts, result, expected, adapter))
     ledger.settle(entry)
 
 
 def all_runs(settings: Settings, out: Path) -> list[Run]:
-    """The runs of every stage, as far as it is known what is carried forward; each folder once, in its first stage."""
+    """The runs of every stage, as far as it is known what is carried forward; each folder once, in its first stage.
+
+    Without a protocol there is one stage, the grid."""
+    if not settings.protocol:
+        return runs_of(settings, "grid")
     runs = [run for stage in ("baseline", "default", "grid") for run in runs_of(settings, stage)]
     for stage in ("context", "final"):
         try:

@@ -1,5 +1,6 @@
 """The forecasting task as tokens: data set, split, scale, encoding and tokenizer of one run."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -15,7 +16,7 @@ from data.lotka_volterra import Dataset
 from data.windows import Windows, make_windows
 from experiments.constrain import symbol_tokens
 from experiments.settings import Settings
-from experiments.shapes import shape, stratified
+from experiments.shapes import FEWEST_POINTS, shape, stratified
 from qwen_min import QwenConfig, Tokenizer
 
 
@@ -23,7 +24,8 @@ from qwen_min import QwenConfig, Tokenizer
 class Task:
     """Series of a data set, as text and token ids and back.
 
-    series[i] / alphas[i], written by `codec`, is what the model sees; `split` says which systems train.
+    series[i] / alphas[i], written by `codec`, is what the model sees; `split` says which systems train. Where
+    series are too few to split, all are in its first part; scale and width come from the points that forecasts see.
     """
 
     settings: Settings
@@ -35,15 +37,22 @@ class Task:
     _tokens: dict[tuple[int, int | None], list[int]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def prepare(cls, settings: Settings, tokenizer: Tokenizer) -> "Task":
+    def prepare(cls, settings: Settings, tokenizer: Tokenizer, needs_split: bool = True) -> "Task":
         """Read or rebuild the data, split it by systems, and scale it as the settings say.
+
+        Without `needs_split` a few series will do, as nothing trains: see `_unsplit`.
 
         Raises:
             ValueError: the data is bad, or a number in it cannot be written.
         """
         dataset = lotka_volterra.load(Path(settings.data) if settings.data else None)
         try:
-            split = _split(settings, len(dataset.series))
+            try:
+                split = _split(settings, len(dataset.series))
+            except ValueError:
+                if needs_split:
+                    raise
+                split, settings = _unsplit(settings, len(dataset.series))
             alphas = _alphas(settings, dataset.series, split.train)
         except ValueError as e:
             raise ValueError(f"{dataset.path}: {e}") from None
@@ -58,20 +67,33 @@ class Task:
             return f"alpha = {self.alphas[0]:.6g} for all series, {rule}"
         in_context = self.settings.scaling == "context percentile"
         seen = f"its first {self.settings.points} points" if in_context else "all its points, the horizon's too"
-        return f"alpha of each series = the largest of its variables' 95th percentiles / 10, from {seen}"
+        few = "" if len(self.split.validation) else " (too few series to split)"
+        return f"alpha of each series = the largest of its variables' 95th percentiles / 10, from {seen}{few}"
 
     def under(self, settings: Settings) -> "Task":
         """The same data and text under settings that differ in the training alone: steps, context, learning rate."""
         return replace(self, settings=settings)
 
-    def check(self, systems: Sequence[int]) -> None:
-        """Raise ValueError for a system that the data set lacks, or a forecast that is longer than its series."""
+    @property
+    def time(self) -> NDArray[np.float64]:
+        """When the points and the horizon of a forecast are, (points + horizon,): beyond the data in its last step."""
+        known, wanted = self.dataset.time, self.settings.points + self.settings.horizon
+        step = known[-1] - known[-2]
+        return np.concatenate((known, known[-1] + step * np.arange(1, wanted - len(known) + 1)))[:wanted]
+
+    def check(self, systems: Sequence[int], scored: bool = True) -> None:
+        """Raise ValueError for a system that the data set lacks, or a forecast that sees more points than there are.
+
+        One that is `scored` ends with the data too.
+        """
         last, points = len(self.dataset.series) - 1, self.dataset.series.shape[1]
-        if self.settings.points + self.settings.horizon > points:
+        if self.settings.points + self.settings.horizon * scored > points:
             raise ValueError(
                 f"{self.dataset.path}: has {points} points: expected at least the {self.settings.points} "
-                f"that a forecast sees and the {self.settings.horizon} that it makes"
+                f"that a forecast sees" + f" and the {self.settings.horizon} that it makes" * scored
             )
+        if points < FEWEST_POINTS:
+            raise ValueError(f"{self.dataset.path}: has {points} points: expected at least {FEWEST_POINTS}")
         for system in systems:
             if not 0 <= system <= last:
                 raise ValueError(f"{self.dataset.path}: has no system {system}: expected 0 to {last}")
@@ -96,8 +118,12 @@ class Task:
     def tokens(self, system: int, points: int | None = None) -> list[int]:
         """Their ids, kept: windows of several contexts are cut from the same."""
         if (system, points) not in self._tokens:
-            self._tokens[system, points] = self.tokenizer.encode(self.text(system, points))
+            self._tokens[system, points] = self.encode(self.text(system, points))
         return self._tokens[system, points]
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a series' text, one for each symbol: Qwen's tokenizer would join ",-" and ";-" to one token."""
+        return [token for part in re.split("(-)", text) for token in self.tokenizer.encode(part)]
 
     @cached_property
     def train_windows(self) -> Windows:
@@ -132,20 +158,26 @@ class Task:
     @cached_property
     def widest(self) -> int:
         """The most digits before the point in any number of the training part."""
-        series = self.dataset.series[self.split.train].astype(np.float64)
-        largest = np.round((series / self.alphas[self.split.train, None, None]).max(), self.codec.decimals)
+        seen = None if len(self.split.validation) else self.settings.points
+        series = self.dataset.series[self.split.train, :seen].astype(np.float64)
+        largest = np.round(np.abs(series / self.alphas[self.split.train, None, None]).max(), self.codec.decimals)
         return len(str(int(largest)))
 
     @cached_property
     def grammar(self) -> Grammar:
         """Of the series as text, no number wider than those of the training part."""
-        return Grammar(self.codec, self.dataset.series.shape[2], self.widest)
+        return Grammar(self.codec, self.dataset.series.shape[2], self.widest, self.dataset.signed)
+
+    @property
+    def symbols(self) -> int:
+        """How many tokens the loss is over; 0 for all."""
+        return len(self.grammar.symbols) if self.settings.vocabulary == "symbols" else 0
 
     @property
     def tokens_to_forecast(self) -> int:
         """How many tokens the horizon takes at most, when no number is wider than those of the training part."""
-        variables = self.dataset.series.shape[2]
-        return self.settings.horizon * Codec(self.codec.decimals, self.widest).step_width(variables)
+        codec, dataset = Codec(self.codec.decimals, self.widest), self.dataset
+        return self.settings.horizon * codec.step_width(dataset.series.shape[2], dataset.signed)
 
     def read_forecast(self, ids: Sequence[int], system: int) -> NDArray[np.float64]:
         """New tokens as raw values (horizon, V), NaN where a step did not parse.
@@ -175,6 +207,14 @@ def _split(settings: Settings, systems: int) -> splits.Split:
         return splits.in_order(systems, settings.fractions)
     rule = splits.seeded if settings.split == "shuffled" else splits.held_out_first
     return rule(systems, settings.fractions, settings.split_seed)
+
+
+def _unsplit(settings: Settings, systems: int) -> tuple[splits.Split, Settings]:
+    """All systems in one part, and no scale that would need others: each series' own, from the points seen."""
+    if settings.scaling == "training maximum" and not settings.alpha:
+        settings = replace(settings, scaling="context percentile")
+    none = np.arange(0)
+    return splits.Split(np.arange(systems), none, none), settings
 
 
 def _alphas(settings: Settings, series: NDArray[np.float32], train: NDArray[np.int64]) -> NDArray[np.float64]:

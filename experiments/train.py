@@ -17,6 +17,7 @@ from experiments import cell_records, files, predict
 from experiments.budget import Ledger
 from experiments.errors import FAILURE, RunFailed
 from experiments.parallel import ALONE, Alone
+from experiments.progress import Counted
 from experiments.settings import Settings
 from experiments.task import Task
 from lora import add_lora, save_adapter
@@ -60,8 +61,9 @@ def load_model(settings: Settings) -> Qwen:
     return model.requires_grad_(False)
 
 
-def predicted(settings: Settings, cell: Cell, config, validation_windows: int) -> dict[str, int]:
+def predicted(task: Task, cell: Cell, config) -> dict[str, int]:
     """FLOPs of a cell by ledger stage, before it runs."""
+    settings = task.settings
     steps = settings.steps if cell.rank else 0
     return predict.training_run(
         config,
@@ -71,8 +73,8 @@ def predicted(settings: Settings, cell: Cell, config, validation_windows: int) -
         rank=cell.rank,
         logit_bias=bool(cell.rank and settings.logit_bias),
         validations=max(1, math.ceil(steps / settings.val_every)) if settings.val_every else 1,
-        validation_windows=validation_windows,
-        symbols=settings.symbols,
+        validation_windows=len(task.validation_windows),
+        symbols=task.symbols,
     )
 
 
@@ -100,18 +102,25 @@ def groups(model: Qwen, windows: Windows, chosen, count_padding: bool = False) -
 
 @torch.no_grad()
 def validation_loss(
-    model: Qwen, windows: Windows, count_padding: bool = False, group: Alone = ALONE
+    model: Qwen,
+    windows: Windows,
+    count_padding: bool = False,
+    group: Alone = ALONE,
+    progress: Counted = lambda done, of: None,
 ) -> dict[str, float]:
     """Mean cross-entropy in nats over all windows: `validation_loss`, per real token.
 
     With `count_padding` also `validation_loss_with_padding`: over every place, padding as a token to be predicted.
+    `progress` takes how many windows are done, and of how many.
     """
     model.eval()
-    real, total = 0.0, 0.0
+    real, total, done = 0.0, 0.0, 0
+    progress(0, len(windows))
     for batch in groups(model, windows, group.share(range(len(windows))), count_padding):
         each = model.token_losses(batch.inputs, batch.targets, batch.padding, batch.vocabulary)  # (B, T)
         real += each[batch.real].sum().item()
         total += each.sum().item()
+        progress(done := done + len(each), len(windows))
     losses = {"validation_loss": group.sum(real) / windows.real_tokens}
     if count_padding:
         losses["validation_loss_with_padding"] = group.sum(total) / windows.targets.size

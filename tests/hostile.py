@@ -259,9 +259,7 @@ def hdf5(draw: random.Random, root: Path) -> tuple[Path, bool]:
     def datasets(draw: random.Random, path: Path) -> bool:
         good = np.ones((20, 8, 2), np.float32)
         bad = good.copy()
-        bad[draw.randrange(20), draw.randrange(8), draw.randrange(2)] = draw.choice(
-            (np.nan, np.inf, -np.inf, -1, 1e-45 - 1)
-        )
+        bad[draw.randrange(20), draw.randrange(8), draw.randrange(2)] = draw.choice((np.nan, np.inf, -np.inf))
         path.unlink()
         with h5py.File(path, "w") as file:
             kind = draw.choice("none rank type values time group huge link raw text void empty few".split())

@@ -48,11 +48,12 @@ def tokens_a_forward(draft: SeriesDraft, text: str, nodes: int) -> float:
     return len(text) / forwards
 
 
+@pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("variables", [1, 2, 3])
 @pytest.mark.parametrize("codec", CODECS, ids=str)
-def test_every_guess_is_grammatical_and_fewer_guesses_are_the_first_of_more(codec, variables):
-    grammar = Grammar(codec, variables, 3)
-    series = wave(variables, 30) * np.linspace(1, 30, 30)[:, None]
+def test_every_guess_is_grammatical_and_fewer_guesses_are_the_first_of_more(codec, variables, signed):
+    grammar = Grammar(codec, variables, 3, signed)
+    series = (wave(variables, 30) - 5 * signed) * np.linspace(1, 30, 30)[:, None]
     whole = codec.encode(series)
     prompt = codec.encode(series[:20])
     draft = SeriesDraft(grammar, prompt)
@@ -139,10 +140,11 @@ def test_no_guesses_are_made_where_none_are_asked_for():
     assert SeriesDraft(Grammar(Codec(2), 2), "1.00,2.00;" * 5).guess(0) == []
 
 
+@pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize(("codec", "least"), list(zip(CODECS, [4.0, 3.0, 4.5, 3.0], strict=True)), ids=str)
-def test_a_smooth_series_of_any_encoding_goes_several_tokens_a_forward(codec, least):
-    series = wave(2, 60)
-    draft = SeriesDraft(Grammar(codec, 2, 2), codec.encode(series[:40]))
+def test_a_smooth_series_of_any_encoding_goes_several_tokens_a_forward(codec, least, signed):
+    series = wave(2, 60) - 5 * signed
+    draft = SeriesDraft(Grammar(codec, 2, 2, signed), codec.encode(series[:40]))
     assert tokens_a_forward(draft, codec.encode(series[40:]), 12) > least
 
 

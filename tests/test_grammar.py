@@ -1,4 +1,4 @@
-"""The automaton accepts the texts that a codec writes for numbers that are not negative, and no other."""
+"""The automaton accepts the texts that a codec writes, of negative numbers if it is signed, and no other."""
 
 import itertools
 import re
@@ -25,10 +25,11 @@ def accepts(grammar: Grammar, text: str) -> bool:
     return state == grammar.step_ends
 
 
-def fits(text: str, codec: Codec, variables: int, widest: int) -> bool:
-    """The same by `Codec.decode`: every step is one that it could have written, none is wide or negative."""
+def fits(text: str, codec: Codec, variables: int, widest: int, signed: bool) -> bool:
+    """The same by `Codec.decode`: every step is one that it could have written, none is wide, or negative unasked."""
     numbers = [number.partition(".")[0] for number in re.split("[,;]", text)]
-    narrow = all(len(whole) <= widest and not whole.startswith("-") for whole in numbers)
+    narrow = all(len(whole.removeprefix("-" if signed else "")) <= widest for whole in numbers)
+    narrow = narrow and (signed or "-" not in text)
     return narrow and (not text or text.endswith(";")) and codec.decode(text, variables).rejected == 0
 
 
@@ -36,13 +37,15 @@ def fits(text: str, codec: Codec, variables: int, widest: int) -> bool:
 def grammars(draw: st.DrawFn) -> Grammar:
     decimals, fewest = draw(st.integers(0, 5)), draw(st.integers(1, 3))
     codec = Codec(decimals, fewest, shortest=decimals > 0 and draw(st.booleans()))
-    return Grammar(codec, draw(st.integers(1, 3)), draw(st.integers(fewest, 5)))
+    return Grammar(codec, draw(st.integers(1, 3)), draw(st.integers(fewest, 5)), draw(st.booleans()))
 
 
 @given(grammars(), st.data())
 def test_every_text_that_is_written_for_numbers_that_fit_is_accepted(grammar: Grammar, data: st.DataObject) -> None:
     codec, largest = grammar.codec, 10.0**grammar.widest - 10.0**-grammar.codec.decimals
     numbers = st.floats(0, largest) | st.integers(0, int(largest)).map(float) | st.floats(0, 1)
+    if grammar.signed:
+        numbers |= numbers.map(float.__neg__)
     values = data.draw(arrays(np.float64, (3, grammar.variables), elements=numbers))
     assert accepts(grammar, codec.encode(values))
 
@@ -52,12 +55,13 @@ def test_every_text_that_is_accepted_is_read_whole(grammar: Grammar, data: st.Da
     text, state = "", 0
     while len(text) < 60 or state != grammar.step_ends:
         column = data.draw(st.sampled_from(np.flatnonzero(grammar.follows[state]).tolist()))
-        if len(text) >= 60 and grammar.follows[state, -3:].any():  # then to the end: a point or a separator, if it may
-            column = 10 + int(np.flatnonzero(grammar.follows[state, -3:])[0])
+        if len(text) >= 60 and grammar.follows[state, 10:13].any():  # then to the end: a point or separator, if it may
+            column = 10 + int(np.flatnonzero(grammar.follows[state, 10:13])[0])
         text, state = text + grammar.symbols[column], grammar.next[state, column]
     decoded = grammar.codec.decode(text, grammar.variables)
     assert (decoded.rejected, decoded.steps) == (0, text.count(";"))
-    assert (decoded.values >= 0).all() and (decoded.values < 10.0**grammar.widest).all()
+    assert grammar.signed or (decoded.values >= 0).all()
+    assert (np.abs(decoded.values) < 10.0**grammar.widest).all()
     assert grammar.codec.encode(decoded.values) == text
 
 
@@ -76,16 +80,19 @@ def test_every_text_that_is_accepted_is_read_whole(grammar: Grammar, data: st.Da
     ],
     ids=str,
 )
-def test_of_all_short_texts_exactly_those_that_could_have_been_written_are_accepted(codec, variables, widest) -> None:
-    grammar = Grammar(codec, variables, widest)
-    texts = ("".join(t) for n in range(7) for t in itertools.product("01.,;", repeat=n))
+@pytest.mark.parametrize("signed", [False, True])
+def test_of_all_short_texts_exactly_those_that_could_have_been_written_are_accepted(
+    codec, variables, widest, signed
+) -> None:
+    grammar = Grammar(codec, variables, widest, signed)
+    texts = ("".join(t) for n in range(7) for t in itertools.product("01.,;" + "-" * signed, repeat=n))
     for text in texts:
-        assert accepts(grammar, text) == fits(text, codec, variables, widest), text
+        assert accepts(grammar, text) == fits(text, codec, variables, widest, signed), text
 
 
 @given(st.text(alphabet="0129.,;-", max_size=24), grammars())
 def test_of_any_text_exactly_what_could_have_been_written_is_accepted(text: str, grammar: Grammar) -> None:
-    assert accepts(grammar, text) == fits(text, grammar.codec, grammar.variables, grammar.widest)
+    assert accepts(grammar, text) == fits(text, grammar.codec, grammar.variables, grammar.widest, grammar.signed)
 
 
 def test_two_variables_are_told_apart_and_a_step_has_as_many_as_it_should() -> None:
@@ -105,12 +112,12 @@ def test_shortest_numbers_end_on_a_zero_only_behind_the_point() -> None:
 
 @given(grammars())
 def test_the_tables_agree_and_no_state_is_a_dead_end(grammar: Grammar) -> None:
-    assert grammar.symbols == tuple("0123456789.,;")
-    assert grammar.next.shape == grammar.follows.shape == (grammar.states, 13)
+    assert grammar.symbols == tuple("0123456789.,;" + "-" * grammar.signed)
+    assert grammar.next.shape == grammar.follows.shape == (grammar.states, 13 + grammar.signed)
     np.testing.assert_array_equal(grammar.follows, grammar.next >= 0)
     assert grammar.next.max() == grammar.states - 1 and grammar.next.min() == -1
-    assert (grammar.next[:, -1] <= 0).all()  # ";" leads to the start, and nothing else does
-    assert (grammar.next[:, :-1] != 0).all()
+    assert (grammar.next[:, 12] <= 0).all()  # ";" leads to the start, and nothing else does
+    assert (np.delete(grammar.next, 12, axis=1) != 0).all()
     for digit in range(2, 10):  # 1 to 9 are alike
         np.testing.assert_array_equal(grammar.next[:, digit], grammar.next[:, 1])
     ends = {0}

@@ -61,9 +61,9 @@ def test_the_grid_trains_every_cell_and_its_flops_equal_the_prediction(data, cap
     rows = list(csv.DictReader(Path("grid/results.csv").read_text().splitlines()))
     assert [row["cell"] for row in rows] == ["untrained", "lr0.001-r2", "lr0.01-r2", "lr0.001-r4", "lr0.01-r4"]
     assert {p.name for p in Path("grid/figures").iterdir()} == {
-        "loss_by_step.png",
-        "loss_by_flops.png",
-        "validation_loss.png",
+        "loss-cells-by-step.png",
+        "loss-cells-by-flops.png",
+        "grid.png",
     }
     printed = capsys.readouterr().out
     for result in results:
@@ -73,6 +73,23 @@ def test_the_grid_trains_every_cell_and_its_flops_equal_the_prediction(data, cap
     assert totals["training"] == sum(r["flops"]["training"] for r in results)
     assert totals["validation"] == sum(r["flops"]["validation"] for r in [untrained, *results])
     assert totals["wasted"] == totals["reserved"] == 0
+
+
+def test_a_grid_counts_each_cell_once_says_what_it_wrote_and_its_page_draws_each_picture_once(data, capsys):
+    """Bug: the cell that a study's default run would be was filed as that, and missing on the page."""
+    Path("small.toml").write_text("default_steps = 6\ndefault_rank = 2\n")
+    assert grid(data, "grid", "--config", "small.toml") == 0
+    *_, said = capsys.readouterr().out.splitlines()
+    assert said.startswith("written to grid: results.md, ") and said.endswith("; FLOPs charged to ledger.sqlite")
+    written = said.removeprefix("written to grid: ").partition(";")[0].split(", ")
+    assert all(list(Path("grid").glob(name)) for name in written)
+    rows = list(csv.DictReader(Path("grid/results.csv").read_text().splitlines()))
+    assert [row["stage"] for row in rows] == ["baseline", *["grid"] * 4]
+    drawn = {path.name: path.read_bytes() for path in Path("grid/figures").iterdir()}
+    assert run.main(["report", "grid"]) == 0
+    assert capsys.readouterr().out == "grid/report.html\nwritten to grid: report.html, report.md, figures/, tables/\n"
+    again = {path.name: path.read_bytes() for path in Path("grid/figures").iterdir()}
+    assert drawn.items() < again.items() and len(set(again.values())) == len(again)
 
 
 def test_a_finished_grid_started_again_changes_nothing(data):
@@ -200,7 +217,18 @@ def test_evaluate_scores_the_horizon_beside_naive_forecasts_and_charges_what_it_
     assert report["forecast_steps"]["validation"] == 15 and report["parts"]["validation"] == [14, 15, 16]
     assert report["unparsed_steps"]["validation"] == 0  # constrained
     written = json.loads(Path("e/evaluation/evaluation.json").read_text())
-    assert written == {key: value for key, value in report.items() if key != "scores"}
+    assert report["out"] == "e"
+    assert written == {key: value for key, value in report.items() if key not in ("scores", "out")}
+    capsys.readouterr()
+    assert run.main(["evaluate", "--out", "e", *flags]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert written["verdict"]["validation"] in lines and "the best of the copies; 3 series" in lines[-4]
+    assert lines[-1] == "written to e: evaluation/, figures/forecasts.png; FLOPs charged to ledger.sqlite"
+    with pytest.raises(SystemExit):
+        run.main(["evaluate", "--help"])
+    assert "evaluation.json, scores.csv, forecasts.csv and more go into its evaluation/" in " ".join(
+        capsys.readouterr().out.split()
+    )
     assert Path("e/figures/forecasts.png").read_bytes().startswith(b"\x89PNG")
     with h5py.File(data) as file:
         series = file["trajectories"][14:17].astype(float)

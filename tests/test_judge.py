@@ -56,6 +56,22 @@ def test_the_seasonal_repeat_scores_what_the_reports_should_have_compared_with(t
     assert seasonal["mse_low"] < seasonal["mse"] < seasonal["mse_high"]
 
 
+def test_the_verdict_of_each_part_compares_its_own_scores(task):
+    systems = task.split.validation[:20].tolist()
+    made = forecasts(task, systems)
+    made.values[:] += 1
+    found = tables(task, made, {"validation": systems, "shown": systems[:1]})
+    about, rows = found["evaluation.json"], [r for r in found["scores.csv"] if r["unit"] == "raw"]
+    for part, few in (("validation", ""), ("shown", "; one series tells little")):
+        copies = [row(rows, part=part, forecaster=name, variable="all") for name in naive.RULES]
+        best = min(copies, key=lambda r: r["mse"])
+        assert best["forecaster"] == "seasonal repeat"
+        said = f"{1 / best['mse']:,.0f} times worse (MSE) than the seasonal repeat, the best of the copies{few}."
+        assert about["verdict"][part].endswith(said)
+    about["flops"]["validation"] = 0
+    assert about["verdict"]["validation"] in judge.table(about, rows, "validation").splitlines()
+
+
 def test_a_perfect_forecast_wins_every_series_and_the_reference_none(task):
     systems = [700, 701, 702]
     scores = tables(task, forecasts(task, systems), {"shown": systems})["scores.csv"]

@@ -215,7 +215,16 @@ def test_whole_numbers_and_a_given_time_are_read(write: Writer) -> None:
     np.testing.assert_array_equal(dataset.time, [0.0, 2.0, 5.0])
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, 1e39, -0.25])
+def test_negative_numbers_are_read_and_make_two_variables_no_populations(write: Writer) -> None:
+    series = np.ones((2, 3, 2), np.float32)
+    assert not load(write(trajectories=series)).signed
+    series[1, 2, 0] = -0.25
+    dataset = load(write(trajectories=series))
+    np.testing.assert_array_equal(dataset.series, series)
+    assert dataset.signed and dataset.names == ("x0", "x1")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e39])
 def test_the_first_bad_value_is_named_by_its_place(value: float, write: Writer) -> None:
     series = np.ones((3, 4, 2))
     series[1, 2, 1] = series[2, 0, 0] = value

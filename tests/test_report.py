@@ -23,6 +23,7 @@ from experiments import files, plots, report
 from experiments.report.document import Column, Facts, Figure, Table, Text, shown
 from experiments.report.study import Study
 from experiments.report.training import verdict
+from experiments.scores import verdict as verdict_of
 
 Change = Callable[[Path], Any]
 Calls = list[tuple[str, str]]
@@ -206,8 +207,9 @@ def test_the_page_of_a_grid_alone_is_drawn_and_says_what_was_not_run(tmp_path):
     for section in ("summary", "stages", "preprocessing", "context", "forecasts", "scores", "sampling"):
         assert "not run" in page.texts[section], section
     assert "lr0.0001-r8" in page.texts["summary"] and "lowest" in page.texts["grid"]
-    drawn = {path.name for path in (folder / "figures").iterdir()}
-    assert {"budget.png", "loss-cells-by-step.png", "loss-cells-by-flops.png", "grid.png"} <= drawn
+    drawn = {path.name: path.read_bytes() for path in (folder / "figures").iterdir()}
+    assert drawn.keys() == {"budget.png", "loss-cells-by-step.png", "loss-cells-by-flops.png", "grid.png"}
+    assert len(set(drawn.values())) == len(drawn)  # no picture under two names
     rows = rows_of(folder / "results.csv")
     spent = sum(int(row["training_flops"]) + int(row["validation_flops"]) for row in rows)
     total = rows_of(folder / "tables" / "flops.csv")[-1]
@@ -240,6 +242,8 @@ def test_the_page_stands_alone_and_is_sound_html(made, sampled):
         assert all(image["alt"] for image in page.all("img"))
         assert all(cell["scope"] in ("row", "col") for cell in page.all("th"))
         assert len(page.all("caption")) == len(page.all("table"))
+        assert built.html.count('<div class="scroll"') == len(page.all("table"))
+        assert re.search(r"\.scroll {[^}]*100% local", built.html)  # the shadow that says that a table goes on
         viewport = next(meta["content"] for meta in page.all("meta") if meta.get("name") == "viewport")
         assert viewport == "width=device-width, initial-scale=1"
 
@@ -284,10 +288,16 @@ def test_the_label_stands_over_every_table_and_figure_where_there_is_one(made, s
     for built, label in ((made, study_folder.TOY), (sampled, "")):
         captions = re.findall(r"<(?:caption|figcaption)>.*?</(?:caption|figcaption)>", built.html)
         assert len(captions) == len(built.page.all("table")) + len(built.page.all("img"))
-        assert all((f'<span class="label">{label}</span>' in caption) == bool(label) for caption in captions)
-        assert all(repr(label) in call for _, call in built.calls)
+        bare = [caption for caption in captions if '<span class="label">' not in caption]
+        assert all(f'<span class="label">{label}</span>' in caption for caption in captions if caption not in bare)
+        no_models = [caption for caption in bare if "without a model" in caption]  # which the label says nothing of
+        assert len(no_models) >= 2 and (bare == no_models or not label)
+        assert [call for _, call in built.calls if label and label not in call] == [
+            call for _, call in built.calls if label and "Forecasts, seasonal repeat" in call
+        ]
         for path in (built.folder / "tables").iterdir():
-            assert all(row.get("label", "") == label for row in rows_of(path)), path.name
+            expected = "" if path.stem == "systems-naive" else label
+            assert all(row.get("label", "") == expected for row in rows_of(path)), path.name
 
 
 def test_a_text_of_a_record_is_shown_and_never_run(study):
@@ -310,13 +320,46 @@ def test_every_number_of_the_summary_is_found_in_a_record(made):
         if path.parent.name != "tables" and path.suffix in (".json", ".csv"):
             recorded |= scalars(made.json(str(path)) if path.suffix == ".json" else rows_of(path))
     found = made.page.values["summary"]
-    assert len(found) == 21
+    assert len(found) == 26
     assert set(found) <= recorded
     scores = [row for row in rows_of(made.folder / "final/evaluation/scores.csv") if row["forecaster"] == "model"]
-    for part, start in (("validation", 5), ("test", 11)):
+    untrained = rows_of(made.folder / "untrained/evaluation/scores.csv")[0]["mse"]  # of the model, validation, raw, all
+    assert found[2] == untrained and untrained not in found[3:]
+    for part, beside, start in (("validation", 0, 10), ("test", 3, 16)):
         row = next(r for r in scores if (r["part"], r["unit"], r["variable"]) == (part, "raw", "all"))
+        assert found[beside] == row["mse"]
         columns = ("mse", "mse_low", "mse_high", "skill", "won", "series")
         assert found[start : start + 6] == [row[column] for column in columns]
+
+
+def test_the_final_model_stands_first_beside_the_best_copy_and_the_untrained_one(made):
+    mse = {
+        (run, row["part"], row["forecaster"]): float(row["mse"])
+        for run in ("untrained", "default", "final")
+        for row in rows_of(made.folder / run / "evaluation/scores.csv")
+        if (row["unit"], row["variable"]) == ("raw", "all")
+    }
+    page, said = made.page, {}
+    for run, part in (
+        ("untrained", "validation"),
+        ("default", "validation"),
+        ("final", "validation"),
+        ("final", "test"),
+    ):
+        beside = {name: value for (r, p, name), value in mse.items() if (r, p) == (run, part)}
+        untrained = mse["untrained", part, "model"] if part == "validation" and run != "untrained" else None
+        said[run, part] = verdict_of(beside, len(study_folder.PARTS[part]), untrained)
+        assert said[run, part] in page.texts["stages"]
+    assert "and training made them" in said["final", "validation"] and "training" not in said["final", "test"]
+    terms = re.findall(r"<dt>(.*?)</dt>", made.html)
+    assert terms[:3] == ["The final run, validation", "The final run, test", "Best cell"]
+    summary = page.texts["summary"]
+    assert (
+        0
+        < summary.index(said["final", "validation"])
+        < summary.index(said["final", "test"])
+        < summary.index("Best cell")
+    )
 
 
 CHANGES: list[tuple[str, Callable[[Any], Change]]] = [

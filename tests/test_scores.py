@@ -247,6 +247,45 @@ def test_a_tie_is_not_won():
     assert scores.won([1.0, 2.0, 3.0, 4.0], [2.0, 2.0, 2.0, 5.0]) == 2
 
 
+BEST = "the seasonal repeat, the best of the copies"
+
+
+@pytest.mark.parametrize(
+    ("model", "untrained", "series", "said"),
+    [
+        (0.21, None, 20, f"The forecasts are 2.1 times worse (MSE) than {BEST}."),
+        (0.05, 0.04, 20, f"are 2.0 times better (MSE) than {BEST}, and training made them 1.2 times worse than the un"),
+        (0.0102, 0.0145, 20, f"are 9.8 times better (MSE) than {BEST}, and training made them 1.4 times better than"),
+        (1.26, 1.3, 20, f"are 13 times worse (MSE) than {BEST}, and training left them about as good as the untrained"),
+        (0.104, None, 20, f"The forecasts are about as good (MSE) as {BEST}."),
+        (0.1, 0.1, 20, f"as good (MSE) as {BEST}, and training left them about as good as the untrained model's."),
+        (500.0, None, 20, f"are 5,000 times worse (MSE) than {BEST}."),
+        (0.0, 0.0, 20, f"are over a million times better (MSE) than {BEST}, and training left them about as good as"),
+        (0.2, 0.0, 20, "and training made them over a million times worse than the untrained model's."),
+        (0.2, None, 19, f"The forecasts are 2.0 times worse (MSE) than {BEST}; 19 series tell little."),
+        (
+            0.2,
+            0.1,
+            1,
+            f"The forecast is 2.0 times worse (MSE) than {BEST}, and training made it 2.0 times worse than t",
+        ),
+        (0.2, None, 1, "the best of the copies; one series tells little."),
+    ],
+)
+def test_the_verdict_is_one_plain_sentence(model, untrained, series, said):
+    mse = {"model": model, "persistence": 0.3, "context mean": 0.1000001, "seasonal repeat": 0.1, "law fit": 1e-5}
+    verdict = scores.verdict(mse, series, untrained)
+    assert said in verdict and verdict.endswith(".") and verdict.count(". ") == 0
+
+
+def test_of_equal_copies_the_first_is_the_best_and_one_without_error_is_no_ratio():
+    alike = {"model": 0.2, "persistence": 0.0, "context mean": 0.0, "seasonal repeat": 0.0}
+    assert scores.verdict(alike, 20) == (
+        "The forecasts are over a million times worse (MSE) than persistence, the best of the copies."
+    )
+    assert "as good (MSE) as persistence" in scores.verdict(alike | {"model": 0.0}, 20)
+
+
 # Many samples of one forecast
 
 

@@ -111,7 +111,7 @@ def test_a_finished_study_started_again_runs_nothing_and_writes_the_same_page(fi
 @pytest.fixture
 def no_page(monkeypatch):
     """The page is made once, by the study of `finished`: its figures take most of the time."""
-    monkeypatch.setattr("experiments.report.build", lambda run: run / "report.html")
+    monkeypatch.setattr("experiments.report.build", lambda run, progress: run / "report.html")
 
 
 def test_stages_one_by_one_end_in_the_same_records_as_the_study(finished, place, no_page):

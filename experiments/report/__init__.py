@@ -15,6 +15,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from experiments import files
+from experiments.progress import Counted
 from experiments.report import accounting, claims, forecasts, overview, sampling, scoring, training
 from experiments.report.document import Block, Facts, Figure, Inline, Section, Table
 from experiments.report.records import Fields, short
@@ -35,10 +36,11 @@ ABOUT = {
 """The section that a footnote stands in, by what it is about."""
 
 
-def build(run: Path) -> Path:
+def build(run: Path, progress: Counted = lambda done, of: None) -> Path:
     """Write report.html, report.md, figures/*.png and tables/*.csv into a run's folder; return the HTML file.
 
     Nothing but the records in the folder is read. Each file is written atomically, and none before all are made.
+    `progress` takes how many figures are drawn, which takes a while, and of how many.
 
     Raises:
         ValueError: a record is missing or broken; one line names the file, the fault and what was expected.
@@ -49,12 +51,12 @@ def build(run: Path) -> Path:
         raise ValueError(f"{run}: no such folder: expected that of a study or a grid")
     study = Study(run)
     sections = annotated(study)
-    images = drawn(sections)
+    images = drawn(sections, progress)
     html, markdown = rendered(study, sections, images)
     for name, png in images.items():
         files.write_bytes(run / "figures" / f"{name}.png", png)
     for table in tables(sections):
-        files.write_text(run / "tables" / f"{table.name}.csv", table.csv(study.label))
+        files.write_text(run / "tables" / f"{table.name}.csv", table.csv(study.label if table.model else ""))
     files.write_text(run / "report.md", markdown)
     files.write_text(run / "report.html", html)
     return run / "report.html"
@@ -87,15 +89,17 @@ def tables(sections: list[Section]) -> list[Table]:
     return [block for block in blocks(sections) if isinstance(block, Table)]
 
 
-def drawn(sections: list[Section]) -> dict[str, bytes]:
+def drawn(sections: list[Section], progress: Counted) -> dict[str, bytes]:
     """Every figure of the page as PNG, by name."""
+    figures = [block for block in blocks(sections) if isinstance(block, Figure)]
     with tempfile.TemporaryDirectory() as folder:
-        images = {}
-        for figure in blocks(sections):
-            if isinstance(figure, Figure):
-                path = Path(folder, "figure.png")
-                figure.draw(path)
-                images[figure.name] = path.read_bytes()
+        images: dict[str, bytes] = {}
+        for figure in figures:
+            progress(len(images), len(figures))
+            path = Path(folder, "figure.png")
+            figure.draw(path)
+            images[figure.name] = path.read_bytes()
+    progress(len(images), len(figures))
     return images
 
 

@@ -54,7 +54,8 @@ class Table:
 
     An interval is (mean, low, high), three columns of the CSV file. `sources` are records of the run's folder and
     `stages` those whose commands make them. `marks` says of a cell (row, column) what is special about it. The first
-    `heads` columns name their row. A table that is `folded` shows its caption until it is opened."""
+    `heads` columns name their row. A table that is `folded` shows its caption until it is opened. The label, which is
+    the model's, stands over what is a `model`'s."""
 
     name: str
     caption: str
@@ -65,6 +66,7 @@ class Table:
     marks: Mapping[tuple[int, int], str] = field(default_factory=dict)
     heads: int = 1
     folded: bool = False
+    model: bool = True
 
     @property
     def cells(self) -> list[list[Number]]:
@@ -90,13 +92,14 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawing, figures/`name`.png, that `draw` writes to the path it is given."""
+    """A drawing, figures/`name`.png, that `draw` writes to the path it is given; `model` as of a `Table`."""
 
     name: str
     caption: str
     draw: Callable[[Path], None]
     sources: Sequence[str]
     stages: Sequence[str] = ()
+    model: bool = True
 
 
 @dataclass(frozen=True)

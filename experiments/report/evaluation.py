@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from experiments.report.records import Fields, Records, Row
-from experiments.scores import QUANTILES
+from experiments.scores import QUANTILES, verdict
 
 Floats = NDArray[np.float64]
 
@@ -99,6 +99,18 @@ class Evaluation:
         """The one row of scores.csv that is asked for, if there is one."""
         wanted = {"part": part, "forecaster": forecaster, "unit": unit, "variable": variable}
         return next((row for row in self.scores if wanted.items() <= row.items()), None)
+
+    def mse(self, part: str) -> dict[str, float]:
+        """The MSE by forecaster, all variables, raw units."""
+        return {
+            row["forecaster"]: row["mse"]
+            for row in self.scores
+            if (row["part"], row["unit"], row["variable"]) == (part, "raw", "all")
+        }
+
+    def verdict(self, part: str, untrained: float | None) -> str:
+        """`scores.verdict` of a part that was scored; `untrained`: the untrained model's MSE on it, if there is one."""
+        return verdict(self.mse(part), len(self.about.counts(f"parts.{part}")), untrained)
 
     @cached_property
     def names(self) -> list[str]:

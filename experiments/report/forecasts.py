@@ -111,6 +111,7 @@ def _systems(run: Run, evaluation: Evaluation, kind: str) -> Table:
         [run.stage],
         heads=3,
         folded=kind == "naive",
+        model=kind != "naive",
     )
 
 
@@ -195,16 +196,17 @@ def _naive(study: Study, run: Run, evaluation: Evaluation) -> list[Block]:
             Figure(
                 f"forecasts-{name.replace(' ', '-')}",
                 f"The same systems by {name}, without a model.",
-                _draw_naive([_mapping(system) for system in systems], evaluation.names, name, study.label),
+                _draw_naive([_mapping(system) for system in systems], evaluation.names, name),
                 [NAIVE, evaluation.file("history.csv")],
                 [run.stage],
+                model=False,
             )
         )
     return blocks
 
 
-def _draw_naive(drawn: Sequence[Mapping[str, Any]], names: Sequence[str], name: str, label: str):
-    return lambda path: plots.forecast_grid(drawn, names, path, f"Forecasts, {name}", label)
+def _draw_naive(drawn: Sequence[Mapping[str, Any]], names: Sequence[str], name: str):
+    return lambda path: plots.forecast_grid(drawn, names, path, f"Forecasts, {name}")
 
 
 def _mapping(system: System) -> dict[str, Any]:

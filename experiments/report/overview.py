@@ -8,7 +8,9 @@ import numpy as np
 from experiments import plots
 from experiments.report.accounting import budget_bar, spent_of_budget
 from experiments.report.document import Block, Column, Facts, Figure, Inline, Number, Section, Table, Text, not_run
+from experiments.report.evaluation import MODEL, Evaluation
 from experiments.report.study import Study
+from experiments.scores import best_copy
 
 TOKENS = (Column("position", "position", "integer"), Column("id", "token id", "text"), Column("piece", "text", "code"))
 
@@ -17,9 +19,16 @@ def summary(study: Study) -> Section:
     """Best cell, final score, skill, series won, budget."""
     if not study.runs:
         return Section("summary", "Summary", [not_run("Every stage")])
-    facts: list[tuple[str, Inline]] = [("Best cell", _best(study))]
-    files = ["results.csv", study.flops_file]
-    final = next(((run, found) for run, found in study.main() if run.stage == "final"), None)
+    main = study.main()
+    files = ["results.csv", study.flops_file, *(evaluation.file("scores.csv") for _, evaluation in main)]
+    facts: list[tuple[str, Inline]] = [
+        (f"The {run.title}, {part}", _beside(study, evaluation, part))
+        for run, evaluation in main[-1:]
+        for part in ("validation", "test")
+        if evaluation.score(part)
+    ]
+    facts.append(("Best cell", _best(study)))
+    final = next(((run, found) for run, found in main if run.stage == "final"), None)
     if final is None:
         facts.append(("Final run", ["not run"]))
     else:
@@ -27,7 +36,7 @@ def summary(study: Study) -> Section:
         about = evaluation.about
         loss, perplexity = Number(about.number("validation_loss")), Number(about.number("perplexity"))
         facts.append(("Final validation loss", [loss, " nats per real token, perplexity ", perplexity]))
-        files += [evaluation.file("scores.csv"), evaluation.file("evaluation.json")]
+        files.append(evaluation.file("evaluation.json"))
         for part in ("validation", "test"):
             if not (row := evaluation.score(part)):
                 continue
@@ -46,6 +55,15 @@ def summary(study: Study) -> Section:
             facts.append(("Shortened", cut))
     stages = list(dict.fromkeys(run.stage for run in study.runs))
     return Section("summary", "Summary", [Facts(facts, files, stages), budget_bar(study)])
+
+
+def _beside(study: Study, evaluation: Evaluation, part: str) -> Inline:
+    """What the last model's forecasts are worth: the verdict, and the MSEs that it compares."""
+    mse, untrained = evaluation.mse(part), study.untrained_mse(evaluation, part)
+    best = best_copy(mse)
+    parts: list[str | Number] = [f"{evaluation.verdict(part, untrained)} MSE ", Number(mse[MODEL])]
+    parts += [f", {best} ", Number(mse[best])]
+    return parts if untrained is None else [*parts, ", untrained ", Number(untrained)]
 
 
 def _best(study: Study) -> Inline:

@@ -4,12 +4,22 @@ import math
 from collections.abc import Sequence
 
 from experiments import plots
-from experiments.report.document import Block, Column, Figure, Section, Table, Text, not_run, without_empty
+from experiments.baselines import SEASONAL
+from experiments.report.document import (
+    Block,
+    Column,
+    Figure,
+    Inline,
+    Items,
+    Section,
+    Table,
+    Text,
+    not_run,
+    without_empty,
+)
 from experiments.report.evaluation import MODEL, Evaluation
 from experiments.report.records import Row
 from experiments.report.study import TITLES, Run, Study
-
-SEASONAL = "seasonal repeat"
 
 
 def by_stage(study: Study) -> Section:
@@ -36,6 +46,13 @@ def by_stage(study: Study) -> Section:
         )
         files = [evaluation.file(name) for _, evaluation in main for name in ("scores.csv", "evaluation.json")]
         blocks.append(Table("by-stage", caption, columns, rows, files, [run.stage for run, _ in main], heads=2))
+        said: list[Inline] = [
+            [f"{run.title.capitalize()}, {part}: {found.verdict(part, study.untrained_mse(found, part))}"]
+            for run, found in main
+            for part in ("validation", "test")
+            if found.score(part)
+        ]
+        blocks.append(Items(said))
         blocks += [_bars(study, main, part) for part in ("validation", "test") if main[-1][1].score(part)]
         blocks += [_losses(main), _unparsed(main)]
     if study.plan:

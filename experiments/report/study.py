@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from experiments.report.evaluation import Evaluation
+from experiments.report.evaluation import MODEL, Evaluation
 from experiments.report.records import Fields, Records, Row
 
 STAGES = ("baseline", "default", "grid", "context", "final")
@@ -100,6 +100,14 @@ class Study:
         """The runs that are evaluated in full: untrained, default, final."""
         runs = [run for stage in TITLES for run in self.of(stage)]
         return [(run, found) for run in runs if (found := self.evaluation(run))]
+
+    def untrained_mse(self, evaluation: Evaluation, part: str) -> float | None:
+        """The untrained model's MSE on the series of a part, where it forecast these too, and is another model."""
+        for run, untrained in self.main():
+            if run.stage == "baseline" and untrained is not evaluation and part in untrained.parts:
+                same = untrained.about.counts(f"parts.{part}") == evaluation.about.counts(f"parts.{part}")
+                return untrained.mse(part).get(MODEL) if same else None
+        return None
 
     @property
     def best_cell(self) -> tuple[Run, Evaluation] | None:

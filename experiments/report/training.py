@@ -41,12 +41,16 @@ def curves(study: Study) -> Section:
     }
     padded = "The training loss counts padding as tokens; the validation loss is per real token."
     blocks: list[Block] = [paragraph(padded)] if study.settings.get("count_padding") else []
+    shown: list[list[str]] = []
     for name, (what, stages) in groups.items():
+        ran = [stage for stage in stages if study.of(stage)]
+        if ran and ran in shown:
+            continue  # the same runs under another name
+        shown.append(ran)
         if not (runs := study.each(*stages)):
             blocks.append(not_run(f"Loss of {what}"))
             continue
         drawn, files = [_curve(study, run) for run in runs], [_metrics(run) for run in runs]
-        ran = [stage for stage in stages if study.of(stage)]
         if len(ran) == 1:  # a legend need not say what all have in common
             drawn = [curve | {"group": ""} for curve in drawn]
         for x in ("step", "flops"):
