@@ -19,14 +19,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from experiments import parallel
-from experiments.arguments import LEDGER, PATHS, parser
+from experiments.training import parallel
+from experiments.verbs.arguments import LEDGER, PATHS, parser
 
 
 def _gather(args: argparse.Namespace):
     """The `Settings` of a command line."""
-    from experiments import protocols
-    from experiments.settings import Settings
+    from experiments.settings import protocols
+    from experiments.settings.record import Settings
 
     given = vars(args)
     settings = protocols.load(given["protocol"]).settings if "protocol" in given else Settings()
@@ -50,9 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # other ten times slower (889 for 10,380 tokens/s, pocket model). Read when torch is imported, below.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Imported behind the parser: --help and a mistyped flag need no torch.
-    from experiments import files
-    from experiments.budget import BudgetExceeded
-    from experiments.errors import RunFailed, one_line
+    from experiments.accounting.ledger import BudgetExceeded
+    from experiments.run_folder import files
+    from experiments.run_folder.errors import RunFailed, one_line
 
     trains = args.verb in parallel.VERBS and not ({"dry_run", "merge"} & vars(args).keys())
     try:
@@ -133,7 +133,7 @@ def _ways(args) -> Iterator[None]:
 
 
 def _study(args) -> None:
-    from experiments.study import STAGES
+    from experiments.study.plan import STAGES
 
     _stages(args, STAGES)
 
@@ -145,8 +145,8 @@ def _stage(args) -> None:
 def _stages(args, stages: Sequence[str]) -> None:
     """Run stages of a study in its folder; its page is made behind the last."""
     from experiments import report
-    from experiments.progress import Report, counting
-    from experiments.study import run_stages
+    from experiments.study.plan import run_stages
+    from experiments.training.progress import Report, counting
 
     if not hasattr(args, "protocol"):
         args.protocol = "default"  # under what a --config says
@@ -181,7 +181,7 @@ def _wrote(out: Path, *names: str, ledger: Path | None = None) -> None:
 
 def _price(settings, stages: Sequence[str], as_json: bool) -> None:
     """What every stage costs, whether all fits the budget, and if not how long a final run would."""
-    from experiments import study
+    from experiments.study import plan as study
 
     rows, left = study.prices(settings, stages)
     total = sum(row["total"] for row in rows)
@@ -209,7 +209,7 @@ def _price(settings, stages: Sequence[str], as_json: bool) -> None:
 
 def _report(args) -> None:
     from experiments import report
-    from experiments.progress import Report, counting
+    from experiments.training.progress import Report, counting
 
     out = Path(args.run)
     if not (out / "config.toml").is_file():
@@ -220,7 +220,7 @@ def _report(args) -> None:
 
 
 def _grid(args) -> None:
-    from experiments.grid import markdown
+    from experiments.study.grid import markdown
 
     out = Path(getattr(args, "out", "runs/grid"))
     if hasattr(args, "merge") and not hasattr(args, "config") and (out / "config.toml").is_file():
@@ -251,10 +251,10 @@ def _train(args) -> None:
 
 
 def _run_cells(args, settings, out: Path) -> list[dict[str, Any]]:
-    from experiments.grid import write_results
-    from experiments.progress import Report
-    from experiments.shards import Shard, merge, run_shard
-    from experiments.study import prepare, price, run_stages, runs_of
+    from experiments.study.grid import write_results
+    from experiments.study.plan import prepare, price, run_stages, runs_of
+    from experiments.study.shards import Shard, merge, run_shard
+    from experiments.training.progress import Report
 
     shard, ledger = Shard(*getattr(args, "shard", (1, 1))), Path(getattr(args, "ledger", LEDGER))
     allow_drift = getattr(args, "allow_drift", False)
@@ -303,7 +303,7 @@ def _dry_run(settings, cells, as_json: bool) -> None:
 
 
 def _estimate(seconds: float, rate: float) -> str:
-    from experiments.status import duration
+    from experiments.run_folder.status import duration
 
     return (
         f"about {duration(seconds, 'minutes')} here, if products run at the {rate / 1e9:.0f} GFLOP/s that one of "
@@ -325,10 +325,11 @@ def _product_rate(settings) -> float:
 
 
 def _evaluate(args) -> None:
-    from experiments import evaluate, judge, naive
-    from experiments.budget import Ledger
-    from experiments.progress import Report, counting
-    from experiments.train import validation_loss
+    from experiments.accounting.ledger import Ledger
+    from experiments.forecasting import forecast as evaluate
+    from experiments.forecasting import judge, naive
+    from experiments.training.cell import validation_loss
+    from experiments.training.progress import Report, counting
     from qwen_min import FlopMeter
 
     settings, adapter = _gather(args), getattr(args, "adapter", None)
@@ -374,9 +375,10 @@ def _evaluate(args) -> None:
 def _forecast(args) -> None:
     import numpy as np
 
-    from experiments import evaluate, naive, scores
-    from experiments.budget import Ledger
-    from experiments.progress import Report, counting
+    from experiments.accounting.ledger import Ledger
+    from experiments.forecasting import forecast as evaluate
+    from experiments.forecasting import naive, scores
+    from experiments.training.progress import Report, counting
 
     settings, draft = _gather(args), args.draft
     evaluate.check_draft(settings, draft)
@@ -420,7 +422,7 @@ def _forecast(args) -> None:
 def _draw(task, made, path: Path) -> None:
     """Every forecast in one figure, with bands where several were drawn."""
     from experiments import plots
-    from experiments.scores import QUANTILES
+    from experiments.forecasting.scores import QUANTILES
 
     path.parent.mkdir(parents=True, exist_ok=True)
     settings, bands = task.settings, made.quantiles
@@ -445,8 +447,8 @@ def _draw(task, made, path: Path) -> None:
 
 
 def _data(args) -> None:
-    from experiments.preprocessing import preprocessing
-    from experiments.task import Task
+    from experiments.task.preprocessing import preprocessing
+    from experiments.task.task import Task
     from qwen_min import Tokenizer
 
     settings = _gather(args)
@@ -475,8 +477,9 @@ def _data(args) -> None:
 
 
 def _flops_verb(args) -> None:
-    from experiments import flops_table, protocols
-    from experiments.predict import predict
+    from experiments.accounting import flops_table
+    from experiments.accounting.predict import predict
+    from experiments.settings import protocols
     from qwen_min import QwenConfig
     from qwen_min.load import resolve
 
@@ -521,7 +524,7 @@ def _flops_verb(args) -> None:
 
 
 def _status(args) -> None:
-    from experiments import status
+    from experiments.run_folder import status
 
     found = status.status(Path(args.run))
     if getattr(args, "json", False):
@@ -531,7 +534,7 @@ def _status(args) -> None:
 
 
 def _budget(args) -> None:
-    from experiments import budget
+    from experiments.accounting import ledger as budget
 
     path = Path(getattr(args, "ledger", LEDGER))
     if not path.is_file():
@@ -544,7 +547,7 @@ def _budget(args) -> None:
 
 
 def _doctor(args) -> None:
-    from experiments import doctor
+    from experiments.verbs import doctor
 
     for line in doctor.lines(_gather(args)):
         print(line, flush=True)
@@ -553,7 +556,7 @@ def _doctor(args) -> None:
 def _generate(args) -> None:
     import torch
 
-    from experiments.train import load_model
+    from experiments.training.cell import load_model
     from lora import load_adapter
     from qwen_min import Tokenizer
     from qwen_min.generate import stream
@@ -596,7 +599,7 @@ def _generate(args) -> None:
 
 def _bench(args) -> None:
     from experiments.bench import scaling, session, table
-    from experiments.settings import POCKET
+    from experiments.settings.record import POCKET
     from qwen_min.load import resolve
 
     given, scales = vars(args), hasattr(args, "scaling")
@@ -621,8 +624,8 @@ def _bench(args) -> None:
 
 
 def _pretrain_pocket(args) -> None:
-    from experiments.pocket import pretrain
-    from experiments.settings import POCKET
+    from experiments.settings.record import POCKET
+    from experiments.training.pocket import pretrain
 
     options = {name: getattr(args, name) for name in ("steps", "seed") if hasattr(args, name)}
     out = Path(getattr(args, "out", POCKET))

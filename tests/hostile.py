@@ -17,8 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from waves import damped_waves
 
-from experiments import plots, run, train
-from experiments.settings import Settings
+from experiments import plots, run
+from experiments.settings.record import Settings
+from experiments.training import cell as train
 from lora import add_lora, save_adapter
 from qwen_min import Qwen, QwenConfig
 

@@ -14,11 +14,12 @@ import numpy as np
 from data.llmtime import Codec
 from data.lotka_volterra import Dataset
 from data.splits import Split
-from experiments import baselines, files, judge
-from experiments.evaluate import Forecasts
-from experiments.preprocessing import preprocessing
-from experiments.settings import POCKET, Settings
-from experiments.task import Task
+from experiments.forecasting import baselines, judge
+from experiments.forecasting.forecast import Forecasts
+from experiments.run_folder import files
+from experiments.settings.record import POCKET, Settings
+from experiments.task.preprocessing import preprocessing
+from experiments.task.task import Task
 from qwen_min import Tokenizer
 
 Row = dict[str, Any]

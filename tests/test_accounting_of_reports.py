@@ -5,7 +5,8 @@ from math import log10
 
 import pytest
 
-from experiments.accounting_of_reports import (
+from experiments.accounting.predict import generation, predict, training_run
+from experiments.accounting.three_reports import (
     BUDGET,
     CONFIG,
     DRAFTS,
@@ -20,7 +21,6 @@ from experiments.accounting_of_reports import (
     stages,
     step_by_report,
 )
-from experiments.predict import generation, predict, training_run
 
 EVERY_DRAFT = [(protocol, draft) for protocol, drafts in DRAFTS.items() for draft in drafts]
 # The second draft of Fung prints the default run's row again where the final run's belongs.

@@ -5,7 +5,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from data import lotka_volterra
-from experiments import baselines, scores
+from experiments.forecasting import baselines, scores
 
 CONTEXT = np.array([[1.0, 10.0], [2.0, 30.0], [6.0, 20.0]])
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from experiments import files, plots, run
+from experiments import plots, run
 from experiments.bench import cases, compare, floors, scaling, session, sides, table
 from experiments.bench.cases import Case, Target
 from experiments.bench.session import Options, bench
-from experiments.errors import RunFailed
-from experiments.settings import POCKET
+from experiments.run_folder import files
+from experiments.run_folder.errors import RunFailed
+from experiments.settings.record import POCKET
 from qwen_min import Qwen, QwenConfig
 
 # peft asks transformers by a name that it deprecates

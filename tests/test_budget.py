@@ -21,8 +21,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from experiments import budget
-from experiments.budget import STAGES, AlreadyRunning, BudgetExceeded, Ledger
+from experiments.accounting import ledger as budget
+from experiments.accounting.ledger import STAGES, AlreadyRunning, BudgetExceeded, Ledger
 from experiments.run import main
 
 ROOT = Path(__file__).parents[1]
@@ -45,7 +45,7 @@ def start(path, code, **options):
     """Start another process that runs `code` with an open `ledger`."""
     program = f"""
 import os, signal, sys
-from experiments.budget import *
+from experiments.accounting.ledger import *
 with Ledger(sys.argv[1], budget=int(sys.argv[2])) as ledger:
 {textwrap.indent(textwrap.dedent(code), "    ")}
 """

@@ -10,8 +10,8 @@ import torch
 from data.grammar import Grammar
 from data.llmtime import Codec
 from data.lotka_volterra import load
-from experiments.constrain import Constrained, Drafted
-from experiments.settings import POCKET
+from experiments.settings.record import POCKET
+from experiments.task.constrain import Constrained, Drafted
 from lora import add_logit_bias
 from qwen_min import FlopMeter, Qwen, Tokenizer
 from qwen_min.generate import decode, left_padded, prefill

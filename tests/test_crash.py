@@ -21,7 +21,7 @@ from faults import PATIENCE, Action, Call, Calls, Ended, Running, die_after, die
 from safetensors.torch import load_file
 from waves import damped_waves
 
-from experiments.budget import STAGES, Ledger
+from experiments.accounting.ledger import STAGES, Ledger
 from qwen_min import Qwen
 
 SETTINGS = """

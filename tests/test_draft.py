@@ -11,8 +11,9 @@ from data.draft import SeriesDraft
 from data.grammar import Grammar
 from data.llmtime import Codec, training_maximum
 from data.lotka_volterra import load
-from experiments import evaluate, run
-from experiments.settings import Settings
+from experiments import run
+from experiments.forecasting import forecast as evaluate
+from experiments.settings.record import Settings
 from qwen_min import FlopMeter
 
 CODECS = [Codec(2), Codec(0), Codec(1, 2), Codec(3, shortest=True)]

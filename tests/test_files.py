@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments import files
+from experiments.run_folder import files
 
 ROOT = Path(__file__).parents[1]
 
@@ -194,7 +194,7 @@ def test_a_folder_survives_a_failure_at_each_of_its_9_system_calls(tmp_path, mon
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from experiments import files
+from experiments.run_folder import files
 path, point = Path(sys.argv[1]), int(sys.argv[2])
 calls = 0
 def dying(real):

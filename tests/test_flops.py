@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from experiments.predict import predict
+from experiments.accounting.predict import predict
 from lora import LoRALinear, add_logit_bias, add_lora
 from qwen_min import FlopMeter, Qwen, QwenConfig, fast, ops
 from qwen_min.cache import KVCache

@@ -14,11 +14,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from data.grammar import Grammar
 from data.llmtime import Codec
-from experiments import evaluate
 from experiments import run as command_line
-from experiments.constrain import Constrained
-from experiments.settings import POCKET, Settings
-from experiments.task import Task
+from experiments.forecasting import forecast as evaluate
+from experiments.settings.record import POCKET, Settings
+from experiments.task.constrain import Constrained
+from experiments.task.task import Task
 from lora import add_logit_bias, add_lora, merge
 from lora.layer import lora_layers
 from qwen_min import FlopMeter, Qwen, Tokenizer, fast, ops

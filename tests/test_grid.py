@@ -15,7 +15,7 @@ import pytest
 from waves import damped_waves
 
 from experiments import run
-from experiments.budget import Ledger
+from experiments.accounting.ledger import Ledger
 from qwen_min import FlopMeter, Qwen
 
 ROOT = Path(__file__).parents[1]
@@ -104,7 +104,8 @@ def test_a_finished_grid_started_again_changes_nothing(data):
 
 STOPPED = """
 import os, sys
-from experiments import run, train
+from experiments import run
+from experiments.training import cell as train
 true, (step, how, *argv), seen = train.training_step, sys.argv[1:], []
 def training_step(*args):
     seen.append(1)
@@ -244,8 +245,8 @@ def test_a_forecast_longer_than_the_series_is_refused(data, capsys):
 
 
 def test_a_malformed_forecast_is_counted_and_never_shifts_a_column_or_a_step(data):
-    from experiments.settings import Settings
-    from experiments.task import Task
+    from experiments.settings.record import Settings
+    from experiments.task.task import Task
     from qwen_min import Tokenizer
 
     tokenizer = Tokenizer(ROOT / "weights" / "pocket" / "tokenizer.json")

@@ -18,8 +18,9 @@ from hostile import KINDS, Inputs
 from huggingface_hub import constants
 
 from data import lotka_volterra
-from experiments import protocols, run
-from experiments.errors import one_line
+from experiments import run
+from experiments.run_folder.errors import one_line
+from experiments.settings import protocols
 from qwen_min import Qwen, Tokenizer
 from qwen_min.tensors import from_bytes, to_bytes
 
@@ -268,8 +269,8 @@ def from_the_hub(inputs: Inputs) -> list[str]:
 
 
 def test_a_run_takes_a_cached_model_whose_files_are_what_their_names_say(cached, inputs, monkeypatch):
-    monkeypatch.setattr("experiments.grid.plots.loss_curves", lambda *_, **__: None)
-    monkeypatch.setattr("experiments.grid.plots.heat_map", lambda *_, **__: None)
+    monkeypatch.setattr("experiments.study.grid.plots.loss_curves", lambda *_, **__: None)
+    monkeypatch.setattr("experiments.study.grid.plots.heat_map", lambda *_, **__: None)
     assert run.main(from_the_hub(inputs)) == 0
 
 

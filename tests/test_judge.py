@@ -5,10 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from experiments import judge, naive
-from experiments.evaluate import Forecasts
-from experiments.settings import POCKET, Settings
-from experiments.task import Task
+from experiments.forecasting import judge, naive
+from experiments.forecasting.forecast import Forecasts
+from experiments.settings.record import POCKET, Settings
+from experiments.task.task import Task
 from qwen_min import Tokenizer
 
 LOSSES = {"validation_loss": 0.5, "validation_tokens": 10}

@@ -6,9 +6,9 @@ from numpy.testing import assert_allclose, assert_array_equal
 from scipy.integrate import solve_ivp
 
 from data import lotka_volterra
-from experiments import law_fit as module
-from experiments.baselines import seasonal_repeat
-from experiments.law_fit import law_fit, law_fits
+from experiments.forecasting import law_fit as module
+from experiments.forecasting.baselines import seasonal_repeat
+from experiments.forecasting.law_fit import law_fit, law_fits
 
 TIME = np.linspace(0.0, 200.0, 100)
 LAWS = {  # r, a, m, h, e, K, then the initial prey and predator; the last is outside of every range of the data

@@ -16,7 +16,9 @@ import network_guard
 import pytest
 from waves import damped_waves
 
-from experiments import arguments, pocket, report, run
+from experiments import report, run
+from experiments.training import pocket
+from experiments.verbs import arguments
 from qwen_min import load
 
 POCKET = Path(__file__).parents[1] / "weights" / "pocket"

@@ -9,10 +9,11 @@ import h5py
 import numpy as np
 import pytest
 
-from experiments import evaluate, run
-from experiments.preprocessing import preprocessing
-from experiments.settings import POCKET, Settings
-from experiments.task import Task
+from experiments import run
+from experiments.forecasting import forecast as evaluate
+from experiments.settings.record import POCKET, Settings
+from experiments.task.preprocessing import preprocessing
+from experiments.task.task import Task
 from qwen_min import FlopMeter, Tokenizer
 
 SIZES = {"points": 20, "horizon": 4}

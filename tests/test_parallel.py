@@ -19,10 +19,13 @@ import torch
 from torch.distributed import TCPStore
 from waves import damped_waves
 
-from experiments import files, parallel, plots, run, train
-from experiments.budget import BudgetExceeded, Ledger
-from experiments.owner import claimed
-from experiments.shards import Shard
+from experiments import plots, run
+from experiments.accounting.ledger import BudgetExceeded, Ledger
+from experiments.run_folder import files
+from experiments.run_folder.owner import claimed
+from experiments.study.shards import Shard
+from experiments.training import cell as train
+from experiments.training import parallel
 from qwen_min import Qwen
 from qwen_min.fast.limits import FEED_FORWARD_AT_ONCE
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.llmtime import Codec
-from experiments import pocket
-from experiments.settings import POCKET
+from experiments.settings.record import POCKET
+from experiments.training import pocket
 from qwen_min import Qwen, QwenConfig, Tokenizer
 from qwen_min.load import read_tensors
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from experiments import predict
+from experiments.accounting import predict
 from lora import add_logit_bias, add_lora
 from qwen_min import FlopMeter
 from qwen_min.cache import KVCache

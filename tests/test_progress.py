@@ -5,10 +5,12 @@ import sys
 import pytest
 from waves import damped_waves
 
-from experiments import evaluate, naive, progress
-from experiments.progress import Report, counting
-from experiments.settings import Settings
-from experiments.train import validation_loss
+from experiments.forecasting import forecast as evaluate
+from experiments.forecasting import naive
+from experiments.settings.record import Settings
+from experiments.training import progress
+from experiments.training.cell import validation_loss
+from experiments.training.progress import Report, counting
 
 STEP = {"cell": "a", "steps": 4, "context": 8, "training": 10**9, "validation": 0}
 RECORDS = [

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from data import llmtime, lotka_volterra
-from experiments import protocols
-from experiments.files import read_toml
-from experiments.settings import POCKET, Settings
-from experiments.task import Task
+from experiments.run_folder.files import read_toml
+from experiments.settings import protocols
+from experiments.settings.record import POCKET, Settings
+from experiments.task.task import Task
 from qwen_min import Tokenizer
 
 REPORTS = ("fung", "liu", "rai")
@@ -135,7 +135,7 @@ def test_one_alpha_of_the_training_part_ignores_all_other_series(tokenizer, monk
 
 @pytest.mark.parametrize("name", ["default", *REPORTS])
 def test_what_is_written_reads_back_within_half_a_unit(tasks, name):
-    from experiments.preprocessing import preprocessing
+    from experiments.task.preprocessing import preprocessing
 
     worked = preprocessing(tasks[name])
     trip = worked["round_trip"]

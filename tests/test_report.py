@@ -19,11 +19,12 @@ import numpy as np
 import pytest
 import study_folder
 
-from experiments import files, plots, report
+from experiments import plots, report
+from experiments.forecasting.scores import verdict as verdict_of
 from experiments.report.document import Column, Facts, Figure, Table, Text, shown
 from experiments.report.study import Study
 from experiments.report.training import verdict
-from experiments.scores import verdict as verdict_of
+from experiments.run_folder import files
 
 Change = Callable[[Path], Any]
 Calls = list[tuple[str, str]]

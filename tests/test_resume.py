@@ -18,12 +18,15 @@ import pytest
 import torch
 from waves import damped_waves
 
-from experiments import arguments, parallel, plots, run, train
-from experiments.budget import Ledger
-from experiments.folder import FREE, check_drift, environment
-from experiments.parallel import ALONE
-from experiments.settings import Settings
-from experiments.study import run_stages
+from experiments import plots, run
+from experiments.accounting.ledger import Ledger
+from experiments.settings.record import Settings
+from experiments.study.manifest import FREE, check_drift, environment
+from experiments.study.plan import run_stages
+from experiments.training import cell as train
+from experiments.training import parallel
+from experiments.training.parallel import ALONE
+from experiments.verbs import arguments
 from qwen_min.fast.limits import FEED_FORWARD_AT_ONCE
 
 STEPS = 12
@@ -149,7 +152,7 @@ def test_a_run_with_dropout_stopped_at_10_points_of_3_epochs_44_in_all_ends_in_t
 def test_three_epochs_are_three_orders_and_a_step_straddles_two(data):
     """What the row above rests on."""
     from data.windows import batch_indices
-    from experiments.study import prepare
+    from experiments.study.plan import prepare
 
     task, _ = prepare(Settings(data=str(data), **BEGUN))
     assert len(task.train_windows) == 14

@@ -10,7 +10,8 @@ import h5py
 import numpy as np
 import pytest
 
-from experiments import arguments, run
+from experiments import run
+from experiments.verbs import arguments
 from qwen_min.fast import product
 
 ROOT = Path(__file__).parents[1]

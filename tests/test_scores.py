@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from numpy.testing import assert_allclose, assert_array_equal
 
-from experiments import scores
+from experiments.forecasting import scores
 
 NAN = np.nan
 # Whole hundredths, as decoded digits are: sums and differences of them cannot underflow.

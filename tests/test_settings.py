@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from experiments.settings import PRESETS, Settings
+from experiments.settings.record import PRESETS, Settings
 
 
 def test_settings_written_as_toml_read_back_equal(tmp_path):

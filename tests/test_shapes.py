@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from data.lotka_volterra import load
-from experiments.shapes import RULE, SHAPES, shape, stratified
+from experiments.task.shapes import RULE, SHAPES, shape, stratified
 
 NAMED = {20: "growing", 506: "decaying", 906: "oscillating", 654: "settled"}
 

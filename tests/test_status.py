@@ -13,9 +13,10 @@ import pytest
 from faults import PATIENCE, Calls, Running, ends, warm
 from test_crash import CELL, GRID, TRAIN, poison, signalled, stand
 
-from experiments import run, train
-from experiments.owner import Owner, claimed, owner_of
-from experiments.status import duration, status, text
+from experiments import run
+from experiments.run_folder.owner import Owner, claimed, owner_of
+from experiments.run_folder.status import duration, status, text
+from experiments.training import cell as train
 
 ROOT = Path(__file__).parents[1]
 HOST = platform.node()

@@ -8,7 +8,7 @@ import pytest
 from waves import damped_waves
 
 from experiments import run
-from experiments.budget import Ledger
+from experiments.accounting.ledger import Ledger
 
 SMALL = [
     *("--lr", "1e-3", "1e-2", "--ranks", "2", "4", "--steps", "3", "--val-every", "2", "--batch-size", "2"),

@@ -5,7 +5,7 @@ from typing import Any
 from data.draft import SeriesDraft
 from data.grammar import Grammar
 from data.llmtime import Codec
-from experiments.constrain import Constrained, Drafted
+from experiments.task.constrain import Constrained, Drafted
 
 
 def constraint(job: dict[str, Any], rows: int, vocabulary: int, measure: bool = False) -> Constrained:

@@ -8,7 +8,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from experiments.bench.cases import Case
-from experiments.errors import RunFailed
+from experiments.run_folder.errors import RunFailed
 
 Run = Mapping[str, Any]  # what `sides.run` returns
 Parting = tuple[int, tuple[int, ...], int, int]

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from experiments.predict import predict
+from experiments.accounting.predict import predict
 from qwen_min import FlopMeter, Qwen, QwenConfig
 from qwen_min.flops import component
 from qwen_min.ops import SCORES, VALUES

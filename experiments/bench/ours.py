@@ -9,7 +9,7 @@ from torch import Tensor
 
 from data.windows import Windows
 from experiments.bench.allowed import constraint, draft
-from experiments.train import training_step, validation_loss
+from experiments.training.cell import training_step, validation_loss
 from lora import add_lora
 from lora.layer import lora_layers
 from qwen_min import FlopMeter, Qwen

@@ -4,10 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from experiments import files, plots
+from experiments import plots
 from experiments.bench import cases, compare
 from experiments.bench.cases import Case
 from experiments.bench.session import Options, Session
+from experiments.run_folder import files
 
 NEW = 33  # tokens that a generation writes; the first is the prefill's
 

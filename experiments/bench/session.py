@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
-from experiments import files, plots
+from experiments import plots
 from experiments.bench import cases, compare, floors, table
 from experiments.bench.cases import Case
 from experiments.bench.texts import Texts
-from experiments.errors import RunFailed
-from experiments.settings import Settings
+from experiments.run_folder import files
+from experiments.run_folder.errors import RunFailed
+from experiments.settings.record import Settings
 from qwen_min import Qwen, QwenConfig
 from qwen_min.fast import product
 from qwen_min.load import weight_files

@@ -84,9 +84,9 @@ def _generate(job: dict[str, Any], open_side: Callable[..., Any]) -> dict[str, A
 
 def _series(job: dict[str, Any], open_side: Callable[..., Any]) -> dict[str, Any]:
     """Forecast the validation series: ours all in one call, the peer the first few one by one, scaled up."""
-    from experiments import evaluate
-    from experiments.settings import Settings
-    from experiments.task import Task
+    from experiments.forecasting import forecast as evaluate
+    from experiments.settings.record import Settings
+    from experiments.task.task import Task
     from qwen_min import Tokenizer
 
     settings = Settings(

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from data.grammar import Grammar
-from experiments.settings import Settings
-from experiments.task import Task
+from experiments.settings.record import Settings
+from experiments.task.task import Task
 from qwen_min import Tokenizer
 
 

@@ -18,7 +18,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
-from experiments.files import write_bytes
+from experiments.run_folder.files import write_bytes
 
 Floats = NDArray[np.float64]
 Style = dict[str, Any]

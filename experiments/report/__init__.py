@@ -14,12 +14,12 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from experiments import files
-from experiments.progress import Counted
 from experiments.report import accounting, claims, forecasts, overview, sampling, scoring, training
 from experiments.report.document import Block, Facts, Figure, Inline, Section, Table
 from experiments.report.records import Fields, short
 from experiments.report.study import Study
+from experiments.run_folder import files
+from experiments.training.progress import Counted
 
 SECTIONS: tuple[Callable[[Study], Section], ...] = (
     *(overview.summary, scoring.by_stage, overview.preprocessing, training.curves, training.grid, training.context),

@@ -7,8 +7,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from experiments.forecasting.scores import QUANTILES, verdict
 from experiments.report.records import Fields, Records, Row
-from experiments.scores import QUANTILES, verdict
 
 Floats = NDArray[np.float64]
 

@@ -5,11 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from experiments import plots, scores
+from experiments import plots
+from experiments.forecasting import scores
 from experiments.report.document import Block, Column, Figure, Section, Table, Text, not_run, paragraph
 from experiments.report.evaluation import MODEL, NAIVE, Evaluation, Floats, System
 from experiments.report.study import TITLES, Run, Study
-from experiments.shapes import RULE
+from experiments.task.shapes import RULE
 
 UNAIDED = ("seasonal repeat", "law fit")
 """The forecasts without a model that are drawn beside the model's."""

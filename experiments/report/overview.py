@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 
 from experiments import plots
+from experiments.forecasting.scores import best_copy
 from experiments.report.accounting import budget_bar, spent_of_budget
 from experiments.report.document import Block, Column, Facts, Figure, Inline, Number, Section, Table, Text, not_run
 from experiments.report.evaluation import MODEL, Evaluation
 from experiments.report.study import Study
-from experiments.scores import best_copy
 
 TOKENS = (Column("position", "position", "integer"), Column("id", "token id", "text"), Column("piece", "text", "code"))
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments import files
+from experiments.run_folder import files
 
 Row = dict[str, Any]
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from experiments import plots
-from experiments.baselines import SEASONAL
+from experiments.forecasting.baselines import SEASONAL
 from experiments.report.document import (
     Block,
     Column,

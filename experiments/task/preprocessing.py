@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from experiments.task import Task
+from experiments.task.task import Task
 
 POINTS_SHOWN = 2
 

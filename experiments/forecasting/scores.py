@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from experiments.baselines import RULES
+from experiments.forecasting.baselines import RULES
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]

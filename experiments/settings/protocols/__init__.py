@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.files import read_toml
-from experiments.settings import Settings
+from experiments.run_folder.files import read_toml
+from experiments.settings.record import Settings
 
 FOLDER = Path(__file__).parent
 

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from experiments import files, scores
-from experiments.baselines import SEASONAL
-from experiments.evaluate import Forecasts
-from experiments.task import Task
+from experiments.forecasting import scores
+from experiments.forecasting.baselines import SEASONAL
+from experiments.forecasting.forecast import Forecasts
+from experiments.run_folder import files
+from experiments.task.task import Task
 
 Parts = Mapping[str, list[int]]
 Row = dict[str, Any]

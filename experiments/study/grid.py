@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import files, plots
-from experiments.settings import Settings
-from experiments.study import runs_of
+from experiments import plots
+from experiments.run_folder import files
+from experiments.settings.record import Settings
+from experiments.study.plan import runs_of
 
 
 def write_results(settings: Settings, out: Path) -> list[dict[str, Any]]:

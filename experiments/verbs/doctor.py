@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from data import lotka_volterra
-from experiments import files
-from experiments.settings import Settings
+from experiments.run_folder import files
+from experiments.settings.record import Settings
 from qwen_min import QwenConfig, Tokenizer
 from qwen_min.fast import product
 from qwen_min.load import resolve, weight_files

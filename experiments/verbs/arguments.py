@@ -6,7 +6,7 @@ A flag that is not given is absent from the result, so that a protocol, a TOML f
 import argparse
 from typing import NoReturn
 
-from experiments.parallel import rank
+from experiments.training.parallel import rank
 
 LEDGER = "ledger.sqlite"
 PATHS = {"model", "data", "adapter", "out", "ledger", "config", "plot", "run"}

@@ -3,7 +3,7 @@
 from collections import defaultdict
 from typing import Any
 
-from experiments.budget import BUDGET
+from experiments.accounting.ledger import BUDGET
 from qwen_min import FlopMeter
 from qwen_min.flops import PRIMITIVES, Price, component
 

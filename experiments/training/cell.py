@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from data.windows import IGNORED, Windows, batch_indices
-from experiments import cell_records, files, predict
-from experiments.budget import Ledger
-from experiments.errors import FAILURE, RunFailed
-from experiments.parallel import ALONE, Alone
-from experiments.progress import Counted
-from experiments.settings import Settings
-from experiments.task import Task
+from experiments.accounting import predict
+from experiments.accounting.ledger import Ledger
+from experiments.run_folder import cell_records, files
+from experiments.run_folder.errors import FAILURE, RunFailed
+from experiments.settings.record import Settings
+from experiments.task.task import Task
+from experiments.training.parallel import ALONE, Alone
+from experiments.training.progress import Counted
 from lora import add_lora, save_adapter
 from lora.layer import add_logit_bias, lora_layers
 from qwen_min import FlopMeter, Qwen

@@ -14,15 +14,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments import files
-from experiments.budget import STAGES, Ledger
-from experiments.folder import begin, check_drift
-from experiments.owner import claimed
-from experiments.parallel import ALONE, Alone
-from experiments.settings import Settings
-from experiments.study import Price, Run, judged, prepare, price, run_all, run_name, runs_of, start_work, write_records
-from experiments.task import Task
-from experiments.train import Progress
+from experiments.accounting.ledger import STAGES, Ledger
+from experiments.run_folder import files
+from experiments.run_folder.owner import claimed
+from experiments.settings.record import Settings
+from experiments.study.manifest import begin, check_drift
+from experiments.study.plan import (
+    Price,
+    Run,
+    judged,
+    prepare,
+    price,
+    run_all,
+    run_name,
+    runs_of,
+    start_work,
+    write_records,
+)
+from experiments.task.task import Task
+from experiments.training.cell import Progress
+from experiments.training.parallel import ALONE, Alone
 
 SET_ASIDE = "shards"
 """What the main ledger calls the cell that stands for all shards until they are merged."""

@@ -10,12 +10,12 @@ from typing import Any, get_args, get_origin
 
 import torch
 
-from experiments.budget import BUDGET
-from experiments.files import read_toml
-from experiments.scores import FEWEST_SERIES
+from experiments.accounting.ledger import BUDGET
+from experiments.forecasting.scores import FEWEST_SERIES
+from experiments.run_folder.files import read_toml
 from qwen_min.fast import compiled
 
-POCKET = Path(__file__).parent.parent / "weights" / "pocket"
+POCKET = Path(__file__).parents[2] / "weights" / "pocket"
 
 PRESETS = {"reports": (1e-5, 5e-5, 1e-4), "pocket": (1e-3, 5e-3, 1e-2)}
 """Learning rates by name. The three reports' grid; and the same, a hundred times larger, for the pocket model: at
@@ -47,7 +47,7 @@ class Settings:
         ValueError: a value is out of its range; the message names the field, the value and the range.
     """
 
-    protocol: str = ""  # a file of experiments/protocols; "" for the default's way, at sizes that take minutes
+    protocol: str = ""  # a file of settings/protocols; "" for the default's way, at sizes that take minutes
     model: str = str(POCKET)  # a folder, or a hub id
     revision: str = ""  # of the hub's model; "" for its newest
     offline: bool = False

@@ -10,13 +10,13 @@ import torch
 from numpy.typing import NDArray
 
 from data.windows import IGNORED
-from experiments import predict
-from experiments.constrain import Constrained, Drafted
-from experiments.progress import Counted
-from experiments.scores import QUANTILES, quantiles
-from experiments.settings import Settings
-from experiments.task import Task
-from experiments.train import load_model
+from experiments.accounting import predict
+from experiments.forecasting.scores import QUANTILES, quantiles
+from experiments.settings.record import Settings
+from experiments.task.constrain import Constrained, Drafted
+from experiments.task.task import Task
+from experiments.training.cell import load_model
+from experiments.training.progress import Counted
 from lora import load_adapter
 from lora.layer import lora_layers
 from qwen_min import FlopMeter, Qwen, Tokenizer

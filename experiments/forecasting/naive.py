@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from experiments import files
-from experiments.baselines import RULES, SEASONAL
-from experiments.law_fit import FEWEST_POINTS, law_fits
-from experiments.progress import Counted
-from experiments.task import Task
+from experiments.forecasting.baselines import RULES, SEASONAL
+from experiments.forecasting.law_fit import FEWEST_POINTS, law_fits
+from experiments.run_folder import files
+from experiments.task.task import Task
+from experiments.training.progress import Counted
 
 Forecasts = dict[str, NDArray[np.float64]]
 

@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments import files
-from experiments.errors import FAILURE
-from experiments.owner import NAME, Owner, owner_of
+from experiments.run_folder import files
+from experiments.run_folder.errors import FAILURE
+from experiments.run_folder.owner import NAME, Owner, owner_of
 
 PLAN = "plan.json"
 _SECONDS_IN = {"days": 86400, "hours": 3600, "minutes": 60, "seconds": 1}

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data.llmtime import Codec
-from experiments.files import atomic_folder
+from experiments.run_folder.files import atomic_folder
 from qwen_min import FlopMeter, Qwen, QwenConfig
 
 Series = NDArray[np.float64]

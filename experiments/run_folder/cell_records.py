@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import files
+from experiments.run_folder import files
 
 _FLOPS = {"training": int, "validation": int}
 _STEP = {"step": int, "loss": float, "gradient_norm": float} | _FLOPS

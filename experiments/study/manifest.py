@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 
-from experiments import files, parallel, protocols
-from experiments.settings import Settings
-from experiments.task import Task
+from experiments.run_folder import files
+from experiments.settings import protocols
+from experiments.settings.record import Settings
+from experiments.task.task import Task
+from experiments.training import parallel
 from qwen_min import fast
 from qwen_min.config import how_to_fetch
 from qwen_min.fast import product

@@ -14,11 +14,11 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from experiments.budget import BudgetExceeded
-from experiments.errors import RunFailed
+from experiments.accounting.ledger import BudgetExceeded
+from experiments.run_folder.errors import RunFailed
 
 if TYPE_CHECKING:  # the command line asks for the rank before torch is wanted
-    from experiments.settings import Settings
+    from experiments.settings.record import Settings
     from qwen_min import Qwen
 
 T = TypeVar("T")

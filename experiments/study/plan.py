@@ -15,18 +15,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments import evaluate, files, judge, naive
-from experiments.budget import STAGES as LEDGER_STAGES
-from experiments.budget import BudgetExceeded, Ledger
-from experiments.folder import begin, check_drift, undivided
-from experiments.owner import Claim, claimed
-from experiments.parallel import ALONE, Alone
-from experiments.preprocessing import preprocessing
-from experiments.progress import counting
-from experiments.settings import Settings
-from experiments.status import PLAN, spent, stages_of
-from experiments.task import Task
-from experiments.train import Cell, Progress, predicted, run_cell
+from experiments.accounting.ledger import STAGES as LEDGER_STAGES
+from experiments.accounting.ledger import BudgetExceeded, Ledger
+from experiments.forecasting import forecast as evaluate
+from experiments.forecasting import judge, naive
+from experiments.run_folder import files
+from experiments.run_folder.owner import Claim, claimed
+from experiments.run_folder.status import PLAN, spent, stages_of
+from experiments.settings.record import Settings
+from experiments.study.manifest import begin, check_drift, undivided
+from experiments.task.preprocessing import preprocessing
+from experiments.task.task import Task
+from experiments.training.cell import Cell, Progress, predicted, run_cell
+from experiments.training.parallel import ALONE, Alone
+from experiments.training.progress import counting
 from qwen_min import QwenConfig, Tokenizer
 from qwen_min.flops import PRIMITIVES
 from qwen_min.load import resolve
@@ -395,7 +397,7 @@ def write_records(task: Task, config: QwenConfig, out: Path) -> None:
 
 def _write_accounting(protocol: str, out: Path) -> None:
     """What the report says that it spent beside what its formulas give and what its plan costs exactly."""
-    from experiments import accounting_of_reports
+    from experiments.accounting import three_reports as accounting_of_reports
 
     rows: list[dict[str, Any]] = [
         {"stage": s.stage, "part": s.part, "label": s.label, "claimed": s.claimed, "reproduced": s.reproduced}

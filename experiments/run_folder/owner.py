@@ -13,7 +13,7 @@ from pathlib import Path
 
 import filelock
 
-from experiments import files
+from experiments.run_folder import files
 
 NAME = ".owner"
 NAMELESS = 200  # tries for a lock whose holder has no name, of a twentieth of a second

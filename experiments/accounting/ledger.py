@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from experiments.owner import start_marker
+from experiments.run_folder.owner import start_marker
 
 BUDGET = 10**17
 STAGES = ("training", "validation", "inference")

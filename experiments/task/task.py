@@ -14,9 +14,9 @@ from data.grammar import Grammar
 from data.llmtime import Codec
 from data.lotka_volterra import Dataset
 from data.windows import Windows, make_windows
-from experiments.constrain import symbol_tokens
-from experiments.settings import Settings
-from experiments.shapes import FEWEST_POINTS, shape, stratified
+from experiments.settings.record import Settings
+from experiments.task.constrain import symbol_tokens
+from experiments.task.shapes import FEWEST_POINTS, shape, stratified
 from qwen_min import QwenConfig, Tokenizer
 
 

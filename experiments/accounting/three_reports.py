@@ -12,8 +12,8 @@ from functools import cache
 from math import ceil
 from typing import Any, Literal
 
-from experiments.budget import BUDGET
-from experiments.predict import generation, predict
+from experiments.accounting.ledger import BUDGET
+from experiments.accounting.predict import generation, predict
 from qwen_min import FlopMeter, QwenConfig
 
 CONFIG = QwenConfig.named("Qwen2.5-0.5B")

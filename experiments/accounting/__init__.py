@@ -1,0 +1,1 @@
+"""FLOPs of runs: predicted, reserved and spent; what reports claim."""

@@ -1,0 +1,1 @@
+"""Forecasts of a model and of simple rules, and the scores of both."""

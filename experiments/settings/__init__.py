@@ -1,0 +1,1 @@
+"""The settings of a run, and the protocols that set them."""

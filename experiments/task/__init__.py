@@ -1,0 +1,1 @@
+"""The task as tokens: series, split, scale, text and back; the model that reads it."""

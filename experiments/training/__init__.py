@@ -1,0 +1,1 @@
+"""Training of one run: the maths of an update, a resumable cell, several processes as one."""
