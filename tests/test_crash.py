@@ -445,14 +445,14 @@ def signalled(module: str, name: str, at: int, how: signal.Signals) -> Calls:
 
 
 MOMENTS = {  # a function, which of its calls, and how many steps are done in all where it ends
-    "while the first model loads": ("train", "load_model", 1, 0),
-    "in the validation of the untrained model": ("train", "validation_loss", 1, 0),
-    "in a step behind a checkpoint": ("train", "training_step", 4, 4),
-    "in the last validation of a cell": ("train", "validation_loss", 3, 4),
-    "while a cell is forecast": ("evaluate", "forecast", 1, 4),
-    "between two cells": ("train", "load_model", 3, 4),
-    "in the second cell": ("train", "training_step", 5, 5),
-    "in the last validation of all": ("train", "validation_loss", 5, 8),
+    "while the first model loads": ("training.cell", "load_model", 1, 0),
+    "in the validation of the untrained model": ("training.cell", "validation_loss", 1, 0),
+    "in a step behind a checkpoint": ("training.cell", "training_step", 4, 4),
+    "in the last validation of a cell": ("training.cell", "validation_loss", 3, 4),
+    "while a cell is forecast": ("forecasting.evaluate", "forecast", 1, 4),
+    "between two cells": ("training.cell", "load_model", 3, 4),
+    "in the second cell": ("training.cell", "training_step", 5, 5),
+    "in the last validation of all": ("training.cell", "validation_loss", 5, 8),
 }
 
 

@@ -14,6 +14,7 @@ from data.lotka_volterra import load
 from experiments import run
 from experiments.forecasting import forecast as evaluate
 from experiments.settings.record import Settings
+from experiments.task.model import prepare
 from qwen_min import FlopMeter
 
 CODECS = [Codec(2), Codec(0), Codec(1, 2), Codec(3, shortest=True)]
@@ -187,7 +188,7 @@ def test_a_forecast_with_a_draft_is_the_same_and_is_charged_what_ran(file, capsy
 
 @pytest.mark.parametrize("constrained", [True, False])
 def test_what_is_reserved_for_a_draft_is_enough_and_what_is_spent_is_what_the_meter_saw(file, constrained):
-    task, model = evaluate.prepare(Settings(data=str(file), points=20, horizon=4, constrained=constrained), None)
+    task, model = prepare(Settings(data=str(file), points=20, horizon=4, constrained=constrained), None)
     plain = evaluate.forecast(task, model, [17])
     for nodes in (1, 2, 12, 40):
         expected = evaluate.predicted(task, model.config, [17], rank=0, draft=nodes)
@@ -204,7 +205,7 @@ def test_what_is_reserved_for_a_draft_is_enough_and_what_is_spent_is_what_the_me
 
 
 def test_a_draft_needs_no_positions_beyond_those_of_the_forecast(file):
-    task, model = evaluate.prepare(Settings(data=str(file), points=20, horizon=4), None)
+    task, model = prepare(Settings(data=str(file), points=20, horizon=4), None)
     config = replace(model.config, max_position_embeddings=239)  # the last token is not read
     model.config = model.model.config = config
     plain, drafted = (evaluate.forecast(task, model, [17], nodes) for nodes in (0, 12))
@@ -229,6 +230,6 @@ def test_a_draft_with_sampling_is_refused_in_one_line(more, problem, file, capsy
 
 
 def test_a_draft_of_several_systems_is_refused(file):
-    task, model = evaluate.prepare(Settings(data=str(file), points=20, horizon=4), None)
+    task, model = prepare(Settings(data=str(file), points=20, horizon=4), None)
     with pytest.raises(ValueError, match="draft is 12 with 2 systems: expected one"):
         evaluate.forecast(task, model, [17, 18], 12)

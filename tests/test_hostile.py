@@ -73,7 +73,7 @@ def mutations(make, counts: range, inputs: Inputs, capfd, monkeypatch) -> Counte
     kind, root, seen = make.__name__, inputs.root, Counter[str]()
     monkeypatch.chdir(root.parent)
     monkeypatch.setattr(protocols, "FOLDER", root / "protocols")
-    monkeypatch.setattr(run, "_product_rate", lambda settings: 1e9)
+    monkeypatch.setattr("experiments.training.speed.seconds", lambda *_: 1.0)
     before, ended = hostile.tree(root), (root / "finished" / hostile.CELL / "result.json").read_bytes()
     copy = root.parent / "seen"
     copy.mkdir(exist_ok=True)

@@ -114,7 +114,7 @@ def refused(capsys, *argv: str) -> str:
 
 
 def test_every_verb_has_a_case_and_takes_offline_if_it_takes_a_model():
-    assert CASES.keys() == run._VERBS.keys() == verbs().keys()
+    assert CASES.keys() == run.VERBS.keys() == verbs().keys()
     assert set(takes("--model")) <= set(takes("--offline"))
 
 

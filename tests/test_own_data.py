@@ -12,6 +12,7 @@ import pytest
 from experiments import run
 from experiments.forecasting import forecast as evaluate
 from experiments.settings.record import POCKET, Settings
+from experiments.task.model import prepare
 from experiments.task.preprocessing import preprocessing
 from experiments.task.task import Task
 from qwen_min import FlopMeter, Tokenizer
@@ -38,7 +39,7 @@ def hdf5(values: np.ndarray, name: str = "d.h5") -> str:
 
 
 def forecast(data: str, system: int = 0, **settings) -> tuple[Task, evaluate.Forecasts]:
-    task, model = evaluate.prepare(Settings(data=data, **(SIZES | settings)), None, needs_split=False)
+    task, model = prepare(Settings(data=data, **(SIZES | settings)), None, needs_split=False)
     expected = evaluate.predicted(task, model.config, [system], 0)
     with FlopMeter() as meter:
         made = evaluate.forecast(task, model, [system])

@@ -8,9 +8,10 @@ from waves import damped_waves
 from experiments.forecasting import forecast as evaluate
 from experiments.forecasting import naive
 from experiments.settings.record import Settings
+from experiments.task.model import prepare
 from experiments.training import progress
-from experiments.training.cell import validation_loss
 from experiments.training.progress import Report, counting
+from experiments.training.step import validation_loss
 
 STEP = {"cell": "a", "steps": 4, "context": 8, "training": 10**9, "validation": 0}
 RECORDS = [
@@ -81,7 +82,7 @@ def test_without_a_terminal_lines_show_none_either_and_what_is_soon_done_has_non
 
 def test_forecasts_fits_and_validation_windows_are_counted_up_to_the_last(tmp_path):
     data = damped_waves(tmp_path / "waves.h5", 24)
-    task, model = evaluate.prepare(Settings(data=str(data), points=20, horizon=4, num_samples=2, context=32), None)
+    task, model = prepare(Settings(data=str(data), points=20, horizon=4, num_samples=2, context=32), None)
     systems = list(range(10))  # more than are decoded at once
     counts = dict(forecasts=[], fits=[], windows=[])
     note = {name: (lambda done, of, seen=seen: seen.append((done, of))) for name, seen in counts.items()}

@@ -22,7 +22,7 @@ from experiments import plots, run
 from experiments.accounting.ledger import Ledger
 from experiments.settings.record import Settings
 from experiments.study.manifest import FREE, check_drift, environment
-from experiments.study.plan import run_stages
+from experiments.study.run import run_stages
 from experiments.training import cell as train
 from experiments.training import parallel
 from experiments.training.parallel import ALONE
@@ -152,9 +152,9 @@ def test_a_run_with_dropout_stopped_at_10_points_of_3_epochs_44_in_all_ends_in_t
 def test_three_epochs_are_three_orders_and_a_step_straddles_two(data):
     """What the row above rests on."""
     from data.windows import batch_indices
-    from experiments.study.plan import prepare
+    from experiments.study.plan import Plan
 
-    task, _ = prepare(Settings(data=str(data), **BEGUN))
+    task = Plan(Settings(data=str(data), **BEGUN)).task
     assert len(task.train_windows) == 14
     order = np.concatenate([batch_indices(14, 4, step, 0) for step in range(STEPS)])[:42].reshape(3, 14)
     assert [sorted(epoch) for epoch in order.tolist()] == [list(range(14))] * 3

@@ -9,7 +9,7 @@ import torch
 from data.windows import IGNORED, make_windows
 from experiments.accounting import predict
 from experiments.settings.record import POCKET
-from experiments.training.cell import training_step, validation_loss
+from experiments.training.step import training_step, validation_loss
 from lora import add_logit_bias, add_lora
 from qwen_min import FlopMeter, Qwen
 

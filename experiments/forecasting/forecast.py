@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,13 +14,9 @@ from experiments.forecasting.scores import QUANTILES, quantiles
 from experiments.settings.record import Settings
 from experiments.task.constrain import Constrained, Drafted
 from experiments.task.task import Task
-from experiments.training.cell import load_model
 from experiments.training.progress import Counted
-from lora import load_adapter
-from lora.layer import lora_layers
-from qwen_min import FlopMeter, Qwen, Tokenizer
+from qwen_min import FlopMeter, Qwen
 from qwen_min.generate import decode, prefill
-from qwen_min.load import resolve
 from qwen_min.loss import continuation_losses
 
 ROWS_AT_ONCE, ROWS_AT_ONCE_ON_A_GPU = 16, 256  # sequences that are decoded together; samples of one series count
@@ -60,21 +55,6 @@ class Forecasts:
             for name in ("context", "truth", "values", "samples", "cut", "cut_mean")
         }
         return replace(self, systems=list(systems), losses=[self.losses[row] for row in rows], **chosen)
-
-
-def prepare(settings: Settings, adapter: str | Path | None, needs_split: bool = True) -> tuple[Task, Qwen]:
-    """The task and the model of a run, with an adapter if one is named; `needs_split` as in `Task.prepare`."""
-    folder = resolve(settings.model, settings.revision or None, settings.offline)
-    task = Task.prepare(settings, Tokenizer(folder / "tokenizer.json"), needs_split)
-    model = trained_model(settings, adapter)
-    task.check_fits(model.config)
-    return task, model
-
-
-def trained_model(settings: Settings, adapter: str | Path | None) -> Qwen:
-    """The base model, with an adapter if one is named."""
-    model = load_model(settings)
-    return load_adapter(model, adapter).eval() if adapter else model.eval()
 
 
 def check_draft(settings: Settings, draft: int) -> None:
@@ -293,8 +273,3 @@ def predicted_loss(task: Task, config, rank: int, logit_bias: bool = False) -> i
     windows, context = len(task.validation_windows), task.settings.context
     one = predict.predict(config, 1, context, rank=rank, logit_bias=logit_bias, symbols=task.symbols)
     return windows * one.total
-
-
-def rank_of(model: Qwen) -> int:
-    """The LoRA rank of a model, 0 for none."""
-    return next((layer.rank for _, layer in lora_layers(model)), 0)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.run_folder import files
+from experiments.run_folder.folder import RunFolder
 
 _FLOPS = {"training": int, "validation": int}
 _STEP = {"step": int, "loss": float, "gradient_norm": float} | _FLOPS
@@ -87,27 +88,27 @@ def read_gradients(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def read_result(folder: Path) -> dict[str, Any]:
+def read_result(folder: RunFolder) -> dict[str, Any]:
     """The `result.json` of a finished cell.
 
     Raises:
         ValueError: it is not as a run writes it, or not what the cell's `metrics.jsonl` says.
     """
-    path = folder / "result.json"
+    path = folder.result
     result = files.read_json(path)
     _check(f"{path}", result, _RESULT)
     for name in ("flops", "predicted_flops"):
         _check(f"{path}: {name}", result[name], _FLOPS)
-    metrics = read_metrics(folder / "metrics.jsonl")
+    metrics = read_metrics(folder.metrics)
     if not metrics or "validation_loss" not in metrics[-1]:
-        raise ValueError(f"{folder / 'metrics.jsonl'}: ends without a validation: expected all of a finished run")
+        raise ValueError(f"{folder.metrics}: ends without a validation: expected all of a finished run")
     for name, value in summary(metrics).items():
         same = result[name] == value
         if name == "last_losses_mean" and value is not None:  # Python 3.12 adds up in another way
             same = math.isclose(result[name] or 0.0, value, rel_tol=1e-12)
         if not same:
             raise ValueError(f"{path}: {name} is {result[name]!r}: expected {value!r}, as metrics.jsonl says")
-    _check_digest(folder / "metrics.jsonl", metrics, result.get("metrics_sha256"), path.name)
+    _check_digest(folder.metrics, metrics, result.get("metrics_sha256"), path.name)
     return result
 
 
@@ -122,13 +123,13 @@ def read_state(path: Path, steps: int) -> dict[str, Any]:
     return state
 
 
-def upto(state: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
+def upto(state: Mapping[str, Any], folder: RunFolder) -> list[dict[str, Any]]:
     """The metrics of a cell up to a checkpoint, which its `state` describes; later ones will be written again.
 
     Raises:
         ValueError: they do not lead to it.
     """
-    path, spent = folder / "metrics.jsonl", sum(state["flops"].values())
+    path, spent = folder.metrics, sum(state["flops"].values())
     metrics = [m for m in read_metrics(path) if m["training"] + m["validation"] <= spent]
     last: Mapping[str, Any] = metrics[-1] if metrics else {}
     validated = max((m["step"] for m in metrics if "validation_loss" in m), default=-1)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.run_folder import files
-from experiments.run_folder.errors import FAILURE
+from experiments.run_folder.folder import Record, RunFolder
 from experiments.run_folder.owner import NAME, Owner, owner_of
 
 PLAN = "plan.json"
@@ -73,7 +73,7 @@ def status(out: Path) -> Status:
     planned = _planned(out)
     claims = [out, *sorted(path.parent for path in (out / "shards").glob(f"*-of-*/{NAME}"))]
     held = {claim: owner for claim in claims if (owner := owner_of(claim)) and owner.alive is not False}
-    runs = {run["folder"]: _Records(out / run["folder"], run) for run in planned}
+    runs = {run["folder"]: _Records(RunFolder(out / run["folder"]), run) for run in planned}
     current, times = set(), []
     for claim, owner in held.items():
         mine = [runs[folder] for folder in owner.runs if folder in runs]
@@ -86,13 +86,6 @@ def status(out: Path) -> Status:
         [f"{owner}{'' if owner.alive else ', by its own word'}" for owner in held.values()],
         max(known) if known and len(known) == len(times) else None,
     )
-
-
-def spent(folder: Path) -> int:
-    """FLOPs that a run goes on from: its result or its last checkpoint, and its forecasts."""
-    paths = folder / "result.json", folder / "checkpoint" / "state.json"
-    held = next((record for path in paths if (record := _Record(path)).there), None)
-    return (held.flops if held else 0) + _Record(folder / "evaluation" / "evaluation.json").flops
 
 
 def text(found: Status) -> str:
@@ -125,40 +118,18 @@ def duration(seconds: float, smallest: str = "seconds") -> str:
     return f"{seconds / _SECONDS_IN[unit]:.0f} {unit}"
 
 
-class _Record:
-    """A JSON object in a file that may not be there."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        try:
-            value = files.read_json(path)
-        except ValueError:
-            if path.exists():
-                raise
-            value = None  # asked for before it is opened, it could have gone meanwhile
-        self.there, self.held = value is not None, {} if value is None else value
-        if not isinstance(self.held, dict):
-            raise ValueError(f"{path}: expected an object, got {type(value).__name__}")
-
-    @property
-    def flops(self) -> int:
-        """All stages together; 0 if there is no file."""
-        amounts = self.held.get("flops", None if self.there else {})
-        if not isinstance(amounts, dict) or not all(type(n) is int for n in amounts.values()):
-            raise ValueError(f"{self.path}: flops is {amounts!r}: expected whole numbers by stage")
-        return sum(amounts.values())
-
-
 class _Records:
     """What the files of one run say."""
 
-    def __init__(self, folder: Path, run: dict[str, Any]):
-        self.run, self.folder, self.metrics = run, run["folder"], folder / "metrics.jsonl"
-        evaluation, self.failure = _Record(folder / "evaluation" / "evaluation.json"), _Record(folder / FAILURE)
+    def __init__(self, folder: RunFolder, run: dict[str, Any]):
+        self.run, self.folder, self.metrics = run, run["folder"], folder.metrics
+        evaluation, self.failure = folder.evaluated, Record(folder.failure)
         self.lines = files.read_jsonl(self.metrics) if self.metrics.is_file() else []
         judged = evaluation.held.get("parts", {})
-        self.done = (folder / "result.json").is_file() and all(part in judged for part in run["parts"])
-        self.flops = sum(self._last(kind, int) or 0 for kind in ("training", "validation")) + evaluation.flops
+        self.done = folder.finished and all(part in judged for part in run["parts"])
+        self.flops = sum(self._last(kind, int) or 0 for kind in ("training", "validation")) + sum(
+            evaluation.flops.values()
+        )
         self.predicted = sum(run["predicted"].values())
         self.left = 0 if self.done else max(0, self.predicted - self.flops)
         self.written = max(_written(self.metrics), _written(evaluation.path))
@@ -200,7 +171,7 @@ def stages_of(path: Path) -> dict[str, list[dict[str, Any]]]:
     """The runs of each stage in a `plan.json`. Raises ValueError with one line for a file that is not whole."""
     kinds = {"name": str, "stage": str, "folder": str, "steps": int, "parts": list, "predicted": dict}
     try:
-        stages = {stage["stage"]: stage["runs"] for stage in _Record(path).held["stages"]}
+        stages = {stage["stage"]: stage["runs"] for stage in Record(path).held["stages"]}
         for run in (run for runs in stages.values() for run in runs):
             if not all(type(run[name]) is kind for name, kind in kinds.items()):
                 raise TypeError

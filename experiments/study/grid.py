@@ -9,14 +9,15 @@ from typing import Any
 
 from experiments import plots
 from experiments.run_folder import files
+from experiments.run_folder.folder import RunFolder
 from experiments.settings.record import Settings
 from experiments.study.plan import runs_of
 
 
 def write_results(settings: Settings, out: Path) -> list[dict[str, Any]]:
     """Write `results.md` and the figures; returns the results of the cells, the untrained model's first."""
-    folders = [out / run.folder for run in runs_of(settings, "grid")]
-    results = [files.read_json(folder / "result.json") for folder in folders]
+    folders = [RunFolder(out / run.folder) for run in runs_of(settings, "grid")]
+    results = [files.read_json(folder.result) for folder in folders]
     files.write_text(out / "results.md", markdown(settings, results, out))
     figures = out / "figures"
     figures.mkdir(exist_ok=True)
@@ -28,8 +29,8 @@ def write_results(settings: Settings, out: Path) -> list[dict[str, Any]]:
     return results
 
 
-def _curve(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
-    metrics = files.read_jsonl(folder / "metrics.jsonl")
+def _curve(folder: RunFolder, result: dict[str, Any]) -> dict[str, Any]:
+    metrics = files.read_jsonl(folder.metrics)
     return {"name": result["cell"], "lr": result["lr"], "rank": result["rank"]} | {
         kind: [(m["step"], m["training"], m[field]) for m in metrics if field in m]
         for kind, field in (("train", "loss"), ("validation", "validation_loss"))

@@ -19,18 +19,9 @@ from experiments.run_folder import files
 from experiments.run_folder.owner import claimed
 from experiments.settings.record import Settings
 from experiments.study.manifest import begin, check_drift
-from experiments.study.plan import (
-    Price,
-    Run,
-    judged,
-    prepare,
-    price,
-    run_all,
-    run_name,
-    runs_of,
-    start_work,
-    write_records,
-)
+from experiments.study.plan import Plan, Planned
+from experiments.study.records import write_records
+from experiments.study.run import run_all, run_name, start_work
 from experiments.task.task import Task
 from experiments.training.cell import Progress
 from experiments.training.parallel import ALONE, Alone
@@ -82,16 +73,16 @@ def run_shard(
     """
     with group.together():
         group.check(settings)
-        task, config = prepare(settings)
-        priced = [(run, price(task, config, run)) for run in runs_of(settings, "grid")]
-        if shard.of >= len(priced):
-            raise ValueError(f"shard is {shard}: expected at most {len(priced) - 1} shards, one for each cell")
+        plan = Plan(settings)
+        planned = plan.stage("grid")
+        if shard.of >= len(planned):
+            raise ValueError(f"shard is {shard}: expected at most {len(planned) - 1} shards, one for each cell")
     name = run_name(out, ledger_path)
     with group.only(claimed, shard.folder(out)) as claim:
-        allowance = group.tell(_allow, shard, task, priced, out, ledger_path, name, allow_drift)
-        group.tell(start_work, claim, out, {"grid": priced}, shard.part(priced))
+        allowance = group.tell(_allow, shard, plan.task, planned, out, ledger_path, name, allow_drift)
+        group.tell(start_work, claim, out, {"grid": planned}, shard.part(planned))
         with group.only(Ledger, shard.folder(out) / "ledger.sqlite", allowance) as ledger:
-            run_all(task, shard.part(priced), out, ledger, name, progress, group)
+            run_all(shard.part(planned), out, ledger, name, progress, group)
 
 
 def merge(settings: Settings, out: Path, ledger_path: Path) -> None:
@@ -100,14 +91,13 @@ def merge(settings: Settings, out: Path, ledger_path: Path) -> None:
     Raises:
         ValueError: a cell is missing, a shard is at work, the folder has no shards, or the ledger is another one.
     """
-    task, config = prepare(settings)
-    path = out / "shards" / "plan.json"
+    study, path = Plan(settings), out / "shards" / "plan.json"
     if not path.is_file():
         raise ValueError(f"{out}: has no shards: expected grid --shard I/N to have run in it, for I from 1 to N")
     with claimed(out), ExitStack() as held:
-        begin(task, out)
-        plan, runs = files.read_json(path), runs_of(settings, "grid")
-        if missing := [run.cell.name for run in runs if not _finished(out, run) or not _judged(task, out, run)]:
+        begin(study.task, out)
+        plan, runs = files.read_json(path), study.stage("grid")
+        if missing := [one.run.cell.name for one in runs if not one.within(out).finished or not one.judged(out)]:
             raise ValueError(
                 f"{out}: {len(missing)} of {len(runs)} runs are not finished: {', '.join(missing)}: "
                 f"expected all {plan['shards']} shards to have ended"
@@ -117,10 +107,10 @@ def merge(settings: Settings, out: Path, ledger_path: Path) -> None:
                 held.enter_context(claimed(shard.folder(out)))
             _charge(plan["shards"], runs, out, ledger_path, settings.budget)
             files.write_json(path, plan | {"merged": True})
-        write_records(task, config, out)
+        write_records(study, out)
 
 
-def _charge(shards: int, runs: Sequence[Run], out: Path, ledger_path: Path, budget: int) -> None:
+def _charge(shards: int, runs: Sequence[Planned], out: Path, ledger_path: Path, budget: int) -> None:
     """Put what the shards spent in the place of what the main ledger has set aside for them."""
     name = run_name(out, ledger_path)
     if not ledger_path.is_file():
@@ -130,9 +120,9 @@ def _charge(shards: int, runs: Sequence[Run], out: Path, ledger_path: Path, budg
         for shard in Shard(1, shards).all:
             if (path := shard.folder(out) / "ledger.sqlite").is_file():
                 own.append(held.enter_context(Ledger(path)))
-        for theirs in own:  # what a process that was killed behind its result had still to say
-            for run in runs:
-                theirs.settle_finished(name, run.cell.name, files.read_json(out / run.folder / "result.json")["flops"])
+        for theirs in own:  # what a process that was killed after its result had still to say
+            for one in runs:
+                theirs.settle_finished(name, one.run.cell.name, one.within(out).kept())
         if not ledger.take_in(name, SET_ASIDE, own):
             entered = {(row["run"], row["cell"]) for row in ledger.entries()}
             if not entered.issuperset((row["run"], row["cell"]) for theirs in own for row in theirs.entries()):
@@ -140,31 +130,25 @@ def _charge(shards: int, runs: Sequence[Run], out: Path, ledger_path: Path, budg
 
 
 def _allow(
-    shard: Shard,
-    task: Task,
-    priced: Sequence[tuple[Run, Price]],
-    out: Path,
-    ledger_path: Path,
-    name: str,
-    allow_drift: bool,
+    shard: Shard, task: Task, planned: Sequence[Planned], out: Path, ledger_path: Path, name: str, allow_drift: bool
 ) -> int:
     """The budget of a shard: what is predicted of its cells, and what was wasted on them.
 
-    The first shard to begin sets aside what all of them need; one that goes on behind a kill adds what that wasted.
+    The first shard to begin sets aside what all of them need; one that continues after a kill adds what that wasted.
     """
     with claimed(out / "shards", PATIENCE), claimed(out):
         begin(task, out)
         check_drift(task.settings, out, allow_drift)
         path, mine = out / "shards" / "plan.json", shard.number - 1
-        plan = files.read_json(path) if path.is_file() else _plan(shard, task, priced, out)
+        plan = files.read_json(path) if path.is_file() else _plan(shard, planned, out)
         if plan["merged"]:
             raise ValueError(f"{path}: the shards are merged: expected grid without --shard")
         if plan["shards"] != shard.of:
             raise ValueError(f"{path}: it is dealt to {plan['shards']} shards: expected as many, got --shard {shard}")
         with Ledger(shard.folder(out) / "ledger.sqlite") as own:
             needed = own.totals()["spent"]
-            for run, flops in shard.part(priced):
-                needed += sum(_to_do(task, run, flops, out).values()) + _undebited(own, name, run, out)
+            for one in shard.part(planned):
+                needed += sum(_to_do(one, out).values()) + _undebited(own, name, one, out)
         more = max(0, needed - plan["allowances"][mine])
         if more or not path.is_file():
             plan["allowances"][mine] += more
@@ -175,16 +159,16 @@ def _allow(
         return max(1, plan["allowances"][mine])
 
 
-def _plan(shard: Shard, task: Task, priced: Sequence[tuple[Run, Price]], out: Path) -> dict[str, Any]:
+def _plan(shard: Shard, planned: Sequence[Planned], out: Path) -> dict[str, Any]:
     """What `plan.json` holds: FLOPs that each shard may spend, and together by stage.
 
     Raises:
         ValueError: a run without shards has begun a cell; what it spent is in the main ledger.
     """
-    for run, _ in priced:
-        if (out / run.folder / "checkpoint").is_dir() and not _finished(out, run):
-            raise ValueError(f"{out / run.folder}: was begun without shards: expected grid to end it, or delete it")
-    needs = [[_to_do(task, run, flops, out) for run, flops in one.part(priced)] for one in shard.all]
+    for folder in (one.within(out) for one in planned):
+        if folder.checkpoint.is_dir() and not folder.finished:
+            raise ValueError(f"{folder.path}: was begun without shards: expected grid to end it, or delete it")
+    needs = [[_to_do(one, out) for one in each.part(planned)] for each in shard.all]
     return {
         "shards": shard.of,
         "merged": False,
@@ -193,39 +177,22 @@ def _plan(shard: Shard, task: Task, priced: Sequence[tuple[Run, Price]], out: Pa
     }
 
 
-def _to_do(task: Task, run: Run, flops: Price, out: Path) -> dict[str, int]:
-    """FLOPs by stage that a run has yet to spend, behind its last checkpoint."""
-    left = dict.fromkeys(STAGES, 0)
-    kept = _kept(out, run)
+def _to_do(one: Planned, out: Path) -> dict[str, int]:
+    """FLOPs by stage that a run has yet to spend, after its last checkpoint."""
+    left, folder = dict.fromkeys(STAGES, 0), one.within(out)
+    files.recover_folder(folder.checkpoint)
+    kept = folder.kept()
     for stage in STAGES:
-        if not _finished(out, run):
-            left[stage] += flops["training"].get(stage, 0) - kept.get(stage, 0)
-        if not _judged(task, out, run):
-            left[stage] += flops["forecasts"].get(stage, 0)
+        if not folder.finished:
+            left[stage] += one.training.get(stage, 0) - kept.get(stage, 0)
+        if not one.judged(out):
+            left[stage] += one.forecasts.get(stage, 0)
     return left
 
 
-def _undebited(own: Ledger, name: str, run: Run, out: Path) -> int:
+def _undebited(own: Ledger, name: str, one: Planned, out: Path) -> int:
     """FLOPs that a run's files stand for and its ledger does not: a power cut may lose the last debits."""
-    row = own.latest(name, run.cell.name)
-    if row is None and _finished(out, run):  # by an earlier run, without shards
+    row, folder = own.latest(name, one.run.cell.name), one.within(out)
+    if row is None and folder.finished:  # by an earlier run, without shards
         return 0
-    return max(0, sum(_kept(out, run).values()) - (sum(row[stage] for stage in STAGES) if row else 0))
-
-
-def _kept(out: Path, run: Run) -> dict[str, int]:
-    """FLOPs of a run by stage, up to its result or its last checkpoint."""
-    folder = out / run.folder
-    files.recover_folder(folder / "checkpoint")
-    for path in (folder / "result.json", folder / "checkpoint" / "state.json"):
-        if path.is_file():
-            return files.read_json(path)["flops"]
-    return {}
-
-
-def _finished(out: Path, run: Run) -> bool:
-    return (out / run.folder / "result.json").is_file()
-
-
-def _judged(task: Task, out: Path, run: Run) -> bool:
-    return judged(task.under(run.settings), run, out)
+    return max(0, sum(folder.kept().values()) - (sum(row[stage] for stage in STAGES) if row else 0))

@@ -1,30 +1,30 @@
 """One training run: a cell of the grid, from its seed or its last checkpoint to its result."""
 
 import math
-import signal
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from data.windows import IGNORED, Windows, batch_indices
+from data.windows import Windows, batch_indices
 from experiments.accounting import predict
 from experiments.accounting.ledger import Ledger
 from experiments.run_folder import cell_records, files
-from experiments.run_folder.errors import FAILURE, RunFailed
+from experiments.run_folder.errors import RunFailed
+from experiments.run_folder.folder import RunFolder
 from experiments.settings.record import Settings
+from experiments.task.model import load_model
 from experiments.task.task import Task
 from experiments.training.parallel import ALONE, Alone
-from experiments.training.progress import Counted
+from experiments.training.signals import stoppable
+from experiments.training.step import training_step, validation_loss
 from lora import add_lora, save_adapter
 from lora.layer import add_logit_bias, lora_layers
 from qwen_min import FlopMeter, Qwen
-from qwen_min.fast.limits import sequences_at_once
 from qwen_min.tensors import from_bytes, to_bytes
 
 Progress = Callable[[dict[str, Any]], None]
@@ -47,21 +47,6 @@ class Cell:
         return self.called or (f"lr{self.lr:g}-r{self.rank}" if self.rank else "untrained")
 
 
-def load_model(settings: Settings) -> Qwen:
-    """The base model of a run, frozen. Raises ValueError where it is to be compiled, and cannot be."""
-    model = Qwen.from_pretrained(
-        settings.model,
-        settings.weight_dtype,
-        settings.device,
-        settings.revision or None,
-        settings.offline,
-        compute_dtype=settings.compute_dtype,
-    )
-    if settings.compile:
-        model.compile()
-    return model.requires_grad_(False)
-
-
 def predicted(task: Task, cell: Cell, config) -> dict[str, int]:
     """FLOPs of a cell by ledger stage, before it runs."""
     settings = task.settings
@@ -79,100 +64,11 @@ def predicted(task: Task, cell: Cell, config) -> dict[str, int]:
     )
 
 
-class Batch(NamedTuple):
-    """A few windows on the model's device, (B, T) each but `padding`."""
-
-    inputs: Tensor
-    targets: Tensor
-    real: Tensor  # bool: not padding
-    padding: Tensor | None  # (B) how many of a window's first tokens are padding
-    vocabulary: Tensor | None  # what the loss is over, if not all tokens
-
-
-def groups(model: Qwen, windows: Windows, chosen, count_padding: bool = False) -> Iterator[Batch]:
-    """The chosen windows, a few sequences at a time; with `count_padding` targets have padding as a token."""
-    rows = sequences_at_once(model, windows.inputs.shape[1])
-    vocabulary = None if windows.vocabulary is None else torch.from_numpy(windows.vocabulary).to(model.device)
-    for start in range(0, len(chosen), rows):
-        part = windows.at(chosen[start : start + rows])
-        targets = part.targets_with_padding if count_padding else part.targets
-        arrays = part.inputs, targets, part.targets != IGNORED, part.left_padding
-        inputs, wanted, real, left = (torch.from_numpy(a).to(model.device) for a in arrays)
-        yield Batch(inputs, wanted, real, left if left.any() else None, vocabulary)
-
-
-@torch.no_grad()
-def validation_loss(
-    model: Qwen,
-    windows: Windows,
-    count_padding: bool = False,
-    group: Alone = ALONE,
-    progress: Counted = lambda done, of: None,
-) -> dict[str, float]:
-    """Mean cross-entropy in nats over all windows: `validation_loss`, per real token.
-
-    With `count_padding` also `validation_loss_with_padding`: over every place, padding as a token to be predicted.
-    `progress` takes how many windows are done, and of how many.
-    """
-    model.eval()
-    real, total, done = 0.0, 0.0, 0
-    progress(0, len(windows))
-    for batch in groups(model, windows, group.share(range(len(windows))), count_padding):
-        each = model.token_losses(batch.inputs, batch.targets, batch.padding, batch.vocabulary)  # (B, T)
-        real += each[batch.real].sum().item()
-        total += each.sum().item()
-        progress(done := done + len(each), len(windows))
-    losses = {"validation_loss": group.sum(real) / windows.real_tokens}
-    if count_padding:
-        losses["validation_loss_with_padding"] = group.sum(total) / windows.targets.size
-    return losses
-
-
-def training_step(
-    model: Qwen,
-    windows: Windows,
-    chosen,
-    optimizer: torch.optim.Optimizer,
-    count_padding: bool = False,
-    group: Alone = ALONE,
-) -> tuple[float, float]:
-    """One update; returns the mean loss per token of the batch and the norm of its gradient.
-
-    Gradients accumulate over groups of sequences, each weighted by its share of the batch's real tokens (of all, with
-    `count_padding`). They are left in place. Several ranks divide the windows; each weight is of the whole batch, times
-    the number of ranks, as the ranks' gradients are averaged.
-
-    Raises:
-        RunFailed: the loss or the gradient is not finite; the parameters are then as they were.
-    """
-    model.train()
-    optimizer.zero_grad(set_to_none=True)
-    batch = windows.at(chosen)
-    tokens = batch.targets.size if count_padding else batch.real_tokens
-    total = 0.0
-    mine = list(groups(model, windows, group.share(chosen), count_padding))
-    for part in mine:
-        with group.averaging(part is mine[-1]):
-            loss, _ = group.loss(model, part.inputs, part.targets, part.padding, part.vocabulary)
-            (loss * group.world / tokens).backward()
-        total += loss.item()
-    total = group.sum(total)
-    parameters = [p for some in optimizer.param_groups for p in some["params"]]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).item()
-    if not (math.isfinite(total) and math.isfinite(norm)):
-        raise RunFailed(
-            f"the loss is {total / tokens:g} and the norm of its gradient {norm:g}: expected finite "
-            "numbers; a lower learning rate may help"
-        )
-    optimizer.step()
-    return total / tokens, norm
-
-
 def run_cell(
     task: Task,
     cell: Cell,
     expected: dict[str, int],
-    folder: Path,
+    folder: RunFolder,
     ledger: Ledger,
     run: str,
     progress: Progress,
@@ -186,7 +82,7 @@ def run_cell(
 
     Raises:
         BudgetExceeded: before anything ran. RunFailed: a loss or a gradient is not finite; `failure.json` says so until
-        the cell is started again. KeyboardInterrupt: stopped by a signal, with a checkpoint behind the step that was
+        the cell is started again. KeyboardInterrupt: stopped by a signal, with a checkpoint after the step that was
         running.
     """
     if summary := group.tell(_finished, task, cell, folder, ledger, run):
@@ -200,15 +96,15 @@ def run_cell(
 
     def note(record: dict[str, Any]) -> None:
         metrics.append(record)
-        group.first(files.append_jsonl, folder / "metrics.jsonl", record)
+        group.first(files.append_jsonl, folder.metrics, record)
         progress({"cell": cell.name, "steps": state.steps, "context": settings.context} | record)
 
     def finish() -> dict[str, Any]:
         summary = _summary(task, cell, model, metrics, state.flops, expected)
         if cell.rank:
-            with files.atomic_folder(folder / "adapter") as adapter:
+            with files.atomic_folder(folder.adapter) as adapter:
                 save_adapter(model, adapter, base=settings.model)
-        files.write_json(folder / "result.json", summary)
+        files.write_json(folder.result, summary)
         ledger.settle(entry)
         return summary
 
@@ -219,7 +115,7 @@ def run_cell(
                     with group.together():
                         note(state.train(task, ledger, entry))
                         if (state.step - 1) % state.norms_every == 0:
-                            group.first(files.append_jsonl, folder / "gradients.jsonl", state.gradient_norms())
+                            group.first(files.append_jsonl, folder.gradients, state.gradient_norms())
                 last = state.step == state.steps
                 if last or (settings.val_every and state.step % settings.val_every == 0):
                     with group.together():
@@ -233,26 +129,25 @@ def run_cell(
     except RunFailed as e:
         ledger.fail(entry)
         group.first(_record_failure, folder, state.step, str(e))
-        raise RunFailed(f"{folder}: {e}") from None
+        raise RunFailed(f"{folder.path}: {e}") from None
     summary = group.tell(finish)
     if group.any(stopped()):  # in the last step or its validation
         raise KeyboardInterrupt
     return summary
 
 
-def _record_failure(folder: Path, step: int, error: str) -> None:
+def _record_failure(folder: RunFolder, step: int, error: str) -> None:
     with suppress(OSError):  # the failure itself is the one to report
-        files.write_json(folder / FAILURE, {"step": step, "error": error})
+        files.write_json(folder.failure, {"step": step, "error": error})
 
 
-def _finished(task: Task, cell: Cell, folder: Path, ledger: Ledger, run: str) -> dict[str, Any] | None:
+def _finished(task: Task, cell: Cell, folder: RunFolder, ledger: Ledger, run: str) -> dict[str, Any] | None:
     """The result of a cell that is finished, now settled too; else None, with the folder ready for work."""
-    result = folder / "result.json"
-    if not result.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        files.recover_folder(folder / "checkpoint")
-        with files.writing(folder / FAILURE):
-            (folder / FAILURE).unlink(missing_ok=True)
+    if not folder.result.exists():
+        folder.path.mkdir(parents=True, exist_ok=True)
+        files.recover_folder(folder.checkpoint)
+        with files.writing(folder.failure):
+            folder.failure.unlink(missing_ok=True)
         return None
     summary, settings = cell_records.read_result(folder), task.settings
     asked = {"cell": cell.name, "lr": cell.lr, "rank": cell.rank, "context": settings.context}
@@ -260,7 +155,7 @@ def _finished(task: Task, cell: Cell, folder: Path, ledger: Ledger, run: str) ->
     for name, wanted in asked.items():
         if summary[name] != wanted:
             raise ValueError(
-                f"{result}: {name} is {summary[name]!r}, now {wanted!r}: expected the run that was asked for; "
+                f"{folder.result}: {name} is {summary[name]!r}, now {wanted!r}: expected the run that was asked for; "
                 "delete its folder to run it again, or choose another --out"
             )
     ledger.settle_finished(run, cell.name, summary["flops"])
@@ -330,19 +225,19 @@ class _State:
         self.flops[stage] += flops
         ledger.spend(entry, stage, flops)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: RunFolder) -> None:
         """Write the checkpoint of this step; the previous one stays until it is whole."""
         if not self.steps:
             return
-        with files.atomic_folder(folder / "checkpoint") as new:
+        with files.atomic_folder(folder.checkpoint) as new:
             (new / "state.safetensors").write_bytes(to_bytes(self._tensors()))
             state = {"step": self.step, "validated_at": self.validated_at, "flops": self.flops}
             state["metrics_sha256"] = cell_records.digest(self.metrics)
             files.write_json(new / "state.json", state)
 
-    def resume(self, folder: Path) -> list[dict[str, Any]]:
+    def resume(self, folder: RunFolder) -> list[dict[str, Any]]:
         """Go back to the last checkpoint, if there is one; returns the metrics up to it, and drops later ones."""
-        checkpoint, tell = folder / "checkpoint", self.group.tell
+        checkpoint, tell = folder.checkpoint, self.group.tell
         saved = None
         if self.steps and tell(checkpoint.is_dir):
             saved = tell(cell_records.read_state, checkpoint / "state.json", self.steps)
@@ -352,18 +247,17 @@ class _State:
         self.metrics = tell(self._records, folder, saved)
         return self.metrics
 
-    def _records(self, folder: Path, saved: dict[str, Any] | None) -> list[dict[str, Any]]:
+    def _records(self, folder: RunFolder, saved: dict[str, Any] | None) -> list[dict[str, Any]]:
         """The metrics up to this step, once the lines of later ones are cut off."""
-        path, gradients = folder / "metrics.jsonl", folder / "gradients.jsonl"
         metrics: list[dict[str, Any]] = []
         norms: list[dict[str, Any]] = []
         if saved:
             metrics = cell_records.upto(saved, folder)
-            if gradients.is_file():
-                norms = [line for line in cell_records.read_gradients(gradients) if line["step"] <= self.step]
-        files.write_jsonl(path, metrics)
+            if folder.gradients.is_file():
+                norms = [line for line in cell_records.read_gradients(folder.gradients) if line["step"] <= self.step]
+        files.write_jsonl(folder.metrics, metrics)
         if self.steps:
-            files.write_jsonl(gradients, norms)
+            files.write_jsonl(folder.gradients, norms)
         return metrics
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -429,28 +323,3 @@ def _summary(task: Task, cell: Cell, model: Qwen, metrics, flops, expected) -> d
         "data_sha256": task.dataset.digest,
         "metrics_sha256": cell_records.digest(metrics),
     }
-
-
-@contextmanager
-def stoppable() -> Iterator[Callable[[], bool]]:
-    """Let Ctrl-C and SIGTERM ask for a stop: inside, the yielded function says whether one has.
-
-    A second Ctrl-C interrupts at once. Outside of the main thread, where no signal arrives, nothing changes.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    asked = False
-
-    def ask(number, frame) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-
-    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -3,9 +3,13 @@
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+from experiments.run_folder.status import duration, status
 
 SECONDS_BETWEEN_LINES = 10
 
@@ -26,10 +30,12 @@ class Report:
     Args:
         batch_size: windows of a training step, for the rate.
         label: what stands before every line, "toy: the pocket model" or nothing.
+        out: the run's folder, whose status says how much time is left.
     """
 
-    def __init__(self, batch_size: int, label: str = ""):
-        self.batch_size, self.label = batch_size, label
+    def __init__(self, batch_size: int, label: str = "", out: Path | None = None):
+        self.batch_size, self.label, self.out = batch_size, label, out
+        self.left, self.asked = "", 0.0
         self.name, self.bar = "", None
         self.first, self.began, self.shown = 0, 0.0, 0.0
         self.loss: float | None = None
@@ -49,6 +55,8 @@ class Report:
                 numbers["tokens/s"] = f"{steps * self.batch_size * record['context'] / seconds:,.0f}"
             # format, not :g: a total is read as an order of magnitude here and stands exactly in result.json
             numbers["FLOPs"] = f"{record['training'] + record['validation']:.3e}"
+        if left := self._left():
+            numbers["left in all"] = left
         if self.bar is not None:
             self.bar.set_postfix(numbers, refresh=False)
             self.bar.update(record["step"] - self.bar.n)
@@ -58,6 +66,15 @@ class Report:
             self.shown = time.monotonic()
             text = "  ".join(f"{name} {value}" for name, value in numbers.items())
             print(f"{name}: step {record['step']}/{record['steps']}  {text}".rstrip(), file=sys.stderr, flush=True)
+
+    def _left(self) -> str:
+        """The time left for all that was asked for, looked up now and then."""
+        if self.out and time.monotonic() - self.asked > SECONDS_BETWEEN_LINES:
+            self.asked = time.monotonic()
+            with suppress(ValueError):  # a damaged record is for the run to refuse
+                seconds = status(self.out).seconds_left
+                self.left = "" if seconds is None else duration(seconds)
+        return self.left
 
     def close(self) -> None:
         if self.bar is not None:

@@ -1,0 +1,61 @@
+"""Evaluation: forecasts of a model, priced, reserved in the ledger, made, charged and settled; once for all who ask."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+from experiments.accounting.ledger import Ledger
+from experiments.forecasting.forecast import Forecasts, forecast, predicted, predicted_loss
+from experiments.task.model import rank_of
+from experiments.task.task import Task
+from experiments.training.progress import Counted
+from experiments.training.step import validation_loss
+from qwen_min import FlopMeter, Qwen
+
+
+def priced(
+    task: Task, model: Qwen, systems: Sequence[int], *, draft: int = 0, validate: bool = False
+) -> dict[str, int]:
+    """The most FLOPs that `evaluate` takes, by ledger stage. Raises ValueError for what the model has no place for."""
+    rank, bias = rank_of(model), model.logit_bias is not None
+    expected = predicted(task, model.config, systems, rank, bias, draft)
+    if validate:
+        expected["validation"] += predicted_loss(task, model.config, rank, bias)
+    return expected
+
+
+def evaluate(
+    task: Task,
+    model: Qwen,
+    systems: Sequence[int],
+    expected: Mapping[str, int],
+    ledger: Ledger,
+    run: str,
+    cell: str,
+    *,
+    draft: int = 0,
+    validate: bool = False,
+    progress: Callable[[str], Counted] = lambda doing: lambda done, of: None,
+) -> tuple[Forecasts, dict[str, float]]:
+    """Forecasts of `systems`, and with `validate` the loss of the validation windows.
+
+    Args:
+        expected: FLOPs by ledger stage, reserved before anything runs.
+        run, cell: what the ledger calls it.
+        draft: as in `forecast`.
+        progress: gives what takes how far something is, such as "windows".
+
+    Raises:
+        BudgetExceeded: nothing was run. ValueError: see `forecast`.
+    """
+    losses: dict[str, float] = {}
+    entry = ledger.reserve(run, cell, expected)
+    with FlopMeter() as meter:
+        if validate:
+            windows, padding = task.validation_windows, task.settings.count_padding
+            losses = validation_loss(model, windows, padding, progress=progress("windows"))
+    ledger.spend(entry, "validation", meter.total)
+    made = forecast(task, model, systems, draft, progress("forecasts"))
+    for stage, flops in made.flops.items():
+        ledger.spend(entry, stage, flops)
+    ledger.settle(entry)
+    made.flops["validation"] += meter.total
+    return made, losses

@@ -1,0 +1,129 @@
+"""The records of a study as a whole, from the folders of its runs.
+
+RUN/study.json  preprocessing.json  results.csv  flops.csv  accounting.csv  accounting.json
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from experiments.accounting.ledger import STAGES as LEDGER_STAGES
+from experiments.run_folder import files
+from experiments.run_folder.folder import RunFolder
+from experiments.settings.record import Settings
+from experiments.study.plan import Best, Plan, Run, carried, runs_of
+from experiments.task.preprocessing import preprocessing
+from experiments.training.cell import Cell
+from qwen_min.flops import PRIMITIVES
+
+
+def all_runs(settings: Settings, out: Path) -> tuple[list[Run], Best | None]:
+    """The runs of every stage, as far as it is known what is carried forward, and that.
+
+    Without a protocol they are the grid's."""
+    if not settings.protocol:
+        return runs_of(settings, "grid"), None
+    runs, best = [run for stage in ("baseline", "default", "grid") for run in runs_of(settings, stage)], None
+    for stage in ("context", "final"):
+        try:
+            best = carried(settings, out, stage)
+        except ValueError:  # the stage before it has not run
+            break
+        runs += runs_of(settings, stage, best)
+    return runs, best
+
+
+def write_records(plan: Plan, out: Path) -> None:
+    """Write all of them."""
+    settings = plan.settings
+    runs, best = all_runs(settings, out)
+    if not (out / "preprocessing.json").is_file():
+        files.write_json(out / "preprocessing.json", preprocessing(plan.task))
+    if settings.protocol:  # else it is a grid alone
+        study = _study(plan, runs, best)
+        files.write_json(out / "study.json", study)
+        if study["best"]:
+            files.write_json(out / "manifest.json", files.read_json(out / "manifest.json") | {"best": study["best"]})
+    finished: dict[str, Run] = {}
+    for run in runs:  # each folder once, in its first stage
+        if RunFolder(out / run.folder).finished:
+            finished.setdefault(run.folder, run)
+    results = {folder: files.read_json(RunFolder(out / folder).result) for folder in finished}
+    files.write_csv(
+        out / "results.csv",
+        [
+            {"stage": run.stage, "name": run.cell.name, "folder": folder}
+            | {key: value for key, value in results[folder].items() if not isinstance(value, dict)}
+            | {f"{part}_flops": flops for part, flops in results[folder]["flops"].items()}
+            for folder, run in finished.items()
+        ],
+    )
+    files.write_csv(out / "flops.csv", _flops(settings, finished, results, out))
+    if settings.protocol not in ("", "default") and not (out / "accounting.csv").is_file():
+        _write_accounting(settings.protocol, out)
+
+
+def _write_accounting(protocol: str, out: Path) -> None:
+    """What the report says that it spent beside what its formulas give and what its plan costs exactly."""
+    from experiments.accounting import three_reports
+
+    rows: list[dict[str, Any]] = [
+        {"stage": s.stage, "part": s.part, "label": s.label, "claimed": s.claimed, "reproduced": s.reproduced}
+        | {"exact": s.exact, "share_of_exact": s.claimed / s.exact if s.claimed and s.exact else None, "note": s.note}
+        for s in three_reports.stages(protocol)
+    ]
+    files.write_csv(out / "accounting.csv", rows)
+    files.write_json(out / "accounting.json", three_reports.about(protocol))
+
+
+def _study(plan: Plan, runs: list[Run], best: Best | None) -> dict[str, Any]:
+    settings = plan.settings
+    return {
+        "protocol": settings.protocol,
+        "label": settings.label,
+        "shortened": settings.shortened,
+        "budget": settings.budget,
+        "sampling": settings.judged,
+        "prices": PRIMITIVES,
+        "stages": [one.row for one in plan.of(dict.fromkeys(runs))],
+        "best": best
+        and {
+            "rule": "lowest validation loss per real token",
+            "cell": Cell(best.lr, best.rank).name,
+            "lr": best.lr,
+            "rank": best.rank,
+            "context": best.context,
+            "overridden": best.overridden,
+        },
+    }
+
+
+def _flops(settings: Settings, finished: Mapping[str, Run], results, out: Path) -> list[dict[str, Any]]:
+    """What each stage cost, by kind, beside its prediction; every folder counts in the first stage that it is of."""
+    amounts: dict[str, dict[str, list[int]]] = {}
+    for folder, run in finished.items():
+        spent, expected = [results[folder]["flops"]], [results[folder]["predicted_flops"]]
+        if (evaluated := RunFolder(out / folder).evaluated).there:
+            spent.append(evaluated.flops)
+            expected.append(evaluated.held["predicted_flops"])
+        of_stage = amounts.setdefault(run.stage, {kind: [0, 0] for kind in (*LEDGER_STAGES, "total")})
+        for i, parts in enumerate((spent, expected)):
+            for kind in LEDGER_STAGES:
+                flops = sum(part.get(kind, 0) for part in parts)
+                of_stage[kind][i] += flops
+                of_stage["total"][i] += flops
+    amounts["all"] = {
+        kind: [sum(of_stage[kind][i] for of_stage in amounts.values()) for i in (0, 1)]
+        for kind in (*LEDGER_STAGES, "total")
+    }
+    return [
+        {
+            "stage": stage,
+            "part": kind,
+            "flops": flops,
+            "predicted": expected,
+            "share_of_budget": flops / settings.budget,
+        }
+        for stage, of_stage in amounts.items()
+        for kind, (flops, expected) in of_stage.items()
+    ]

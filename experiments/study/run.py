@@ -1,0 +1,140 @@
+"""Running a study: what is not finished of some stages, in order, each run trained and judged; all in one folder.
+
+RUN/config.toml  protocol.toml  manifest.json  plan.json, and what `records.py` writes
+RUN/untrained/  default/  cells/<name>/  contexts/<context>/  final/   each a `RunFolder`
+RUN/naive/<part>.csv   forecasts that need no model
+
+The page (`report`) is made from these files alone.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from experiments.accounting.ledger import STAGES as LEDGER_STAGES
+from experiments.accounting.ledger import BudgetExceeded, Ledger
+from experiments.forecasting import judge, naive
+from experiments.forecasting.evaluate import evaluate
+from experiments.run_folder import files
+from experiments.run_folder.owner import Claim, claimed
+from experiments.run_folder.status import PLAN, stages_of
+from experiments.settings.record import Settings
+from experiments.study.manifest import begin, check_drift, undivided
+from experiments.study.plan import STAGES, Best, Plan, Planned, carried, systems_of
+from experiments.study.records import write_records
+from experiments.task.model import trained_model
+from experiments.training.cell import Progress, run_cell
+from experiments.training.parallel import ALONE, Alone
+from experiments.training.progress import counting
+
+
+def run_stages(
+    settings: Settings,
+    out: Path,
+    ledger_path: Path,
+    progress: Progress,
+    stages: Sequence[str],
+    group: Alone = ALONE,
+    allow_drift: bool = False,
+) -> None:
+    """Run what is not finished of some stages, in their order, and write the records after each.
+
+    Raises:
+        BudgetExceeded: all that is still to do does not fit what is left; nothing has been run.
+        ValueError: the folder holds a run of other settings, model or data, or another process works in it; or the
+            environment is another one (see `check_drift`) without `allow_drift`.
+    """
+    with group.together():
+        group.check(settings)
+        plan = Plan(settings)
+        if settings.protocol:
+            plan.task.check(plan.task.forecast_systems("shown"))
+        planned = {stage: plan.stage(stage) for stage in stages}  # refuses what cannot run before it is begun
+        runs = [one for some in planned.values() for one in some]
+    with group.only(claimed, out) as claim, group.only(Ledger, ledger_path, settings.budget) as ledger:
+        group.tell(undivided, out)
+        group.tell(begin, plan.task, out)
+        name = run_name(out, ledger_path)
+        group.tell(_require_room, ledger, name, out, runs)
+        group.tell(check_drift, settings, out, allow_drift)
+        group.tell(files.remove_leftovers, out)
+        group.tell(start_work, claim, out, planned, runs)
+        for stage in stages:
+            if stage in ("context", "final"):  # it is known now what is carried forward
+                best = Best(**group.tell(lambda stage=stage: vars(carried(settings, out, stage))))
+                planned[stage] = plan.stage(stage, best)
+                group.tell(write_plan, out, {stage: planned[stage]})
+            run_all(planned[stage], out, ledger, name, progress, group)
+            group.tell(write_records, plan, out)
+
+
+def start_work(claim: Claim, out: Path, planned: Mapping[str, Sequence[Planned]], mine: Sequence[Planned]) -> None:
+    """Say in the folder what is asked for, by stage, and that this process works at its own part from now on."""
+    write_plan(out, planned)
+    folders = {one.run.folder: one.within(out) for one in mine}
+    claim.begins(list(folders), sum(folder.spent() for folder in folders.values()))
+
+
+def write_plan(out: Path, planned: Mapping[str, Sequence[Planned]]) -> None:
+    """Put the runs of some stages into `plan.json`, in the place of what it says of them.
+
+    Raises:
+        ValueError: the file is there and damaged.
+    """
+    path = out / PLAN
+    held = stages_of(path) if path.is_file() else {}
+    rows = {stage: [one.row | {"parts": list(one.run.parts)} for one in some] for stage, some in planned.items()}
+    if any(held.get(stage) != runs for stage, runs in rows.items()):
+        now = held | rows
+        files.write_json(path, {"stages": [{"stage": stage, "runs": now[stage]} for stage in STAGES if stage in now]})
+
+
+def run_name(out: Path, ledger_path: Path) -> str:
+    """What a ledger calls the run of a folder."""
+    return os.path.relpath(out.resolve(), ledger_path.resolve().parent)
+
+
+def run_all(
+    planned: Sequence[Planned], out: Path, ledger: Ledger, name: str, progress: Progress, group: Alone = ALONE
+) -> None:
+    """Train and judge what is not finished of some runs, in their order."""
+    for one in planned:
+        run_cell(one.task, one.run.cell, one.training, one.within(out), ledger, name, progress, group)
+        if one.run.parts:
+            group.tell(_judge, one, out, ledger, name, progress)
+
+
+def _require_room(ledger: Ledger, name: str, out: Path, planned: Sequence[Planned]) -> None:
+    """Refuse runs that would pass the budget before any of them has run."""
+    needed = 0
+    counted: set[str] = set()
+    for one in planned:
+        if not one.within(out).finished and one.run.folder not in counted:
+            before = ledger.latest(name, one.run.cell.name)
+            spent = sum(before[s] for s in LEDGER_STAGES) if before and before["state"] != "settled" else 0
+            needed += max(0, sum(one.training.values()) - spent)
+        counted.add(one.run.folder)
+        if not one.judged(out):
+            needed += sum(one.forecasts.values())
+    left = ledger.totals()["left"]
+    if needed > left:
+        raise BudgetExceeded(ledger.path, name, needed, left, ledger.budget)
+
+
+def _judge(one: Planned, out: Path, ledger: Ledger, name: str, progress: Progress) -> None:
+    """Forecast and score with a finished run, unless that is done."""
+    task, run, folder, entry = one.task, one.run, one.within(out), f"{one.run.cell.name} forecasts"
+    files.recover_folder(folder.evaluation)
+    if one.judged(out):
+        ledger.settle_finished(name, entry, folder.evaluated.flops)
+        return
+    adapter, far = folder.adapter if run.cell.rank else None, partial(counting, progress, run.cell.name)
+    model = trained_model(task.settings, adapter)
+    made, _ = evaluate(task, model, systems_of(task, run), one.forecasts, ledger, name, entry, progress=far)
+    plain = {
+        part: naive.kept(task, systems, out / "naive" / f"{part}.csv", far(f"law fits, {part}"))
+        for part, systems in one.parts.items()
+    }
+    result = files.read_json(folder.result)
+    judge.write(folder.evaluation, judge.tables(task, made, plain, one.parts, result, one.forecasts, adapter))

@@ -1,0 +1,43 @@
+"""What several verbs do alike. Without torch, until settings are gathered."""
+
+import json
+from argparse import Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments.verbs.arguments import LEDGER
+
+if TYPE_CHECKING:
+    from experiments.settings.record import Settings
+
+RECORDS = ("results.csv", "flops.csv")
+
+
+def gather(args: Namespace) -> "Settings":
+    """The settings of a command line: the protocol's, then those of --config, then the flags."""
+    from experiments.settings import protocols
+    from experiments.settings.record import Settings
+
+    given = vars(args)
+    settings = protocols.load(given["protocol"]).settings if "protocol" in given else Settings()
+    if "config" in given:
+        settings = Settings.from_toml(given["config"], settings)
+    names = Settings.__dataclass_fields__.keys() & given.keys()
+    settings = settings.updated({name: given[name] for name in names})
+    if "merge" not in given:  # which computes nothing
+        settings.check_device()
+    return settings.shorten(given["scale"]) if "scale" in given else settings
+
+
+def ledger_of(args: Namespace) -> Path:
+    """Where FLOPs are charged."""
+    return Path(getattr(args, "ledger", LEDGER))
+
+
+def wrote(out: Path, *names: str, ledger: Path | None = None) -> None:
+    """Say what was written into a folder, and where its FLOPs were charged."""
+    print(f"written to {out}: {', '.join(names)}" + (f"; FLOPs charged to {ledger}" if ledger else ""))
+
+
+def print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value, indent=2, allow_nan=False))

@@ -1,0 +1,109 @@
+"""Verbs that forecast: `evaluate`, `forecast`."""
+
+from argparse import Namespace
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from experiments import plots
+from experiments.accounting.ledger import Ledger
+from experiments.forecasting import judge, naive, scores
+from experiments.forecasting.evaluate import evaluate as charged
+from experiments.forecasting.evaluate import priced
+from experiments.forecasting.forecast import Forecasts, check_draft
+from experiments.forecasting.scores import QUANTILES
+from experiments.task.model import prepare
+from experiments.task.task import Task
+from experiments.training.progress import Report, counting
+from experiments.verbs.common import gather, ledger_of, print_json, wrote
+
+
+def evaluate(args: Namespace) -> None:
+    settings, adapter = gather(args), getattr(args, "adapter", None)
+    if args.part not in ("validation", "test"):
+        raise ValueError(f"--part is {args.part!r}: expected validation or test")
+    task, model = prepare(settings, adapter)
+    parts = {part: task.forecast_systems(part) for part in (args.part, "shown")}
+    systems = list(dict.fromkeys([*parts[args.part], *parts["shown"]]))
+    task.check(systems)
+    expected = priced(task, model, systems, validate=True)
+    with closing(Report(1)) as report, Ledger(ledger_of(args), settings.budget) as ledger:
+        far, run = partial(counting, report, "evaluate"), f"evaluate {adapter or settings.model}"
+        made, losses = charged(task, model, systems, expected, ledger, run, "evaluate", validate=True, progress=far)
+        plain = naive.forecasts(task, systems, far("law fits"))
+    rows = {part: [systems.index(system) for system in chosen] for part, chosen in parts.items()}
+    by_part = {part: {name: values[rows[part]] for name, values in plain.items()} for part in parts}
+    result = losses | {"validation_tokens": task.validation_windows.real_tokens}
+    adapter_folder = Path(adapter) if adapter else None
+    tables = judge.tables(task, made, by_part, parts, result, expected, adapter_folder)
+    evaluation = tables["evaluation.json"]
+    rated = [row for row in tables["scores.csv"] if (row["part"], row["unit"]) == (args.part, "raw")]
+    out = Path(args.out) if hasattr(args, "out") else None
+    if out:
+        judge.write(out / "evaluation", tables)
+        _draw(task, made.of(parts["shown"]), out / "figures" / "forecasts.png")
+    if hasattr(args, "json"):
+        print_json(evaluation | {"scores": rated} | ({"out": str(out)} if out else {}))
+        return
+    print(judge.table(evaluation, rated, args.part))
+    if out:
+        wrote(out, "evaluation/", "figures/forecasts.png", ledger=ledger_of(args))
+
+
+def forecast(args: Namespace) -> None:
+    settings, adapter = gather(args), getattr(args, "adapter", None)
+    check_draft(settings, args.draft)
+    task, model = prepare(settings, adapter, needs_split=False)
+    task.check([args.system], scored=False)
+    path = Path(getattr(args, "out", f"forecast-{args.system}.png"))
+    expected = priced(task, model, [args.system], draft=args.draft)
+    with closing(Report(1)) as report, Ledger(ledger_of(args), settings.budget) as ledger:
+        run, cell = f"forecast {adapter or settings.model}", f"system {args.system}"
+        far = partial(counting, report, "forecast")
+        made, _ = charged(task, model, [args.system], expected, ledger, run, cell, draft=args.draft, progress=far)
+    _draw(task, made, path)
+    plain = naive.forecasts(task, [args.system])
+    values, unparsed = scores.filled(made.values, plain["persistence"])
+    print(
+        f"{settings.label + ': ' if settings.label else ''}system {args.system} ({task.shape_of(args.system)}), "
+        f"{settings.points} points -> {settings.horizon}, raw units, {settings.judged}; "
+        f"{unparsed.sum()} steps did not parse; {task.alpha_rule}"
+    )
+    known = settings.horizon - int(np.isnan(made.truth[0, :, 0]).sum())
+    if known < settings.horizon:
+        scored = f"the errors are of the {known} steps that it holds" if known else "there is no truth, so no error"
+        print(f"the data ends after {len(task.dataset.time)} points: {scored}")
+        print(" ".join(f"{name:>10}" for name in ("time", *task.dataset.names)))
+        for time, row in zip(task.time[settings.points :], made.values[0], strict=True):
+            print(" ".join(f"{value:10.5g}" for value in (time, *row)))
+    if known:
+        mse = {}
+        for name, guess in {"model": values, **plain}.items():
+            errors = scores.errors(made.truth[:, :known], guess[:, :known])
+            mse[name] = errors["mse"]
+            print(f"{name:16} MSE {errors['mse']:.4f}  MAE {errors['mae']:.4f}")
+        print(scores.verdict(mse, series=1))
+    print(f"written: {path}; {sum(made.flops.values()):,} FLOPs (coursework) charged to {ledger_of(args)}")
+
+
+def _draw(task: Task, made: Forecasts, path: Path) -> None:
+    """Every forecast in one figure, with bands where several were drawn."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    settings, bands = task.settings, made.quantiles
+    systems = [
+        {
+            "title": f"system {system} ({task.shape_of(system)})",
+            "time": task.time,
+            "context": made.context[i],
+            "truth": made.truth[i],
+            "forecast": made.values[i],
+            "quantiles": None if bands is None else dict(zip(QUANTILES, bands[:, i], strict=True)),
+        }
+        for i, system in enumerate(made.systems)
+    ]
+    if len(systems) > 1:
+        plots.forecast_grid(systems, task.dataset.names, path, f"Forecasts, {settings.judged}", settings.label)
+    else:
+        plots.forecast(**systems[0], names=task.dataset.names, path=path, label=settings.label)

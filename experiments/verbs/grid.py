@@ -1,0 +1,82 @@
+"""Verbs that train cells: `grid`, `train`."""
+
+from argparse import Namespace
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from experiments.settings.record import Settings
+from experiments.study.grid import markdown, write_results
+from experiments.study.plan import Plan
+from experiments.study.run import run_stages
+from experiments.study.shards import Shard, merge, run_shard
+from experiments.training import parallel, speed
+from experiments.training.progress import Report
+from experiments.verbs.common import RECORDS, gather, ledger_of, print_json, wrote
+
+CELLS = ("results.md", *RECORDS, "figures/", "cells/*/adapter/")
+
+
+def grid(args: Namespace) -> None:
+    out = Path(getattr(args, "out", "runs/grid"))
+    if hasattr(args, "merge") and not hasattr(args, "config") and (out / "config.toml").is_file():
+        args.config = out / "config.toml"
+    settings = gather(args)
+    if results := _run(args, settings, out):
+        print(markdown(settings, results, out))
+        wrote(out, *CELLS, ledger=ledger_of(args))
+
+
+def train(args: Namespace) -> None:
+    given = gather(Namespace(**{k: v for k, v in vars(args).items() if k not in ("lr", "rank")}))
+    lr = getattr(args, "lr", given.learning_rates[-1])
+    rank = getattr(args, "rank", given.ranks[-1])
+    out = Path(getattr(args, "out", "runs/train"))
+    results = _run(args, given.updated({"lr": (lr,), "ranks": (rank,)}), out)
+    if results and hasattr(args, "json"):
+        print_json(results[1] | {"untrained_validation_loss": results[0]["validation_loss"], "out": str(out)})
+    elif results:
+        r = results[1]
+        print(
+            f"{r['label'] + ': ' if r['label'] else ''}{r['cell']}: validation loss {r['validation_loss']:.4f} nats "
+            f"per token after {r['steps']} steps (untrained {results[0]['validation_loss']:.4f}); "
+            f"FLOPs {sum(r['flops'].values()):,}; adapter in {out / 'cells' / r['cell'] / 'adapter'}"
+        )
+        wrote(out, *CELLS, ledger=ledger_of(args))
+
+
+def _run(args: Namespace, settings: Settings, out: Path) -> list[dict[str, Any]]:
+    """Run the cells, or a shard of them, or merge shards; the results where the grid is whole."""
+    shard, ledger, allow_drift = Shard(*getattr(args, "shard", (1, 1))), ledger_of(args), hasattr(args, "allow_drift")
+    if hasattr(args, "dry_run"):
+        _price(settings, shard, hasattr(args, "json"))
+        return []
+    if hasattr(args, "merge"):
+        merge(settings, out, ledger)
+        return write_results(settings, out)
+    with closing(args.group.first(Report, settings.batch_size, settings.label, out) or parallel.Mute()) as progress:
+        if hasattr(args, "shard"):
+            run_shard(settings, out, ledger, progress, shard, args.group, allow_drift)
+            print(f"shard {shard} of the grid in {out}; when all have run: grid --merge --out {out}")
+            return []
+        run_stages(settings, out, ledger, progress, ("grid",), args.group, allow_drift)
+    return args.group.first(write_results, settings, out) or []
+
+
+def _price(settings: Settings, shard: Shard, as_json: bool) -> None:
+    """What each cell costs, and about how long all take."""
+    plan = Plan(settings)
+    cells = {one.run.cell.name: one.training for one in shard.part(plan.stage("grid"))}
+    kinds = {kind: sum(flops[kind] for flops in cells.values()) for kind in ("training", "validation")}
+    total = sum(kinds.values())
+    if as_json:
+        taken = speed.seconds(settings, plan.config, kinds)
+        print_json({"cells": cells, "total": total, "budget": settings.budget, "estimated_seconds": taken})
+        return
+    print(f"{'cell':16} {'training':>22} {'validation':>20}")
+    for name, flops in cells.items():
+        print(f"{name:16} {flops['training']:22,} {flops['validation']:20,}")
+    print(
+        f"together {total:,} FLOPs (coursework), {total / settings.budget:.2%} of the budget of {settings.budget:.3g}"
+    )
+    print(speed.estimate(settings, plan.config, kinds))
