@@ -5,6 +5,7 @@ import itertools
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,11 @@ ROOMS: dict[str, set[str]] = {
     "data": set(),
     "experiments": {"qwen_min", "lora", "data"},
 }
+FLOORS = (
+    *("run_folder", "accounting", "settings", "plots", "task", "training", "forecasting", "study", "report", "bench"),
+    *("verbs", "run"),
+)
+"""The rooms of `experiments`: what is in one may import what is in it or in an earlier one."""
 UNSAFE = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 """Modules whose reading of a file can run what the file says."""
 
@@ -25,6 +31,7 @@ def files(*rooms: str) -> list[Path]:
     return sorted(path for room in rooms or ROOMS for path in (ROOT / room).rglob("*.py"))
 
 
+@cache
 def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), path.name)
 
@@ -94,6 +101,43 @@ def test_imports_only_point_down(path):
     room = path.relative_to(ROOT).parts[0]
     ours = {m.partition(".")[0] for m in imported(tree(path))} & (ROOMS.keys() | {"tests"})
     assert ours <= ROOMS[room] | {room}, f"{name(path)} imports {ours - ROOMS[room] - {room}}"
+
+
+def module(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+@cache
+def ours() -> dict[str, set[str]]:
+    """The files that each file imports, as modules."""
+    known = {module(path): path for path in files()}
+    return {m: {i for i in imported(tree(path)) if i in known and i != m} for m, path in known.items()}
+
+
+@pytest.mark.parametrize("path", files("experiments"), ids=name)
+def test_rooms_of_experiments_only_import_earlier_ones(path):
+    mine = module(path)
+    above = set(FLOORS[FLOORS.index(mine.split(".")[1]) + 1 :]) if "." in mine else set(FLOORS)
+    assert not {i for i in ours()[mine] if i.partition(".")[2].split(".")[0] in above}
+
+
+def test_no_file_imports_itself_by_way_of_others():
+    graph = {m: {i for i in names if not m.startswith(f"{i}.")} for m, names in ours().items()}  # a package is no file
+    while leaves := {m for m, names in graph.items() if not names & graph.keys()}:
+        graph = {m: names for m, names in graph.items() if m not in leaves}
+    assert not graph
+
+
+@pytest.mark.parametrize("path", files("qwen_min", "lora"), ids=name)
+def test_no_plain_file_imports_the_wing_for_speed(path):
+    if path.parent.name != "fast" and path != ROOT / "qwen_min" / "__init__.py":  # which turns it on
+        assert not {m for m in imported(tree(path)) if m.startswith("qwen_min.fast")}
+
+
+def test_what_a_run_left_in_its_folder_is_read_without_torch():
+    rooms = " ".join(module(path) for path in files("experiments/run_folder"))
+    script = f"import sys\nfor m in {rooms!r}.split(): __import__(m)\nsys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0
 
 
 @pytest.mark.parametrize("path", files(), ids=name)

@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from experiments.forecasting.baselines import RULES
+from experiments.settings.record import FEWEST_SERIES
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
-FEWEST_SERIES = 20  # that tell something of a forecaster
 AS_GOOD, MOST_TIMES = 1.05, 1e6  # ratios of two MSEs: below it they count as equal; above it none is named
 EPSILON = float(np.finfo(np.float64).eps)
 QUANTILES = (0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9)

@@ -11,7 +11,6 @@ from typing import Any, get_args, get_origin
 import torch
 
 from experiments.accounting.ledger import BUDGET
-from experiments.forecasting.scores import FEWEST_SERIES
 from experiments.run_folder.files import read_toml
 from qwen_min.fast import compiled
 
@@ -37,6 +36,7 @@ _CHOICES = {
 # Far above what any run needs: a damaged file must not ask for all memory.
 _MOST = {"batch_size": 2**20, "context": 2**20, "contexts": 2**20, "num_samples": 10_000, "ranks": 4096}
 MOST_VALIDATIONS = 12  # of a run of a shortened study
+FEWEST_SERIES = 20  # that tell something of a forecaster
 
 
 @dataclass(frozen=True)
