@@ -127,6 +127,7 @@ def test_negative_numbers_are_trained_on_forecast_and_scored(above, capsys):
     assert run.main(["evaluate", "--data", data, "--json", *adapter, *small, *FLAGS]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["unparsed_steps"]["validation"] == 0
+    assert report["flops"]["validation"] == report["predicted_flops"]["validation"]
     assert report["flops"]["inference"] <= report["predicted_flops"]["inference"]  # which every number has a minus in
     assert {row["variable"] for row in report["scores"]} == {"all", "x0", "x1"}
     assert "law fit" not in {row["forecaster"] for row in report["scores"]}
