@@ -139,7 +139,7 @@ def test_negative_numbers_are_trained_on_forecast_and_scored(above, capsys):
 
 
 class Joining(Tokenizer):
-    """Joins a separator and the minus behind it, as Qwen's own does (4999 and 54433)."""
+    """Joins a separator and the minus after it, as Qwen's own does (4999 and 54433)."""
 
     def encode(self, text: str) -> list[int]:
         return [token for piece in re.findall("[,;]-|.", text) for token in self._piece(piece)]
