@@ -98,8 +98,9 @@ def test_few_series_are_forecast_by_a_scale_of_their_own_that_has_not_seen_the_h
     values = waves(series) * np.linspace(1, 3, 24)[:, None]
     task, made = forecast(hdf5(values))
     values[:, 20:] *= 7
-    _, again = forecast(hdf5(values, "other.h5"))
+    other, again = forecast(hdf5(values, "other.h5"))
     np.testing.assert_array_equal(made.values, again.values)
+    assert task.widest == other.widest == 2
     assert task.alphas[0] == max(np.percentile(values[0, :20].astype(np.float32).astype(float), 95, axis=0)) / 10
     assert run.main(["forecast", "--data", "d.h5", "--system", "0", *FLAGS]) == 0
     assert "95th percentiles / 10, from its first 20 points (too few series to split)" in capsys.readouterr().out
@@ -116,6 +117,9 @@ def test_few_series_are_forecast_by_a_scale_of_their_own_that_has_not_seen_the_h
 @pytest.mark.parametrize("above", [0.0, -3.0])
 def test_negative_numbers_are_trained_on_forecast_and_scored(above, capsys):
     data = hdf5(waves(above=above))
+    task, model = evaluate.prepare(Settings(data=data, **SIZES), None)
+    assert (task.widest, task.tokens_to_forecast) == (1, 4 * len("-9.99,-9.99;"))
+    assert evaluate._constraint(task, model, 1, True).allowed()[0, task.encode("-")].all()
     small = ["--val-series", "2", "--context", "32"]
     train = ["train", "--data", data, "--steps", "1", "--vocabulary", "symbols", "--out", "t", "--json", *small]
     assert run.main(train) == 0
@@ -125,6 +129,7 @@ def test_negative_numbers_are_trained_on_forecast_and_scored(above, capsys):
     assert run.main(["evaluate", "--data", data, "--json", *adapter, *small, *FLAGS]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["unparsed_steps"]["validation"] == 0
+    assert report["flops"]["validation"] == report["predicted_flops"]["validation"]
     assert report["flops"]["inference"] <= report["predicted_flops"]["inference"]  # which every number has a minus in
     assert {row["variable"] for row in report["scores"]} == {"all", "x0", "x1"}
     assert "law fit" not in {row["forecaster"] for row in report["scores"]}
@@ -136,7 +141,7 @@ def test_negative_numbers_are_trained_on_forecast_and_scored(above, capsys):
 
 
 class Joining(Tokenizer):
-    """Joins a separator and the minus behind it, as Qwen's own does (4999 and 54433)."""
+    """Joins a separator and the minus after it, as Qwen's own does (4999 and 54433)."""
 
     def encode(self, text: str) -> list[int]:
         return [token for piece in re.findall("[,;]-|.", text) for token in self._piece(piece)]

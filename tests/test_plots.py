@@ -358,6 +358,20 @@ def test_a_grid_of_forecasts_has_a_row_for_each_system_and_a_column_for_each_var
     assert "(toy: the pocket model)" in drawn[0].get_suptitle()
 
 
+@pytest.mark.parametrize("variables", [1, 3, 5, 8])
+def test_a_grid_of_any_number_of_variables_is_legible(tmp_path, drawn, variables):
+    systems = [_system(), _system("System 2 (oscillating)")]
+    series = ("context", "truth", "forecast")
+    wide = [s | {name: np.tile(s[name], 4)[:, :variables] for name in series} for s in systems]
+    names = [f"x{i}" for i in range(variables)]
+    plots.forecast_grid(wide, names, tmp_path / "grid.png", "Shown")
+    assert _is_legible(drawn[0]) and len(drawn[0].axes) == 2 * variables
+    boxes = [axes.get_tightbbox() for axes in drawn[0].axes]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    titles = [axes.get_title().replace("\n", " ") for axes in drawn[0].axes]
+    assert titles == [f"{system['title']}: {name}" for system in systems for name in names]
+
+
 def test_a_phase_plane_draws_the_predator_over_the_prey_and_marks_where_the_forecast_starts(tmp_path, drawn):
     systems = [_system(), _system("System 2", gaps=[0, 2]), _system("System 3", gaps=range(5))]
     plots.phase_plane(systems, ["prey", "predator"], tmp_path / "phase.png", "Phase plane", "toy")

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from experiments.task import Task
 from lora import add_lora
 from qwen_min import FlopMeter, Qwen, QwenConfig, Tokenizer
 from qwen_min.loss import IGNORED
@@ -46,6 +47,13 @@ def theirs(real_checkpoint, tokenizer) -> SimpleNamespace:
 @pytest.fixture(scope="module")
 def ours(theirs, real_checkpoint) -> Qwen:
     return Qwen.from_pretrained(real_checkpoint)
+
+
+def test_a_series_has_a_token_for_each_symbol_where_the_tokenizer_would_join_a_separator_and_a_minus(tokenizer):
+    text = "1.00,-2.50;-3.00,0.75;"
+    assert len(tokenizer.encode(text)) == len(text) - 2
+    tokens = Task.encode(SimpleNamespace(tokenizer=tokenizer), text)
+    assert [tokenizer.decode([token]) for token in tokens] == list(text)
 
 
 def test_it_is_the_half_billion_model(ours):

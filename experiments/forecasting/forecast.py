@@ -145,7 +145,7 @@ class _Batch:
     places: list[int]  # of the systems among those asked for
     ids: torch.Tensor  # (B, T) prompts, padded on the left
     padding: torch.Tensor  # (B)
-    targets: torch.Tensor  # (B, n) tokens of the true horizon as far as it is known, IGNORED behind a shorter one
+    targets: torch.Tensor  # (B, n) tokens of the true horizon as far as it is known, IGNORED after a shorter one
     lengths: list[int]  # of the true horizons, in tokens
 
 

@@ -68,16 +68,16 @@ def forecast(
 def forecast_grid(
     systems: Sequence[Mapping[str, Any]], names: Sequence[str], path: str | Path, title: str, label: str = ""
 ) -> None:
-    """Draw the forecasts of several systems, a row for each system and a column for each variable.
+    """Draw the forecasts of several systems, a row for each system and a column for each variable, of three at most.
 
     A system is `title`, and `time`, `context`, `truth`, `forecast` and optionally `quantiles` as in `forecast`."""
     all_series = _all(systems, names)
-    columns = len(names)
-    figure, panels = new_figure(len(systems) * columns, 1.55, columns)
+    variables, columns = len(names), min(3, len(names))
+    figure, panels = new_figure(len(systems) * variables, 1.55, columns)
     for i, axes in enumerate(panels):
-        system, series = systems[i // columns], all_series[i // columns]
-        _over_time(axes, series, i % columns, small=True)
-        _panel_title(axes, f"{system['title']}: {names[i % columns]}", series.gaps, columns)
+        system, series = systems[i // variables], all_series[i // variables]
+        _over_time(axes, series, i % variables, small=True)
+        _panel_title(axes, f"{system['title']}: {names[i % variables]}", series.gaps, columns)
         axes.tick_params(labelsize=SMALL)
     for axes in panels[::columns]:
         axes.set_ylabel(UNITS, fontsize=SMALL)

@@ -41,7 +41,7 @@ def by_stage(study: Study) -> Section:
             *(Column("won", "series won", "integer"), Column("series", "of", "integer")),
         ]
         caption = (
-            "The model by stage: errors over the horizon alone, both species, raw units. Skill is 1 - MSE / MSE of the "
+            "The model by stage: errors over the horizon alone, all species, raw units. Skill is 1 - MSE / MSE of the "
             "seasonal repeat; a series is won where the model's MSE is lower. Loss in nats per real token."
         )
         files = [evaluation.file(name) for _, evaluation in main for name in ("scores.csv", "evaluation.json")]
@@ -69,7 +69,7 @@ def scores(study: Study) -> Section:
     for run, evaluation in reversed(main):
         blocks.append(Text([run.title.capitalize()], "heading"))
         both = [row for row in evaluation.scores if row["unit"] == "raw" and row["variable"] == "all"]
-        blocks.append(_scores(run, evaluation, both, "", "both species, raw units", folded=False))
+        blocks.append(_scores(run, evaluation, both, "", "all species, raw units", folded=False))
         rest = [row for row in evaluation.scores if row["unit"] == "raw" and row["variable"] != "all"]
         blocks.append(_scores(run, evaluation, rest, "-species", "each species, raw units"))
         scaled = [row for row in evaluation.scores if row["unit"] == "scaled"]

@@ -264,5 +264,5 @@ def _errors(study: Study, runs: Sequence[Run], stage: str) -> list[Table]:
         *(Column("series", "series", "integer"), Column("mse", "MSE (95 % interval)", "interval")),
         *(Column("mae", "MAE"), Column("skill", "skill over the seasonal repeat")),
     ]
-    caption = "Errors of the forecasts of these runs, both species."
+    caption = "Errors of the forecasts of these runs, all species."
     return [Table(f"{stage}-errors", caption, columns, rows, files, [stage])] if rows else []

@@ -100,7 +100,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 
-    p = verb("forecast", "forecast one system and draw it")
+    p = verb("forecast", "forecast one system and draw it, beyond the data's end too; a single series will do")
     _settings(p, "data", "forecast")
     p.add_argument("--adapter", help="an adapter folder; none is the untrained model")
     p.add_argument("--system", type=int, required=True, help="number of the series, from 0")
@@ -220,7 +220,7 @@ def _settings(p: argparse.ArgumentParser, *groups: str) -> None:
             help="go on with another torch, device, dtype, processor or number of threads or processes: bits may "
             "differ; the manifest lists it",
         )
-        add("--vocabulary", help="of the loss: full, or symbols: over the text's 13 alone, another loss (full)")
+        add("--vocabulary", help="of the loss: full, or symbols: over the text's own alone, another loss (full)")
         add("--preset", help="learning rates by name: reports or pocket")
     if "train" in groups or "forecast" in groups:
         add("--context", type=int, help="tokens of a window (512)")
@@ -229,7 +229,7 @@ def _settings(p: argparse.ArgumentParser, *groups: str) -> None:
         add("--budget", type=_flops, help="FLOPs of the whole ledger (1e17)")
         add("--ledger", help=f"the ledger of FLOPs ({LEDGER})")
     if "forecast" in groups:
-        add("--points", type=int, help="points that a forecast sees (80)")
+        add("--points", type=int, help="points of a series that a forecast sees (80)")
         add("--horizon", type=int, help="points that it makes (20)")
         add("--forecast-series", type=int, help="series of a part that are forecast (20); 0 for all")
         add("--constrained", action=argparse.BooleanOptionalAction, help="only text that is a valid encoding (on)")
