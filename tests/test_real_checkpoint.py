@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from experiments.task import Task
+from experiments.task.task import Task
 from lora import add_lora
 from qwen_min import FlopMeter, Qwen, QwenConfig, Tokenizer
 from qwen_min.loss import IGNORED
