@@ -117,7 +117,7 @@ def test_few_series_are_forecast_by_a_scale_of_their_own_that_has_not_seen_the_h
 @pytest.mark.parametrize("above", [0.0, -3.0])
 def test_negative_numbers_are_trained_on_forecast_and_scored(above, capsys):
     data = hdf5(waves(above=above))
-    task, model = evaluate.prepare(Settings(data=data, **SIZES), None)
+    task, model = prepare(Settings(data=data, **SIZES), None)
     assert (task.widest, task.tokens_to_forecast) == (1, 4 * len("-9.99,-9.99;"))
     assert evaluate._constraint(task, model, 1, True).allowed()[0, task.encode("-")].all()
     small = ["--val-series", "2", "--context", "32"]
