@@ -94,7 +94,7 @@ class SeriesDraft:
         return [(symbol, chance / total, reached[symbol]) for symbol, chance in likely.items()]
 
     def _prefixes(self, numbers: tuple[int, ...]) -> dict[str, float]:
-        """The probability that the number behind these starts with a text; its separator belongs to it."""
+        """The probability that the number after these starts with a text; its separator belongs to it."""
         if numbers not in self._known:
             codec, variables = self.grammar.codec, self.grammar.variables
             steps, variable = divmod(len(numbers), variables)
@@ -146,7 +146,7 @@ class _Rules:
         self._history = np.concatenate((self._history, step[None]))
 
     def numbers(self, later: NDArray, variable: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Numbers that may come behind the steps known and `later` ones (n, V), and the probability of each."""
+        """Numbers that may come after the steps known and `later` ones (n, V), and the probability of each."""
         history = np.concatenate((self._history, later.astype(np.int64)))
         if len(history) < 3:
             return np.empty(0, np.int64), np.empty(0)

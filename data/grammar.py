@@ -49,7 +49,7 @@ class Grammar:
         self.follows: NDArray[np.bool_] = self.next >= 0
 
     def _after(self, place: "_Place", symbol: str) -> "_Place | None":
-        """Where `symbol` leads to; None where `Codec.decode` would reject whatever comes behind it."""
+        """Where `symbol` leads to; None where `Codec.decode` would reject whatever comes after it."""
         variable, whole, decimals, zero, minus = place
         fewest, last = self.codec.integer_digits, self.codec.decimals
         if symbol == "-":
@@ -63,7 +63,7 @@ class Grammar:
                 return None
             return _Place(variable, whole + 1, zero=zero if whole else symbol == "0", minus=minus)
         if symbol in DIGITS:
-            useless = self.codec.shortest and symbol == "0"  # unless another digit comes behind it, or it is the first
+            useless = self.codec.shortest and symbol == "0"  # unless another digit comes after it, or it is the first
             if decimals == last or useless and 0 < decimals == last - 1:
                 return None
             return _Place(variable, 0, decimals + 1, useless and decimals > 0, minus)
@@ -85,6 +85,6 @@ class _Place(NamedTuple):
 
     variable: int
     whole: int = 0  # digits before the point
-    decimals: int = -1  # behind it; -1 before it
-    zero: bool = False  # before the point: the first digit is 0; behind it: the number may not end here, on a 0
+    decimals: int = -1  # after it; -1 before it
+    zero: bool = False  # before the point: the first digit is 0; after it: the number may not end here, on a 0
     minus: bool = False  # it began with one, and no digit but 0 has come: there is no -0

@@ -135,7 +135,7 @@ class Codec:
         no_minus_zero = r"(?!-[0.]+(?![0-9.]))"
         no_leading_zero = rf"(?!0[0-9]{{{fewest}}})"  # before more digits than `integer_digits`
         fraction = rf"\.[0-9]{{{self.decimals}}}" if self.decimals else ""
-        if self.shortest:  # behind the first decimal, others that do not end in zero
+        if self.shortest:  # after the first decimal, others that do not end in zero
             fraction = r"\.[0-9]" + (rf"(?:[0-9]{{0,{self.decimals - 2}}}[1-9])?" if self.decimals > 1 else "")
         return rf"{no_minus_zero}-?{no_leading_zero}[0-9]{{{fewest},{most}}}{fraction}"
 

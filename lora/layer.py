@@ -86,7 +86,7 @@ def add_lora(
     Args:
         model: a `Qwen` without LoRA.
         rank: r of every layer.
-        alpha: the update is scaled by alpha / r; r unless told, as the three reports have it.
+        alpha: the update is scaled by alpha / r; r by default, as the three reports have it.
         targets: names of linear layers, the last parts of their paths ("q_proj", "mlp.up_proj"), or one of them;
             "all-linear", which is PEFT's word, for all but the head.
         dropout: on the input of A.
@@ -137,7 +137,7 @@ def _matches(name: str, target: str) -> bool:
 
 
 def add_logit_bias(model: Qwen, bias: Tensor | None = None) -> Qwen:
-    """Give the model a trainable (V) bias on its logits, the option of the course's starter code; zero unless told."""
+    """Give the model a trainable (V) bias on its logits, the option of the course's starter code; zero by default."""
     size = model.config.vocab_size
     start = torch.zeros(size) if bias is None else bias.float()
     if start.shape != (size,):

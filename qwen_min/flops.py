@@ -205,7 +205,7 @@ _NAMES = {
 
 
 def component(charge: Charge) -> str:
-    """The part of the architecture that a charge belongs to; a linear layer's is told by its module's name."""
+    """The part of the architecture that a charge belongs to; a linear layer's follows from its module's name."""
     last = charge.module.rpartition(".")[2]
     return charge.price.component or _NAMES.get(last, last)
 

@@ -64,7 +64,7 @@ def forward(
     padded: bool = False,
     convention: str = "coursework",
 ) -> Counter[str]:
-    """One forward of `new` tokens per sequence behind `cached` ones.
+    """One forward of `new` tokens per sequence after `cached` ones.
 
     Args:
         config: anything with Hugging Face's field names.

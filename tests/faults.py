@@ -185,7 +185,7 @@ def _process(argv: list[str], folder: Path, prepare: Callable[..., Any] | None, 
         for stream, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(f"{os.getpid()}.{name}", os.O_WRONLY | os.O_CREAT), stream)
         warnings.simplefilter("error")
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it runs behind it ignore Ctrl-C
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it runs after it ignore Ctrl-C
         prepared = prepare(*arguments) if prepare else None
         code = run.main(argv)
         if isinstance(prepared, Calls):

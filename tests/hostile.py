@@ -81,12 +81,12 @@ def make(root: Path, monkeypatch) -> Inputs:
     for name in ("loss_curves", "heat_map"):  # would take longer than the training
         monkeypatch.setattr(plots, name, lambda *_, **__: None)
     assert run.main(inputs.train("finished")) == 0
-    _stop_behind(3, monkeypatch, lambda: run.main(inputs.train("stopped")))
+    _stop_after(3, monkeypatch, lambda: run.main(inputs.train("stopped")))
     return inputs
 
 
-def _stop_behind(step: int, monkeypatch, work: Callable[[], int]) -> None:
-    """Interrupt a run hard in the step behind this one."""
+def _stop_after(step: int, monkeypatch, work: Callable[[], int]) -> None:
+    """Interrupt a run hard in the step after this one."""
     true, steps = train.training_step, []
 
     def stopping(*arguments):

@@ -240,7 +240,7 @@ def test_other_tokens_are_refused_unless_the_two_likeliest_tie():
     gap = 1e-5
     assert (
         compare.judge(TOKENS, runs, "float32", gaps)["same"]
-        == "6 tokens equal, but for 1 rows behind a tie (within 1e-05)"
+        == "6 tokens equal, but for 1 rows that diverge at a tie (within 1e-05)"
     )
     assert asked == [(1, (4,), 5, 9)]
     gap = 1e-2
@@ -304,7 +304,7 @@ def test_tokens_of_jobs_are_the_text_of_validation_series(checkpoint):
     first, second = texts.windows(2, 1500)
     decode = texts.task.tokenizer.decode
     assert decode(first).startswith(texts.task.text(700)) and decode(second).startswith(texts.task.text(701))
-    assert texts.task.text(701)[:40] in decode(first)  # behind the end of series 700
+    assert texts.task.text(701)[:40] in decode(first)  # after the end of series 700
     assert len(first) == len(second) == 1500
     prompts = texts.prompts(200, 40)
     assert all(decode(p).endswith(";") and decode(p).count(";") == 4 for p in prompts) and prompts[0] != prompts[1]

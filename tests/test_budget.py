@@ -333,7 +333,7 @@ except BudgetExceeded:
 
 
 class Writer:
-    """A process that debits a cell of its own and acknowledges each debit behind it, and those after its kills."""
+    """A process that debits a cell of its own and acknowledges each debit after it, and those after its kills."""
 
     def __init__(self, path, number, debits, budget):
         self.path, self.cell, self.debits, self.budget = path, f"cell {number}", debits, budget

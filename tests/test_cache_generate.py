@@ -83,7 +83,7 @@ def test_padding_is_never_looked_at_and_gives_no_nan(random_model):
 
 
 @torch.inference_mode()
-def test_a_padded_row_starts_at_position_0_behind_its_padding(random_model, monkeypatch):
+def test_a_padded_row_starts_at_position_0_after_its_padding(random_model, monkeypatch):
     """Logits cannot tell (the rotation is relative), but a shifted row would leave the model's positions too early."""
     seen, angles = [], ops.rotation_angles
 
@@ -590,7 +590,7 @@ TREES: dict[str, Callable[[list[int]], list[tuple[int, int]]]] = {
     "all wrong": lambda future: chain([(token + 1) % 97 for token in future[:4]]),
     "ninety-seven alternatives": lambda future: [(0, token) for token in range(97)],
     "twice the same": lambda future: [(0, future[0]), (0, future[0]), (1, 3), (2, *future[1:2])] if future[1:] else [],
-    "the second behind a wrong first": lambda future: [(0, 96 - future[0]), (0, future[0]), (1, 7), (2, 7)],
+    "the second after a wrong first": lambda future: [(0, 96 - future[0]), (0, future[0]), (1, 7), (2, 7)],
     "scattered": scattered,
 }
 
@@ -630,7 +630,7 @@ def test_right_guesses_save_forwards_and_all_nodes_are_charged(random_model):
     assert meter.by_component() == forwards.by_component()
 
 
-def test_a_draft_works_behind_padding_and_from_a_stream(random_model):
+def test_a_draft_works_after_padding_and_from_a_stream(random_model):
     model = random_model()
     ids, padding = torch.tensor([[0, 0, 8, 9, 10]]), torch.tensor([2])
     plain = [int(new) for new in stream(model, torch.tensor([[8, 9, 10]]), 12)]
@@ -649,7 +649,7 @@ def test_a_draft_is_for_one_greedy_series(rows, options, random_model):
 
 
 @pytest.mark.parametrize("guess", [(-1, 5), (1, 5), (0, 97), (0, -1)], ids=str)
-def test_a_guess_that_is_no_token_or_behind_none_is_refused(guess, random_model):
+def test_a_guess_that_is_no_token_or_after_none_is_refused(guess, random_model):
     model = random_model()
     steps = decode(model, prefill(model, torch.tensor([[1, 2]]), 9), 9, draft=Scripted([], lambda future: [guess]))
     with pytest.raises(ValueError, match="guess 1 is token .*expected an earlier one or 0, and a token from 0 to 96"):

@@ -124,7 +124,7 @@ def kill_and_finish(place: Path, whole: Whole, worst: int, by_call: int, by_time
     draw, count = random.Random(seed), len(whole.calls)
     kills = wasted = 0
     moments = worst_moments(whole)[:worst]
-    for point in range(by_call):  # one in each of as many equal parts of the run; before the call, or right behind it
+    for point in range(by_call):  # one in each of as many equal parts of the run; before the call, or right after it
         moments.append((1 + int((point + draw.random()) * count / by_call), draw.choice([die_before, die_after])))
     for point, (chosen, act) in enumerate(moments):
         folder = stand(place / f"call{point}")
@@ -247,7 +247,7 @@ class Fails:
 
 
 def the_line(ended: Ended, reason: str) -> str:
-    """The one line that says what ended a run, behind the lines of its progress."""
+    """The one line that says what ended a run, after the lines of its progress."""
     *progress, last = ended.err.splitlines()
     assert ended.code == 4 and "Traceback" not in ended.err, ended.err
     assert all(": step " in line or line.startswith("[") for line in progress), ended.err
@@ -370,7 +370,7 @@ def poison(where: str, step: int, value: float) -> Calls:
 
 
 def test_a_number_that_is_not_finite_in_20_steps_stops_in_that_step_and_the_last_checkpoint_goes_on(tmp_path, trained):
-    """Checkpoints are behind steps 2, 3, 4, 6 and 8: the poisoned steps are the first, the last, and each between."""
+    """Checkpoints are after steps 2, 3, 4, 6 and 8: the poisoned steps are the first, the last, and each between."""
     values, cost = (float("nan"), float("inf"), float("-inf")), trained.ledger[1]["training"] // 8
     for point in range(20):
         step, value, where = 1 + point % 8, values[point % 3], ("loss", "gradient")[point // 2 % 2]
@@ -379,7 +379,7 @@ def test_a_number_that_is_not_finite_in_20_steps_stops_in_that_step_and_the_last
         line = the_line(ended, "expected finite numbers")
         assert line.startswith(f"g/{CELL}: step {step}: the loss is "), line
         assert len(ended.calls) == len(lines(folder)) == step - 1  # the optimizer did not take the bad gradient
-        last = max(behind for behind in (0, 2, 3, 4, 6) if behind < step)
+        last = max(after for after in (0, 2, 3, 4, 6) if after < step)
         state = folder / "g" / CELL / "checkpoint" / "state.json"
         assert (json.loads(state.read_text())["step"] if state.is_file() else 0) == last
         failed = entries(folder)[-1]
@@ -397,11 +397,11 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_validation_that_is_not_finite_fails_the_run_behind_its_step(tmp_path, trained, value):
+def test_a_validation_that_is_not_finite_fails_the_run_after_its_step(tmp_path, trained, value):
     """Bug: the record could not be written as JSON, which ended the run as bad input, with exit code 2."""
     folder = stand(tmp_path)
-    ended = ends(TRAIN, folder, poison, "validation", 3, value)  # of the untrained model, behind steps 2 and 4
-    assert the_line(ended, "expected finite numbers").startswith(f"g/{CELL}: behind step 4: "), ended.err
+    ended = ends(TRAIN, folder, poison, "validation", 3, value)  # of the untrained model, after steps 2 and 4
+    assert the_line(ended, "expected finite numbers").startswith(f"g/{CELL}: after step 4: "), ended.err
     assert entries(folder)[-1]["state"] == "failed"
     finishes(TRAIN, folder)
     assert_as_never_stopped(folder, trained)
@@ -447,7 +447,7 @@ def signalled(module: str, name: str, at: int, how: signal.Signals) -> Calls:
 MOMENTS = {  # a function, which of its calls, and how many steps are done in all where it ends
     "while the first model loads": ("training.cell", "load_model", 1, 0),
     "in the validation of the untrained model": ("training.cell", "validation_loss", 1, 0),
-    "in a step behind a checkpoint": ("training.cell", "training_step", 4, 4),
+    "in a step after a checkpoint": ("training.cell", "training_step", 4, 4),
     "in the last validation of a cell": ("training.cell", "validation_loss", 3, 4),
     "while a cell is forecast": ("forecasting.evaluate", "forecast", 1, 4),
     "between two cells": ("training.cell", "load_model", 3, 4),
@@ -458,7 +458,7 @@ MOMENTS = {  # a function, which of its calls, and how many steps are done in al
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_ctrl_c_and_sigterm_end_after_the_current_step_with_a_checkpoint_and_exit_130(tmp_path, whole, moment):
-    """Bug: asked for in the last step of a cell, or in the validation behind it, the stop was forgotten."""
+    """Bug: asked for in the last step of a cell, or in the validation after it, the stop was forgotten."""
     module, name, at, steps = MOMENTS[moment]
     how = (signal.SIGINT, signal.SIGTERM)[list(MOMENTS).index(moment) % 2]
     folder = stand(tmp_path)

@@ -102,7 +102,7 @@ def test_two_variables_are_told_apart_and_a_step_has_as_many_as_it_should() -> N
         assert not accepts(grammar, text)
 
 
-def test_shortest_numbers_end_on_a_zero_only_behind_the_point() -> None:
+def test_shortest_numbers_end_on_a_zero_only_after_the_point() -> None:
     grammar = Grammar(Codec(3, shortest=True), 1, 2)
     for text in ("1.0;", "10.5;", "0.001;", "0.101;", "1.05;"):
         assert accepts(grammar, text)

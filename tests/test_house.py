@@ -61,7 +61,7 @@ def dotted(node: ast.AST) -> str:
 
 
 def at_import(nodes: list[ast.stmt]) -> Iterator[ast.AST]:
-    """Every node that runs when the module is imported: not what stands in functions, nor behind `__main__`."""
+    """Every node that runs when the module is imported: not what stands in functions, nor after `__main__`."""
     for node in nodes:
         if isinstance(node, ast.If) and "__main__" in ast.dump(node.test):
             continue

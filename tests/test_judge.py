@@ -20,7 +20,7 @@ def task() -> Task:
 
 
 def forecasts(task: Task, systems: list[int], values=None, samples=None) -> Forecasts:
-    """Forecasts of 20 points behind 80; the truth unless `values` are given."""
+    """Forecasts of 20 points after 80; the truth unless `values` are given."""
     chosen = task.dataset.series[systems].astype(np.float64)
     truth = chosen[:, 80:]
     losses = [np.arange(200.0) + i for i in range(len(systems))]

@@ -286,7 +286,7 @@ def test_an_index_of_nothing_is_named(folder):
 
 
 class Trap:
-    """Unpickling this would leave a file behind."""
+    """Unpickling this would leave a file after."""
 
     def __init__(self, path: Path):
         self.path = str(path)

@@ -538,7 +538,7 @@ def test_the_logit_bias_is_a_separate_tensor_saved_and_loaded_apart(tmp_path, ra
     torch.testing.assert_close(logits(loaded), before + bias.detach(), atol=1e-6, rtol=0)
     # PEFT reads the rest of the folder
     PeftModel.from_pretrained(reference()[1], tmp_path / "adapter")
-    # and saving a model that has none leaves no stale one behind
+    # and saving a model that has none leaves no stale one after
     save_adapter(trained(add_lora(random_model(), 3, seed=0)), tmp_path / "adapter")
     assert load_adapter(random_model(), tmp_path / "adapter").logit_bias is None
 

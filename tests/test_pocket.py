@@ -68,7 +68,7 @@ def test_logits_equal_those_of_transformers(model):
 
 
 def test_greedy_forecasts_keep_the_format_and_the_range(model, tokenizer):
-    """Twenty steps behind 80, positions 800 to 1000. How good they are is not tested: the toy's forecasts of a sine are
+    """Twenty steps after 80, positions 800 to 1000. How good they are is not tested: the toy's forecasts of a sine are
     no better than its last value."""
     t = np.arange(80)[:, None]
     values = 2.5 + 1.8 * np.sin(2 * np.pi * t / 23 + [[0.3, 1.7]])

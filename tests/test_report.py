@@ -405,7 +405,7 @@ def changed(made, tmp_path_factory) -> Built:
 
 @pytest.mark.parametrize("number", range(len(CHANGES)), ids=[file for file, _ in CHANGES])
 def test_the_page_shows_what_a_record_says(made, changed, number):
-    """The exact number stands behind the rounded one in the page, or in what is asked to be drawn."""
+    """The exact number stands after the rounded one in the page, or in what is asked to be drawn."""
     now, before = ("".join([built.html, *(call for _, call in built.calls)]) for built in (changed, made))
     new = re.compile(rf"\b{marker(number)}\b".replace(".", "\\."))
     assert new.search(now) and not new.search(before)

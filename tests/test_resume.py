@@ -49,7 +49,7 @@ BEGUN = {
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: nothing of the run's own is done behind it."""
+    """Stands for SIGKILL: nothing of the run's own is done after it."""
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def contents(out: Path) -> dict[str, bytes]:
 
 
 def stops(monkeypatch, step: int, how: str) -> None:
-    """Stop the cell once, behind a step: as Ctrl-C does, which leaves a checkpoint, or as a kill."""
+    """Stop the cell once, after a step: as Ctrl-C does, which leaves a checkpoint, or as a kill."""
     true, done = train._State.train, []
 
     def stopping(self, *arguments):
@@ -137,16 +137,16 @@ def test_a_run_with_dropout_stopped_at_10_points_of_3_epochs_44_in_all_ends_in_t
         stops(patch, step, how)
         with pytest.raises(Killed if how == "kill" else KeyboardInterrupt):
             train_cell(settings)
-    behind = step if how == "interrupt" else (step - 1) // 2 * 2
+    after = step if how == "interrupt" else (step - 1) // 2 * 2
     state = Path("run", CELL, "checkpoint", "state.json")
-    assert (json.loads(state.read_text())["step"] if state.is_file() else 0) == behind
+    assert (json.loads(state.read_text())["step"] if state.is_file() else 0) == after
     torch.manual_seed(999)  # as another process has it
     train_cell(settings)
     assert contents(Path("run")) == expected
     with Ledger("ledger.sqlite") as ledger:
         row = ledger.latest("run", CELL.name)
     assert {**row, "wasted": 0, "total": 0} == {**settled, "total": 0}
-    assert row["wasted"] == row["training"] // STEPS * (step - behind)
+    assert row["wasted"] == row["training"] // STEPS * (step - after)
 
 
 def test_three_epochs_are_three_orders_and_a_step_straddles_two(data):
@@ -174,7 +174,7 @@ def test_what_a_step_draws_depends_on_the_seed_the_step_and_the_rank_alone(monke
     assert torch.rand(1).item() not in drawn
 
 
-# The rest is of a run that is stopped behind its second step, and of one that is finished; each test has copies.
+# The rest is of a run that is stopped after its second step, and of one that is finished; each test has copies.
 
 
 @pytest.fixture(scope="module")

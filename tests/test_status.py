@@ -184,10 +184,10 @@ def test_the_folder_of_a_process_of_another_machine_is_told_by_its_own_word(plac
     assert ends(GRID, place, signalled, "training.cell", "training_step", 2, 2).code == 130
     Owner(1, "elsewhere", "", ("untrained", "cells/lr0.001-r2"), 0).write(Path("g"))
     assert states()["lr0.001-r2"] == "running"
-    assert status(Path("g")).at_work == ["process 1 on elsewhere, by its own word"]
+    assert status(Path("g")).at_work == ["process 1 on elsewhere, unverified (another host)"]
 
 
-def test_who_holds_a_folder_is_written_while_it_is_held_and_gone_behind_that(tmp_path):
+def test_who_holds_a_folder_is_written_while_it_is_held_and_gone_after_that(tmp_path):
     with claimed(tmp_path) as claim:
         claim.begins(["a", "b"], 7)
         owner = owner_of(tmp_path)

@@ -169,7 +169,7 @@ def stages(protocol: str, draft: int | None = None) -> list[Stage]:
 
     Args:
         protocol: "fung", "liu" or "rai".
-        draft: a key of `DRAFTS[protocol]`; the last unless told.
+        draft: a key of `DRAFTS[protocol]`; the last by default.
 
     Raises:
         ValueError: there is no such report or draft.
@@ -203,8 +203,8 @@ def _rows(
     by_report, truly = (flops | {"total": sum(flops.values())} for flops in (reproduced, exact))
     for part in PARTS:
         if part in claimed or ("total" not in claimed and part != "total" and truly.get(part)):
-            told = int(claimed[part]) if part in claimed else None
-            yield Stage(stage, part, label, told, by_report.get(part) or None, truly.get(part) or None, note)
+            said = int(claimed[part]) if part in claimed else None
+            yield Stage(stage, part, label, said, by_report.get(part) or None, truly.get(part) or None, note)
 
 
 FUNG_TOKENS = 12  # of a step with 3 decimals; without trailing zeros a series has 1159 to 1275 in all (counted)
@@ -262,7 +262,7 @@ def _fung(draft: int) -> Iterator[Stage]:
 
 
 def _liu() -> Iterator[Stage]:
-    """Liu, sections 6 and 8: training alone; behind each run 100 tokens are forecast of ten series."""
+    """Liu, sections 6 and 8: training alone; after each run 100 tokens are forecast of ten series."""
     table: list[tuple[Name, str, list[Run], float, int]] = [  # with the power of ten, and the series forecast
         ("default", "Trial experiment", [Run(500, 512, 4)], 15.38, 10),
         ("grid", "Hyperparameter tuning", [Run(1000, 512, rank) for rank in (2, 4, 8) for _ in range(3)], 16.64, 10),
@@ -292,7 +292,7 @@ RAI_NEW = 520  # that a forecast is charged as: forwards over the prompt's 499 t
 
 
 def _rai(draft: int) -> Iterator[Stage]:
-    """Rai, tables 2, 3 and 6: a validation behind each run, forecasts of one series and at the end of eleven."""
+    """Rai, tables 2, 3 and 6: a validation after each run, forecasts of one series and at the end of eleven."""
 
     def run(steps: int, context: int, rank: int) -> Run:
         return Run(steps, context, rank, validations=1, series=200, tokens=RAI_TOKENS)

@@ -9,7 +9,7 @@ from experiments.task.constrain import Constrained, Drafted
 
 
 def constraint(job: dict[str, Any], rows: int, vocabulary: int, measure: bool = False) -> Constrained:
-    """Only series may follow, without an end: a prompt ends behind a step."""
+    """Only series may follow, without an end: a prompt ends after a step."""
     return Constrained(grammar(job), job["symbol_ids"], vocabulary, rows, 2**30, job["device"], measure)
 
 

@@ -114,7 +114,8 @@ def _tokens(case: Case, results: Sequence[list[list[int]]], gaps: Gaps | None) -
         where = f"token {len(before) + 1} of row {row} is {mine} and {theirs}"
         problem = f"the greedy tokens differ: {where}, with logits up to {widest:.1e} apart"
         raise _differ(case, problem, "the same from both sides, but for ties")
-    return f"{total} tokens equal, but for {len({p[0] for p in partings})} rows behind a tie (within {widest:.0e})"
+    rows = len({p[0] for p in partings})
+    return f"{total} tokens equal, but for {rows} rows that diverge at a tie (within {widest:.0e})"
 
 
 def _apart(case: Case, what: str, ours: str, peer: str, tolerance: float) -> float:

@@ -51,7 +51,7 @@ def decode(
     symbols: int = 0,
     forwards: int = 0,
 ) -> Work:
-    """The tokens behind the first of `new`, which is the prefill's: every forward reads all weights and the cache.
+    """The tokens after the first of `new`, which is the prefill's: every forward reads all weights and the cache.
 
     Args:
         kept, computed: the types of the weights, and of the keys and values.

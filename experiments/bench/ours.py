@@ -67,7 +67,7 @@ class Side:
         return torch.stack(tokens, 1)
 
     def counted(self, prompts: Tensor, job: dict[str, Any]) -> Callable[[bool], None]:
-        """The fastest forward of one token behind the prompts, to be run with or without a meter around it."""
+        """The fastest forward of one token after the prompts, to be run with or without a meter around it."""
         read, token = prefill(self.model, prompts, 1), prompts[:, -1:]
         symbols = torch.tensor(job["symbol_ids"], device=job["device"])
 

@@ -131,11 +131,11 @@ class _Ticks(BaseStreamer):
     """Told the prompt first, then each token: the time between the first two is the prefill's."""
 
     def __init__(self, tick: Callable[[], None]):
-        self.told, self.tick = 0, tick
+        self.seen, self.tick = 0, tick
 
     def put(self, value: Tensor) -> None:
-        self.told += 1
-        if self.told == 2:
+        self.seen += 1
+        if self.seen == 2:
             self.tick()
 
     def end(self) -> None:

@@ -80,7 +80,7 @@ def bench(options: Options, folder: Path, say: Callable[[str], None] = lambda li
 
     Args:
         folder: where to.
-        say: told in a line what starts.
+        say: takes a line that says what starts.
 
     Returns:
         What `bench.json` holds.

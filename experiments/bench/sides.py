@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from qwen_min.fast.product import product
 
-STEPS = 2  # that are timed, behind one that warms up and is compared
+STEPS = 2  # that are timed, after one that warms up and is compared
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def _evaluate(job: dict[str, Any], open_side: Callable[..., Any]) -> dict[str, A
 
 
 def _generate(job: dict[str, Any], open_side: Callable[..., Any]) -> dict[str, Any]:
-    """Greedy tokens behind prompts. `seconds` are those of decoding, from the first token to the last."""
+    """Greedy tokens after prompts. `seconds` are those of decoding, from the first token to the last."""
     side, prompts, new = open_side(job), _ids(job), job["new"]
     side.generate(prompts[:, -20:], 3, job["how"], job, lambda: None)  # warms up
     at: list[float] = []
@@ -145,7 +145,7 @@ def _count(job: dict[str, Any], open_side: Callable[..., Any]) -> dict[str, Any]
 
 
 def _gaps(job: dict[str, Any], open_side: Callable[..., Any]) -> dict[str, Any]:
-    """How far apart the logits of two tokens are, behind each text; the two are `pairs`."""
+    """How far apart the logits of two tokens are, after each text; the two are `pairs`."""
     side, gaps = open_side(job), []
     for text, (a, b) in zip(job["ids"], job["pairs"], strict=True):
         last = side.logits(torch.tensor([text], device=job["device"]))[0, -1]

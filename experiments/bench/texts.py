@@ -1,4 +1,4 @@
-"""Real tokens for every case: validation series as text, one behind the other where a window is longer than one."""
+"""Real tokens for every case: validation series as text, one after the other where a window is longer than one."""
 
 from itertools import chain
 from pathlib import Path

@@ -23,7 +23,7 @@ from experiments.run_folder.files import write_bytes
 Floats = NDArray[np.float64]
 Style = dict[str, Any]
 
-# Okabe and Ito (2008), told apart under every common colour blindness; their yellow, too pale for a line, is a grey.
+# Okabe and Ito (2008), distinct under every common colour blindness; their yellow, too pale for a line, is a grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#000000")
 DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (7, 2)), (0, (3, 1, 1, 1, 1, 1)))
 MARKERS = "os^DvxP*"

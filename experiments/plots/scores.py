@@ -93,7 +93,7 @@ def token_loss(
     """Draw the loss of each token of one true horizon; faint lines part its steps.
 
     `nats` (n,); `step_of` (n,), the step of the horizon that a token belongs to; `texts`, of n: digits and
-    the separators "," ";" "." are told apart."""
+    the separators "," ";" "." are distinguished."""
     losses = shaped(nats, "nats", (None,))
     steps = shaped(step_of, "step_of", losses.shape)
     if len(texts) != len(losses):

@@ -101,7 +101,7 @@ def preprocessing(study: Study) -> Section:
         columns += [Column(f"{name}_{unit}", f"{name}, {unit}") for unit in ("raw", "scaled") for name in names]
         rows = [[p, *a, *b] for p, (a, b) in enumerate(zip(raw, scaled, strict=True), 1)]
         points = one.count("points")
-        caption = f"Example {i}: the first {points} points of system {system}, before and behind the scale."
+        caption = f"Example {i}: the first {points} points of system {system}, before and after scaling."
         tokens = [[at, *token] for at, token in enumerate(zip(ids, pieces, strict=True), 1)]
         said = f"Example {i}: its token ids and their text."
         blocks += [

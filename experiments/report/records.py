@@ -110,7 +110,7 @@ class Records:
 
     def csv(self, name: str, /, **columns: str) -> list[Row]:
         """The rows of a CSV file, the named columns as "text", "number" or "count", a whole number. An empty cell
-        is None in a "number or nothing"; with a "?" behind, the file may lack the column, which is then None.
+        is None in a "number or nothing"; with a "?" after, the file may lack the column, which is then None.
         Other columns stay text."""
         head, rows = self._once(name, files.read_csv)
         for column, kind in columns.items():

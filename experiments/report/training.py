@@ -25,7 +25,7 @@ from experiments.report.study import STAGES, Run, Study
 
 EXPLODES, VANISHES = 100.0, 1e-3
 RULE = (
-    "Rule: the median of the last tenth of the recorded norms beside that of the first tenth behind step 1, where "
+    "Rule: the median of the last tenth of the recorded norms beside that of the first tenth after step 1, where "
     f"B is zero, and so is A's gradient. More than {EXPLODES:g} times as large, or not finite: it explodes; less than "
     f"{VANISHES:g} of it: it vanishes."
 )
@@ -117,7 +117,7 @@ def gradients(study: Study) -> Section:
 
 
 def verdict(norms: Floats) -> tuple[float | None, float | None, str]:
-    """Median of the first and of the last tenth of the norms (n,) behind step 1, and what `RULE` says of them.
+    """Median of the first and of the last tenth of the norms (n,) after step 1, and what `RULE` says of them.
 
     "explodes", "vanishes", or "" for neither; a median of norms that are not finite is None."""
     tenth = max(1, len(norms) // 10)
@@ -146,8 +146,8 @@ def _gradients(study: Study, run: Run) -> list[Block]:
             raise ValueError(f"{row.where}: names other matrices than the first line: expected {len(names)}")
     # null stands for a norm that is not finite, of which JSON knows none
     norms = {name: np.array([row.number_or_none(name) for row in rows], np.float64) for name in names}
-    behind = steps > 1 if (steps > 1).any() else steps > 0
-    found = {name: verdict(values[behind]) for name, values in norms.items()}
+    after = steps > 1 if (steps > 1).any() else steps > 0
+    found = {name: verdict(values[after]) for name, values in norms.items()}
     flagged = [name for name, (_, _, what) in found.items() if what]
     label, title = study.label, f"Gradient norm of every A and B, {run.title}"
     figure = Figure(

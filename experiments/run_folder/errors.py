@@ -1,7 +1,7 @@
 """What ends a run with an exit code of its own; apart, so that the command line need not import the training."""
 
 FAILURE = "failure.json"
-"""In a run's folder: why it failed, and behind which step. Gone once the run is started again."""
+"""In a run's folder: why it failed, and after which step. Gone once the run is started again."""
 
 LONGEST_LINE = 480
 

@@ -83,7 +83,7 @@ def status(out: Path) -> Status:
     return Status(
         str(out),
         [run.row(run.folder in current) for run in runs.values()],
-        [f"{owner}{'' if owner.alive else ', by its own word'}" for owner in held.values()],
+        [f"{owner}{'' if owner.alive else ', unverified (another host)'}" for owner in held.values()],
         max(known) if known and len(known) == len(times) else None,
     )
 

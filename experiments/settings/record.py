@@ -1,4 +1,4 @@
-"""What a run is told: one frozen record, from defaults, a TOML file and the command line, in that order."""
+"""A run's settings: one frozen record, from defaults, a TOML file and the command line, in that order."""
 
 import dataclasses
 import math
@@ -202,7 +202,7 @@ class Settings:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Products run in float32 on a CPU, which is slow at anything else, and on a GPU in bfloat16 unless told."""
+        """Products run in float32 on a CPU, which is slow at anything else, and on a GPU in bfloat16 by default."""
         return torch.float32 if self.device == "cpu" or self.dtype == "float32" else torch.bfloat16
 
     @property

@@ -169,7 +169,7 @@ def runs_of(settings: Settings, stage: str, best: Best | None = None) -> list[Ru
 
 
 def carried(settings: Settings, out: Path, stage: str) -> Best:
-    """What goes forward to `stage` ("context", "final"): the lowest validation loss per real token, or what is told.
+    """What goes forward to `stage` ("context", "final"): the lowest validation loss per real token, or as set.
 
     Raises:
         ValueError: a run that has to be compared is not there.

@@ -12,9 +12,9 @@ from qwen_min import Tokenizer
 
 
 class Constrained:
-    """A `generate.Constraint`: each row follows the grammar for `steps` steps, and is free behind them.
+    """A `generate.Constraint`: each row follows the grammar for `steps` steps, and is free after them.
 
-    Rows start where a step does: prompts end behind a ";".
+    Rows start where a step does: prompts end after a ";".
 
     Args:
         grammar: of the text.
@@ -151,7 +151,7 @@ class Drafted:
 
     @classmethod
     def for_tokenizer(cls, tokenizer: Tokenizer, grammar: Grammar, text: str, nodes: int) -> "Drafted":
-        """Behind a prompt's text, for a tokenizer as in `Constrained.for_tokenizer`."""
+        """After a prompt's text, for a tokenizer as in `Constrained.for_tokenizer`."""
         return cls(SeriesDraft(grammar, text), symbol_tokens(tokenizer, grammar), nodes)
 
     def guess(self) -> list[tuple[int, int]]:

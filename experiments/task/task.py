@@ -112,7 +112,7 @@ class Task:
         return self.dataset.series[system].astype(np.float64) / self.alphas[system]
 
     def text(self, system: int, points: int | None = None) -> str:
-        """The LLMTIME text of the first `points` steps of a series (all unless told)."""
+        """The LLMTIME text of the first `points` steps of a series (all by default)."""
         return self.codec.encode(self.scaled(system)[:points])
 
     def tokens(self, system: int, points: int | None = None) -> list[int]:
@@ -127,7 +127,7 @@ class Task:
 
     @cached_property
     def train_windows(self) -> Windows:
-        """Windows of the training part; they overlap by half unless told."""
+        """Windows of the training part; they overlap by half by default."""
         return self._windows(self.split.train, self.settings.stride)
 
     @cached_property

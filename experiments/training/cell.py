@@ -205,9 +205,7 @@ class _State:
         self._spend(ledger, entry, "validation", meter.total)
         if not all(map(math.isfinite, losses.values())):
             found = ", ".join(f"{name} is {loss:g}" for name, loss in losses.items())
-            raise RunFailed(
-                f"behind step {self.step}: {found}: expected finite numbers; a lower learning rate may help"
-            )
+            raise RunFailed(f"after step {self.step}: {found}: expected finite numbers; a lower learning rate may help")
         self.validated_at = self.step
         return {"step": self.step} | losses | self.flops
 

@@ -62,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
     for name, text in (
         ("baseline", "a study's first stage: the untrained model, validated and judged"),
         ("default", "a study's second stage: the run with the protocol's default learning rate and rank"),
-        ("context", "a study's fourth stage, behind the grid: the best cell at several contexts"),
+        ("context", "a study's fourth stage, after the grid: the best cell at several contexts"),
         ("final", "a study's last stage: the best cell and context, trained longest, judged on the test part too"),
     ):
         _study_flags(verb(name, text))
@@ -207,7 +207,7 @@ def _settings(p: argparse.ArgumentParser, *groups: str) -> None:
     if "data" in groups or not groups:
         add("--data", help="an HDF5 file with /trajectories (systems, points, variables); rebuilt by its law if absent")
     if "data" in groups:
-        add("--decimals", type=int, help="digits behind the point (2)")
+        add("--decimals", type=int, help="digits after the point (2)")
         add("--alpha", type=float, help="series are divided by this (maximum of the training part / 9.99)")
     if "train" in groups:
         add("--steps", type=int, help="training steps of a cell (120)")

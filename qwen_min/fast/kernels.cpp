@@ -40,7 +40,7 @@ static inline floats load(const float* from) {
     return values;
 }
 
-static inline floats widened(const uint16_t* from, int64_t count = WIDTH) {  // zeros behind `count`
+static inline floats widened(const uint16_t* from, int64_t count = WIDTH) {  // zeros after `count`
     halves bits = {};
     if (count >= WIDTH)
         memcpy(&bits, from, sizeof bits);  // one instruction, as its size is known

@@ -39,10 +39,10 @@ def load(name: str) -> Protocol:
     path = FOLDER / f"{name}.toml"
     tables: dict[str, Any] = read_toml(path)
     try:
-        told = tables.get("settings", {})
-        if not isinstance(told, dict):
-            raise ValueError(f"settings is {told!r:.200}: expected a table")
-        settings = Settings().updated({"protocol": name} | told)
+        given = tables.get("settings", {})
+        if not isinstance(given, dict):
+            raise ValueError(f"settings is {given!r:.200}: expected a table")
+        settings = Settings().updated({"protocol": name} | given)
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from None
     return Protocol(name, settings, path.read_text(encoding="utf-8"))
