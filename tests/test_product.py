@@ -1,8 +1,13 @@
 """The compiled product with bfloat16 weights against float64, and what holds where it cannot be compiled."""
 
+import ctypes
+import os
 import platform
 import shutil
 import stat
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,6 +77,58 @@ def test_it_serves_float32_tokens_by_whole_bfloat16_weights_alone():
     assert product.by_kernel(torch.randn(2, 20).bfloat16(), weight, None) is None
     assert product.by_kernel(torch.randn(2, 10), weight[:, ::2], None) is None
     assert product.by_kernel(torch.randn(2, 20, device="meta"), weight, None) is None
+    assert product.by_kernel(torch.randn(2, 20), weight.to("meta"), None) is None
+
+
+@needs_compiler
+@pytest.mark.parametrize(("inputs", "biases"), [(10, (6,)), (30, (6,)), (20, (5,)), (20, (1, 6)), (20, ())])
+def test_shapes_that_do_not_fit_are_left_to_torch(inputs, biases):
+    """Bug: the kernel read and wrote beyond its memory, and the process was aborted."""
+    x, weight, bias = torch.randn(12, inputs), torch.randn(6, 20).bfloat16(), torch.randn(biases)
+    assert product.by_kernel(x, weight, bias) is None
+    if len(biases) == 1:
+        with pytest.raises(RuntimeError):
+            product.product(x, weight, bias)
+
+
+@needs_compiler
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("tokens", [5, 37])
+def test_a_number_that_is_not_finite_stays_in_its_token_and_its_output(tokens, value):
+    x, weight = torch.randn(tokens, 21), torch.randn(35, 21).bfloat16()
+    x[2, 20] = weight[3, 20] = value
+    expected = x @ weight.float().T
+    for w in (weight, weight.T.contiguous().T):
+        torch.testing.assert_close(product.by_kernel(x, w, None), expected, atol=1e-5, rtol=0, equal_nan=True)
+    assert expected.isfinite().sum() == (tokens - 1) * 34
+
+
+SANITISED = """
+import ctypes, itertools, sys
+product, memory = ctypes.CDLL(sys.argv[1]).linear_bfloat16, ctypes.CDLL(None)
+memory.calloc.restype = ctypes.c_void_p
+for tokens, inputs, outputs, transposed in itertools.product((1, 3, 19, 33), (1, 17, 31, 1025), (0, 1, 17, 65), (0, 1)):
+    sizes = 4 * tokens * inputs, 2 * inputs * outputs, 4 * outputs, 4 * tokens * outputs
+    blocks = [ctypes.c_void_p(memory.calloc(size, 1)) for size in sizes]
+    product(*blocks, *map(ctypes.c_int64, (tokens, inputs, outputs)), transposed)
+    for block in blocks:
+        memory.free(block)
+"""
+
+
+@needs_compiler
+def test_no_byte_beyond_its_tensors_is_read_or_written(tmp_path):
+    """As the sanitisers of addresses and of undefined behaviour see it, in a process of its own."""
+    library, flags = tmp_path / "kernels.so", ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    built = subprocess.run(["c++", *product.FLAGS, *flags, product.SOURCE, "-o", library], capture_output=True)
+    names = ("libasan.so", "libubsan.so")
+    runtimes = [subprocess.run(["c++", f"-print-file-name={n}"], capture_output=True, text=True).stdout for n in names]
+    if built.returncode or not all(os.path.isabs(path) for path in runtimes):
+        pytest.skip("no address and undefined sanitiser for this compiler")
+    environment = os.environ | {"LD_PRELOAD": " ".join(runtimes).replace("\n", ""), "ASAN_OPTIONS": "detect_leaks=0"}
+    command = [sys.executable, "-c", SANITISED, str(library)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @needs_compiler
@@ -110,3 +167,74 @@ def test_without_it_torch_gives_the_same_product(why, fresh, monkeypatch, tmp_pa
     assert not product.available() and product.by_kernel(x, weight, bias) is None
     torch.testing.assert_close(product.product(x, weight, bias), x @ weight.float().T + bias.float())
     assert not fresh.is_dir() or not list(fresh.iterdir())
+
+
+@pytest.fixture
+def copied(monkeypatch, tmp_path, request):
+    """A compiler that takes no time: it copies what the real one made."""
+    built = product._compiled(shutil.which("c++"))
+    request.getfixturevalue("fresh")
+    compiler = tmp_path / "c++"
+    compiler.write_text(f'#!/bin/sh\nfor out; do :; done; cp {built} "$out"; cat > {tmp_path / "read"}\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+
+
+def put(path: Path, data: bytes) -> None:
+    path.unlink()  # this process may have mapped the old one
+    path.write_bytes(data)
+    path.chmod(0o700)
+
+
+def of_another_user(path: Path) -> None:
+    os.chown(path, 12345, -1) if os.getuid() == 0 else pytest.skip("only root can give a file away")
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("damage", "served"),
+    [
+        (lambda path: put(path, b""), True),
+        (lambda path: put(path, path.read_bytes()[:20_000]), True),  # loading it was the end, by SIGBUS
+        (lambda path: put(path, b"\x7fELF" + path.read_bytes()[4:-1]), True),
+        (lambda path: path.chmod(0o777), True),
+        (of_another_user, True),
+        (lambda path: path.parent.chmod(0o777), False),
+        (lambda path: of_another_user(path.parent), False),
+    ],
+    ids=["empty", "a part", "a byte less", "others may write", "another's", "in an open folder", "in another's"],
+)
+def test_what_others_can_write_or_is_not_whole_is_never_loaded(damage, served, copied, fresh, monkeypatch):
+    """It is compiled anew, or where others could put something in its place, torch's product serves."""
+    loaded, true, umask = [], ctypes.CDLL, os.umask(0)
+    monkeypatch.setattr(product.ctypes, "CDLL", lambda path: (loaded.append(os.stat(path)), true(path))[1])
+    try:
+        assert product.available()
+        (library,) = fresh.iterdir()
+        assert [stat.S_IMODE(path.stat().st_mode) for path in (fresh, library)] == [0o700, 0o700]
+        product._kernel.cache_clear()
+        damage(library)
+        assert product.available() == served
+    finally:
+        os.umask(umask)
+    assert len(loaded) == 1 + served
+    assert not served or (loaded[0].st_ino != loaded[1].st_ino and loaded[0].st_size == loaded[1].st_size)
+
+
+@needs_compiler
+@pytest.mark.parametrize("home", ["~/.cache/torch/hub", "hub"])
+def test_without_a_home_nothing_is_made_where_the_user_stands(home, copied, fresh, monkeypatch, tmp_path):
+    """Bug: a folder named ~ in the working folder, or the one of an empty TORCH_HOME, and what lay there was loaded."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: home)
+    assert not product.available() and not list(Path().iterdir())
+
+
+@needs_compiler
+def test_a_compiler_reads_nothing_of_what_is_piped_in(copied, tmp_path):
+    """Bug: a wrapper that reads took the prompt of `generate`, or waited for the terminal."""
+    code = "from qwen_min.fast import product; import sys; print(product.available(), sys.stdin.read())"
+    environment = os.environ | {"TORCH_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], input="piped", env=environment, capture_output=True, text=True)
+    assert done.stdout == "True piped\n" and (tmp_path / "read").read_bytes() == b""

@@ -47,7 +47,8 @@ def lines(settings: Settings) -> Iterator[str]:
     yield (
         "ok  the kernel for bfloat16 weights is compiled"
         if product.available()
-        else "--  no kernel for bfloat16 weights: generation is slower; a C++ compiler (c++) would make it"
+        else "--  no kernel for bfloat16 weights: generation is slower; a C++ compiler (c++) and a cache folder in a "
+        "home in which nobody else may write would make it"
     )
     yield from _model(settings)
     yield from _data(settings)

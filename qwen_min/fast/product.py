@@ -6,6 +6,7 @@ weight and multiplies: the same to rounding.
 
 import ctypes
 import hashlib
+import os
 import platform
 import shutil
 import subprocess
@@ -53,8 +54,10 @@ def by_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     outputs, inputs = weight.shape
     transposed = not weight.is_contiguous()
     if not (
-        x.is_cpu
+        all(tensor.is_cpu for tensor in (x, weight, bias) if tensor is not None)
         and x.numel()
+        and x.shape[-1:] == (inputs,)  # torch says what is wrong; the kernel would write beyond its memory
+        and (bias is None or bias.shape == (outputs,))
         and x.dtype == torch.float32
         and weight.dtype == torch.bfloat16
         and (weight.T if transposed else weight).is_contiguous()
@@ -93,21 +96,41 @@ def _compiled(compiler: str) -> Path:
     """The library of this source, compiler and processor, from torch's cache of the user's home.
 
     Compiled without torch's extension loader: that imports setuptools, wants ninja, and takes longer to find a
-    finished library than all else that loading a model does.
+    finished library than all else that loading a model does. Its digest stands at its end, which no loader reads.
+
+    Raises:
+        OSError, SubprocessError: it cannot be compiled, or there is no folder in which nobody else may write.
     """
     processor = platform.machine() + _processor()
     key = hashlib.sha256("\0".join((SOURCE.read_text(), *FLAGS, compiler, processor)).encode()).hexdigest()[:16]
     folder = Path(torch.hub.get_dir()).parent / "qwen_min"
     library = folder / f"kernels-{key}.so"
-    if not library.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
+    if not folder.is_absolute():  # without a home: it would be made wherever the user stands
+        raise OSError(f"{folder}: expected a cache in a home folder")
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not _private(folder):
+        raise PermissionError(f"{folder}: expected a folder of this user, in which nobody else may write")
+    if not (library.is_file() and _private(library) and _whole(library.read_bytes())):
         with tempfile.TemporaryDirectory(dir=folder) as beside:  # renamed when whole: another process may do the same
-            new = Path(beside) / library.name
-            subprocess.run(
-                [compiler, *FLAGS, str(SOURCE), "-o", str(new)], check=True, capture_output=True, timeout=120
-            )
+            new, silent = Path(beside) / library.name, subprocess.DEVNULL  # a compiler may read what is piped to us
+            command = [compiler, *FLAGS, str(SOURCE), "-o", str(new)]
+            subprocess.run(command, check=True, stdin=silent, stdout=silent, stderr=silent, timeout=120)
+            data = new.read_bytes()
+            new.write_bytes(data + hashlib.sha256(data).digest())
+            new.chmod(0o700)
             new.replace(library)
     return library
+
+
+def _private(path: Path) -> bool:
+    """Whether nobody but this user, and root, can write there: what is in a library runs as the user who loads it."""
+    held = path.stat()
+    return held.st_uid in (0, os.getuid()) and not held.st_mode & 0o022
+
+
+def _whole(data: bytes) -> bool:
+    """Whether a library ends in its digest: to load a part of one, as a power cut leaves it, is the end by SIGBUS."""
+    return data[-32:] == hashlib.sha256(data[:-32]).digest()
 
 
 def _processor() -> str:
