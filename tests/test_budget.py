@@ -388,7 +388,7 @@ class Polls(threading.Thread):
         with Ledger(self.path, self.budget) as ledger:
             over = False
             while not over:
-                over = self.done.wait(0.005)  # and then looks once more: at what the last debit left
+                over = self.done.wait(0.005)  # it looks once more after that: the last debit may be new
                 totals = ledger.totals()
                 self.highest = max(self.highest, totals["spent"] + totals["reserved"])
                 self.looks += 1

@@ -127,7 +127,7 @@ def started(data: Path, out: str, step: int = 0, how: int = 0) -> int:
 
 def test_a_run_killed_and_one_interrupted_resume_to_the_bytes_of_one_never_stopped(data):
     assert started(data, "whole") == 0
-    assert started(data, "stopped", 8, signal.SIGKILL) == -signal.SIGKILL  # its checkpoint is after step 5
+    assert started(data, "stopped", 8, signal.SIGKILL) == -signal.SIGKILL  # its last checkpoint is of step 5
     assert started(data, "stopped", 7, signal.SIGINT) == 130
     assert not Path("stopped/cells/lr0.005-r2/result.json").exists()
     assert started(data, "stopped") == 0

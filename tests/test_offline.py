@@ -132,7 +132,7 @@ def test_each_of_the_verbs_runs_offline_without_a_socket_and_keeps_the_token_to_
 ):
     for name, value in network_guard.in_children(tmp_path / "site", attempts).items():
         monkeypatch.setenv(name, value)
-    first = ["grid"] * (verb in ABOUT_THE_GRID)  # which does nothing again
+    first = ["grid"] * (verb in ABOUT_THE_GRID)  # a finished one is left as it is
     codes = [run.main(small(one, monkeypatch)) for one in (*first, verb)]
     printed = capfd.readouterr()
     assert not any(codes), printed.err

@@ -175,12 +175,13 @@ class Session:
     def calibrate(self) -> None:
         """Measure the machine's rates once more."""
         self.say("calibration: matrix products, reads")
+        on_cpu, quick = self.options.device == "cpu", self.options.quick
         sizes = {
             "hidden": self.config.hidden_size,
             "feed_forward": self.config.intermediate_size,
-            "columns": 2**10 if self.options.quick else 2**13,  # of 2^15 rows of float32: 128 MB or 1 GB
-            "square": 2**11 if self.options.device == "cpu" else 2**13,  # that fills the device
-            "tokens": 2**9 if self.options.device == "cpu" else 2**13,
+            "columns": 2**10 if quick else 2**13,  # of 2^15 rows of float32: 128 MB or 1 GB
+            "square": (2**10 if quick else 2**11) if on_cpu else 2**13,  # that fills the device
+            "tokens": 2**9 if on_cpu else 2**13,
         }
         self.calibrations.append(fresh(self.common | sizes | {"job": "calibrate", "who": "ours"}, "calibration"))
 

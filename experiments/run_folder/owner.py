@@ -100,7 +100,7 @@ def claimed(out: Path, wait: float = 0.0) -> Iterator[Claim]:
                 if (who := _who(out)) or not more:
                     who = who or "another process"
                     raise ValueError(f"{out}: {who} is at work in it: expected a folder of its own") from None
-                wait = 0.05  # its name is written right behind the lock, and goes right before it
+                wait = 0.05  # its name is written just after the lock is taken, and goes just before that is free
     try:
         yield Claim(out)
     finally:
