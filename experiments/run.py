@@ -5,15 +5,17 @@ not finite, no memory, a disk that is full or cannot be written; 130 interrupted
 """
 
 import argparse
+import io
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +40,19 @@ def _gather(args: argparse.Namespace):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    first = not parallel.rank()  # of the processes that torchrun started: it speaks for all
+    _open_streams()
+    try:
+        first = not parallel.rank()  # of the processes that torchrun started: it speaks for all
+    except ValueError as e:
+        _say(str(e))
+        return 2
     if not first:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     args = parser().parse_args(argv)
     # Threads that wait should sleep: spinning, which is OpenMP's default, two busy processes on two cores made each
-    # other ten times slower (889 for 10,380 tokens/s, pocket model). Read when torch is imported, below.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # other ten times slower (889 for 10,380 tokens/s, pocket model). Read when torch is imported, below. In small
+    # letters: OpenMP reads it by the locale, and where Turkish is spoken I is no capital i.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Imported behind the parser: --help and a mistyped flag need no torch.
     from experiments import files
     from experiments.budget import BudgetExceeded
@@ -52,13 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     trains = args.verb in parallel.VERBS and not ({"dry_run", "merge"} & vars(args).keys())
     try:
+        _check_text(sys.argv[1:] if argv is None else argv, args)
         with _terminable(), parallel.joined(args.verb, trains) as args.group, args.group.together():
             _VERBS[args.verb](args)
         sys.stdout.flush()
         return 0
     except KeyboardInterrupt as e:
         if first:
-            print(str(e) or "interrupted; the same command goes on where it stopped", file=sys.stderr)
+            _say(str(e) or "interrupted; the same command goes on where it stopped")
         return 130
     except BrokenPipeError:  # the reader of stdout has gone, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -66,20 +75,48 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, RunFailed) as e:
         if getattr(args, "debug", False):
             raise
+        named = files.unwritable(e.filename or "a file", e) if isinstance(e, OSError) and e.errno else e
         if first:
-            line = files.unwritable(e.filename or "a file", e) if isinstance(e, OSError) and e.errno else str(e)
-            print(one_line(line), file=sys.stderr)
-        return 3 if isinstance(e, BudgetExceeded) else 4 if isinstance(e, (RunFailed, OSError)) else 2
+            _say(one_line(str(named)))
+        return 3 if isinstance(e, BudgetExceeded) else 4 if isinstance(named, (RunFailed, OSError)) else 2
     except (RuntimeError, MemoryError) as e:
         lost, full = parallel.lost(e), _out_of_memory(e)
         if getattr(args, "debug", False) or not (lost or full):
             raise
         if lost and first:
-            print("another process of the group has ended: expected all to run to the end", file=sys.stderr)
+            _say("another process of the group has ended: expected all to run to the end")
         elif full:  # on one rank, perhaps: the others see that it has ended
             said = " ".join(str(e).split())[:200] or "none is left"
-            print(f"{args.verb}: not enough memory ({said}): expected {_SMALLER}", file=sys.stderr)
+            _say(f"{args.verb}: not enough memory ({said}): expected {_SMALLER}")
         return 4
+
+
+def _open_streams() -> None:
+    """Put /dev/null in the place of a standard stream that is closed, and print what it lacks a letter for escaped.
+
+    A file that is opened next would take the number of a closed one, and get what libraries print.
+    """
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _say(line: str) -> None:
+    """Print to stderr, which may be as full as what the line is about: the exit code says the same."""
+    with suppress(OSError):
+        print(line, file=sys.stderr)
+
+
+def _check_text(argv: Sequence[str], args: argparse.Namespace) -> None:
+    """Raise ValueError for an argument that could not be written into a run's records, or is no path."""
+    for text in argv:
+        if any(0xD800 <= ord(c) < 0xE000 for c in text):  # what Python makes of a byte that it cannot decode
+            raise ValueError(f"{text!a} on the command line: expected text in {sys.getfilesystemencoding()}")
+    for name in ("out", "adapter", "ledger", "config", "data", "model", "run"):  # "" is the folder that one stands in
+        if vars(args).get(name) == "":
+            raise ValueError(f"{name} is empty: expected a path")
 
 
 _SMALLER = "smaller --batch-size, --context, --rank or --forecast-series, --dtype bfloat16, or a machine with more"
@@ -144,7 +181,8 @@ def _stages(args, stages: Sequence[str]) -> None:
         progress.close()
     if args.group.rank:
         return
-    print(report.build(out) if stages[-1] == "final" else f"{out}; its page: python -m experiments.run report {out}")
+    again = f"{out}; its page: python -m experiments.run report {shlex.quote(str(out))}"
+    print(report.build(out) if stages[-1] == "final" else again)
 
 
 def _price(settings, stages: Sequence[str], as_json: bool) -> None:
@@ -237,7 +275,7 @@ def _run_cells(args, settings, out: Path) -> list[dict[str, Any]]:
     finally:
         report.close()
     if hasattr(args, "shard"):
-        print(f"shard {shard} of the grid in {out}; when all have run: grid --merge --out {out}")
+        print(f"shard {shard} of the grid in {out}; when all have run: grid --merge --out {shlex.quote(str(out))}")
         return []
     return args.group.first(write_results, settings, out) or []
 
@@ -287,12 +325,14 @@ def _product_rate(settings) -> float:
 
 
 def _evaluate(args) -> None:
-    from experiments import evaluate, judge, naive
+    from experiments import evaluate, files, judge, naive
     from experiments.budget import Ledger
     from experiments.train import validation_loss
     from qwen_min import FlopMeter
 
     settings, adapter = _gather(args), getattr(args, "adapter", None)
+    if hasattr(args, "out"):
+        files.check_own(Path(args.out) / "evaluation", judge.TABLES)
     if args.part not in ("validation", "test"):
         raise ValueError(f"--part is {args.part!r}: expected validation or test")
     task, model = evaluate.prepare(settings, adapter)
@@ -329,14 +369,16 @@ def _evaluate(args) -> None:
 
 
 def _forecast(args) -> None:
-    from experiments import evaluate, naive, scores
+    from experiments import evaluate, files, naive, scores
     from experiments.budget import Ledger
 
     settings, draft = _gather(args), args.draft
+    path = Path(getattr(args, "out", f"forecast-{args.system}.png"))
+    files.check_file(path)
     evaluate.check_draft(settings, draft)
     task, model = evaluate.prepare(settings, getattr(args, "adapter", None))
     task.check([args.system])
-    adapter, path = getattr(args, "adapter", None), Path(getattr(args, "out", f"forecast-{args.system}.png"))
+    adapter = getattr(args, "adapter", None)
     with Ledger(getattr(args, "ledger", LEDGER), settings.budget) as ledger:
         rank, bias = evaluate.rank_of(model), model.logit_bias is not None
         expected = evaluate.predicted(task, model.config, [args.system], rank, bias, draft)
