@@ -14,18 +14,25 @@ from importlib import import_module
 from experiments.training import parallel
 from experiments.training.signals import terminable
 from experiments.verbs.arguments import PATHS, parser
+from experiments.verbs.terminal import check_text, open_streams, say
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    first = not parallel.rank()  # of the processes that torchrun started: it speaks for all
+    open_streams()
+    try:
+        first = not parallel.rank()  # of the processes that torchrun started: it speaks for all
+    except ValueError as e:
+        say(str(e))
+        return 2
     if not first:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     args = parser().parse_args(argv)
     for name in PATHS & vars(args).keys():  # a shell expands the ~ of "--out ~/x", not that of "--out=~/x"
         setattr(args, name, os.path.expanduser(getattr(args, name)))
     # Threads that wait should sleep: spinning, which is OpenMP's default, two busy processes on two cores made each
-    # other ten times slower (889 for 10,380 tokens/s, pocket model). Read when torch is imported, below.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # other ten times slower (889 for 10,380 tokens/s, pocket model). Read when torch is imported, below. In small
+    # letters: OpenMP reads it by the locale, and where Turkish is spoken I is no capital i.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Imported after the parser: --help and a mistyped flag need no torch.
     from experiments.accounting.ledger import BudgetExceeded
     from experiments.run_folder import files
@@ -33,13 +40,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     trains = args.verb in parallel.VERBS and not ({"dry_run", "merge"} & vars(args).keys())
     try:
+        check_text(sys.argv[1:] if argv is None else argv, args)
         with terminable(), _ways(args), parallel.joined(args.verb, trains) as args.group, args.group.together():
             _run(args)
         sys.stdout.flush()
         return 0
     except KeyboardInterrupt as e:
         if first:
-            print(str(e) or "interrupted; the same command goes on where it stopped", file=sys.stderr)
+            say(str(e) or "interrupted; the same command goes on where it stopped")
         return 130
     except BrokenPipeError:  # the reader of stdout has gone, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -47,19 +55,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, RunFailed) as e:
         if getattr(args, "debug", False):
             raise
+        named = files.unwritable(e.filename or "a file", e) if isinstance(e, OSError) and e.errno else e
         if first:
-            line = files.unwritable(e.filename or "a file", e) if isinstance(e, OSError) and e.errno else str(e)
-            print(one_line(line), file=sys.stderr)
-        return 3 if isinstance(e, BudgetExceeded) else 4 if isinstance(e, (RunFailed, OSError)) else 2
+            say(one_line(str(named)))
+        return 3 if isinstance(e, BudgetExceeded) else 4 if isinstance(named, (RunFailed, OSError)) else 2
     except (RuntimeError, MemoryError) as e:
         lost, full = parallel.lost(e), _out_of_memory(e)
         if getattr(args, "debug", False) or not (lost or full):
             raise
         if lost and first:
-            print("another process of the group has ended: expected all to run to the end", file=sys.stderr)
+            say("another process of the group has ended: expected all to run to the end")
         elif full:  # on one rank, perhaps: the others see that it has ended
             said = " ".join(str(e).split())[:200] or "none is left"
-            print(f"{args.verb}: not enough memory ({said}): expected {_SMALLER}", file=sys.stderr)
+            say(f"{args.verb}: not enough memory ({said}): expected {_SMALLER}")
         return 4
 
 

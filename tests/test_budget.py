@@ -519,6 +519,13 @@ def _with_a_header_of_zeros(path):
     path.write_bytes(bytes(100) + path.read_bytes()[100:])
 
 
+def _with_a_name_that_is_no_text(path):
+    with Ledger(path) as ledger:
+        ledger.settle(ledger.reserve("run", "cell", WHOLE))
+    with edited(path) as database:
+        database.execute("UPDATE entries SET run = x'6100'")
+
+
 def _with_text_that_is_no_utf8(path):
     with Ledger(path) as ledger:
         ledger.settle(ledger.reserve("run", "cell", WHOLE))
@@ -534,6 +541,7 @@ def _with_text_that_is_no_utf8(path):
         (_truncated, "damaged"),
         (_with_a_header_of_zeros, "damaged"),
         (_with_text_that_is_no_utf8, "damaged"),
+        (_with_a_name_that_is_no_text, "damaged"),
         (_without_a_table, "damaged"),
         (_with_a_float, "damaged"),
         (_other_program, "another program's"),
@@ -553,10 +561,43 @@ def test_a_file_that_is_no_ledger_is_named_in_one_line_and_left_as_it_is(path, d
         assert path.read_bytes() == before
 
 
-def test_a_folder_is_no_ledger_and_none_is_made_in_a_folder_that_is_missing(tmp_path):
-    for path in (tmp_path, tmp_path / "none" / "ledger.sqlite"):
-        with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: is a folder or in none: expected a file"):
+def test_a_folder_or_a_device_is_no_ledger_and_none_is_made_in_a_folder_that_is_missing(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "none" / "ledger.sqlite", tmp_path / "pipe", Path("/dev/null")):
+        with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: is no file, or in no folder: expected a file"):
             Ledger(path)
+
+
+def test_a_ledger_named_as_sqlites_memory_is_a_file(tmp_path, monkeypatch):
+    """Bug: with --ledger :memory: nothing was recorded, and no budget held."""
+    monkeypatch.chdir(tmp_path)
+    with Ledger(":memory:") as ledger:
+        ledger.settle(ledger.reserve("run", "cell", WHOLE))
+    with Ledger(":memory:") as ledger:
+        assert len(ledger.entries()) == 1
+
+
+@pytest.mark.parametrize("change", ["removed", "moved", "replaced"])
+def test_a_ledger_that_is_not_at_its_place_any_more_takes_no_debit(path, change):
+    """Bug: SQLite went on with the file that it had open, and a whole grid was in no ledger."""
+    with pytest.raises(OSError, match=f"^{path}: was moved or replaced while in use: expected"), Ledger(path) as ledger:
+        entry = ledger.reserve("run", "cell", WHOLE)
+        path.rename(path.with_name("moved")) if change == "moved" else path.unlink()
+        if change == "replaced":
+            path.touch()
+        ledger.spend(entry, "training", 1)
+
+
+def test_a_cell_that_is_settled_at_other_flops_than_its_record_has_is_refused(path):
+    with Ledger(path) as ledger:
+        entry = ledger.reserve("run", "cell", WHOLE)
+        ledger.spend(entry, "training", 7)
+        ledger.settle(entry)
+        ledger.settle_finished("run", "cell", {"training": 7})
+        with pytest.raises(
+            ValueError, match=r"run/cell is settled at \{'training': 7, .*\}: expected \{'training': 8, "
+        ):
+            ledger.settle_finished("run", "cell", {"training": 8})
 
 
 def budget_verb(path, capsys):

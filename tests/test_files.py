@@ -233,6 +233,33 @@ def test_a_folder_does_not_take_the_place_of_a_file(tmp_path):
     assert _content(tmp_path) == {"checkpoint": "mine"}
 
 
+def test_a_folder_that_is_a_link_is_replaced_where_it_is(tmp_path):
+    """Bug: the link was replaced, stayed aside as .checkpoint.old, and no later run could remove it."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run").mkdir()
+    path = tmp_path / "run" / "checkpoint"
+    path.symlink_to(tmp_path / "elsewhere")
+    (tmp_path / ".elsewhere.old").symlink_to(tmp_path)
+    assert files.recover_folder(path)
+    for text in ("old", "new"):
+        _save(path, text)
+        assert path.is_symlink() and _content(tmp_path / "elsewhere")["weights"] == text
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["checkpoint", "deep", "elsewhere", "run", "step", "weights"]
+
+
+def test_a_path_that_no_file_can_have_is_bad_input_and_no_fault_of_the_machine(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "pipe")
+    before = sorted(tmp_path.iterdir())
+    for name in ("file/x", "loop/x", "x" * 300, "pipe", "."):
+        for write in (files.write_json, files.append_jsonl)[: 1 if name == "pipe" else 2]:
+            with pytest.raises(ValueError, match="expected another path") as caught:
+                write(tmp_path / name, {})
+            assert str(caught.value).startswith(f"{tmp_path / name}: ")
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_leftovers_of_killed_writers_are_removed_and_nothing_else(tmp_path):
     (tmp_path / "cells").mkdir()
     for name in ("cells/.result.json.123.tmp", "cells/result.json", "notes.tmp", ".hidden"):

@@ -90,7 +90,13 @@ def process(number: int, argv: list[str], environment: dict[str, str], folder: s
 class Processes:
     """Several processes in one folder: of one group, each with its rank, unless told `apart`."""
 
-    def __init__(self, *argvs: list[str], apart: bool = False, fault: Callable | None = None):
+    def __init__(
+        self,
+        *argvs: list[str],
+        apart: bool = False,
+        fault: Callable | None = None,
+        environment: dict[str, str] | None = None,
+    ):
         # The rendezvous of torchrun: it holds the store, on a port that the system chose.
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         world = {
@@ -100,8 +106,8 @@ class Processes:
         }
         self.running = []
         for number, argv in enumerate(argvs):
-            environment = {} if apart else world | {"RANK": str(number), "LOCAL_RANK": str(number)}
-            arguments = number, argv, environment, os.getcwd(), fault
+            own = {} if apart else world | {"RANK": str(number), "LOCAL_RANK": str(number)} | (environment or {})
+            arguments = number, argv, own, os.getcwd(), fault
             self.running.append(SERVER.Process(target=process, args=arguments))
             self.running[-1].start()
 
@@ -276,18 +282,65 @@ def test_what_ends_one_process_ends_all_with_one_line_and_the_exit_code_of_one(p
         assert not (CELL / "result.json").exists()
 
 
-def dies(number: int) -> None:
-    def killed(self, *batch, **options):
-        os.kill(os.getpid(), signal.SIGKILL)
+def killed(victim: int, where: str, call: int, number: int) -> None:
+    """Let one process die in a call of one of the model's methods."""
+    true, calls = getattr(Qwen, where), []
 
-    if number == 1:
-        Qwen.loss = killed
+    def dies(*args, **options):
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return true(*args, **options)
+
+    if number == victim:
+        setattr(Qwen, where, dies)
 
 
-def test_a_process_that_is_killed_leaves_none_waiting(place):
-    ended = torchrun(TRAIN, dies)
-    assert ended.codes == [4, -signal.SIGKILL]
-    assert "another process of the group has ended" in last_line(ended)
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize(("where", "call"), [("loss", 1), ("loss", 4), ("token_losses", 1), ("from_pretrained", 1)])
+def test_a_process_that_is_killed_leaves_none_waiting(place, victim, where, call):
+    """In the first step, a later one, a validation, and before any; the second is silent, as torchrun speaks then."""
+    ended = torchrun(TRAIN, partial(killed, victim, where, call))
+    assert ended.codes == ([4, -signal.SIGKILL] if victim else [-signal.SIGKILL, 4])
+    assert "Traceback" not in ended.err[1 - victim]
+    assert not victim or "another process of the group has ended" in last_line(ended)
+
+
+def announced(number: int) -> None:
+    """Say that the group is waited for; the others never come."""
+    true = torch.distributed.init_process_group
+
+    def begins(*args, **options):
+        Path("waits").touch()
+        true(*args, **options)
+
+    torch.distributed.init_process_group = begins
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_a_process_whose_group_never_comes_ends_by_a_signal(place, monkeypatch, how):
+    """Bug: it saw none, and waited for a day."""
+    alone = Processes(TRAIN, environment={"WORLD_SIZE": "2"}, fault=announced)
+    until = time.monotonic() + 60
+    while not Path("waits").exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    os.kill(alone.running[0].pid, how)
+    assert alone.end().codes == [-how] and not Path("t").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        *[("RANK", value, "0 to 1") for value in ("a", "2", "-1", "", "1.0", "٣")],
+        *[("WORLD_SIZE", value, "1 to 1048576") for value in ("two", "0", "-2", "9" * 12)],
+    ],
+)
+def test_numbers_that_torchrun_never_sets_are_refused_in_one_line(name, value, expected, monkeypatch, capsys):
+    world = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"} | {name: value}
+    for variable, text in world.items():
+        monkeypatch.setenv(variable, text)
+    line = refused(capsys, TRAIN)
+    assert line == f"{name} is {value!r}: expected a whole number from {expected}, as torchrun sets it\n"
 
 
 def test_a_study_carries_its_best_cell_forward_in_every_process(place):

@@ -174,10 +174,20 @@ def test_written_weights_are_bfloat16_and_hold_the_tied_head_once(tiny, tmp_path
 def test_a_loss_that_is_not_finite_stops_in_one_line_and_leaves_the_old_folder(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(pocket, "LEARNING_RATE", 1e30)
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old").touch()
+    (tmp_path / "out" / "README.md").touch()
     with pytest.raises(ValueError, match=r"^pretrain-pocket: the loss of step \d+ is (nan|inf); expected it finite$"):
         pocket.pretrain(tmp_path / "out", steps=20, progress=lambda _: None)
-    assert [p.name for p in tmp_path.rglob("*")] == ["out", "old"]
+    assert [p.name for p in tmp_path.rglob("*")] == ["out", "README.md"]
+
+
+def test_a_folder_of_other_files_is_not_replaced(tiny, tmp_path):
+    """Bug: `pretrain-pocket --out documents` deleted the documents."""
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="holds 'thesis.tex', which would be lost: expected a folder of its own"):
+        pocket.pretrain(tmp_path, steps=1)
+    with pytest.raises(ValueError, match="thesis.tex: expected a folder, got a file"):
+        pocket.pretrain(tmp_path / "thesis.tex", steps=1)
+    assert [p.name for p in tmp_path.rglob("*")] == ["thesis.tex"]
 
 
 @pytest.mark.parametrize(("steps", "seed"), [(0, 0), (1, -1), (1, 2**32)])

@@ -309,6 +309,39 @@ def test_a_text_of_a_record_is_shown_and_never_run(study):
     assert "&lt;script&gt;alert(1)&lt;/script&gt; | a &amp; b" in html
 
 
+HOSTILE = "<script>a</script> \"'`x`| \x1b[2J\n\n# H\n- [a](javascript:b) ![i](http://c/d.png) $x$"
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("manifest.json", change_json("label", HOSTILE)),
+        ("manifest.json", change_json("commands/final", HOSTILE)),
+        ("manifest.json", change_json("versions/torch", HOSTILE)),
+        ("preprocessing.json", change_json("examples/0/text", HOSTILE)),
+        ("preprocessing.json", change_json("examples/0/names", [HOSTILE, "b"])),
+        ("results.csv", change_csv("name", HOSTILE, name="lr5e-05-r4")),
+        ("final/evaluation/evaluation.json", change_json("sampling", HOSTILE)),
+        ("final/evaluation/systems.csv", change_csv("class", HOSTILE, unique_id=17)),
+        ("accounting.json", change_json("mistakes", [HOSTILE])),
+    ],
+)
+def test_a_text_of_a_record_makes_no_element_no_link_no_heading_and_no_control(file, change, study):
+    """Bug: a label and a command went into report.md as they were."""
+    change(study / file)
+    page, text = build(study).page, (study / "report.md").read_text()
+    assert not {"script", "b"} & {tag for tag, _ in page.elements} and len(page.all("img")) == page_images(study)
+    assert all(link["href"].startswith(("#", "tables/")) for link in page.all("a"))
+    assert "\x1b" not in text + (study / "report.html").read_text()
+    for line in text.split("\n"):
+        if not line.startswith("    "):  # of code
+            assert "<script" not in line and not re.search(r"^# H|(?<!\\)\]\((javascript|http)", line), line
+
+
+def page_images(study: Path) -> int:
+    return len(list((study / "figures").iterdir()))
+
+
 # Every number from a record
 
 
@@ -621,6 +654,7 @@ BROKEN: list[tuple[str, Change, str]] = [
     ("results.csv", lambda p: p.write_bytes(b""), "expected a first line that names each column once"),
     ("results.csv", change_csv("rank", "many", name="lr5e-05-r4"), "line 7: rank is 'many': expected a whole number"),
     ("results.csv", change_csv("stage", "warm-up", name="final"), "expected a name, and a stage of"),
+    ("study.json", change_json("stages/0/stage", "warm-up"), "a stage is 'warm-up': expected one of baseline"),
     ("flops.csv", change_text("share_of_budget", "share"), "has no column share_of_budget"),
     ("flops.csv", change_csv("stage", "whole", stage="all", part="total"), "0 rows of all, total: expected one"),
     ("final/metrics.jsonl", Path.unlink, "cannot be read"),

@@ -82,12 +82,15 @@ class Ledger:
             raise ValueError("a budget is at least 1 FLOP, got 0")
         self._owner: dict[str, Any] = {"pid": os.getpid(), "started": start_marker(os.getpid())}
         self._held: set[int] = set()
-        if self.path.is_dir() or not self.path.parent.is_dir():
-            raise ValueError(f"{self.path}: is a folder or in none: expected a file, or a place for one")
+        if (self.path.exists() and not self.path.is_file()) or not self.path.parent.is_dir():
+            raise ValueError(f"{self.path}: is no file, or in no folder: expected a file, or a place for one")
+        self._place = self.path.absolute()  # with its folder: the name ":memory:" alone is none of a file
+        self._file: tuple[int, int] | None = None  # what is open: its device and number
         with self._errors():
-            self._database = sqlite3.connect(self.path, timeout=_PATIENCE, isolation_level=None)
+            self._database = sqlite3.connect(self._place, timeout=_PATIENCE, isolation_level=None)
             try:
                 self._prepare()
+                self._file = self._stands_at_its_place()
             except BaseException:
                 self._database.close()
                 raise
@@ -170,10 +173,13 @@ class Ledger:
     def settle_finished(self, run: str, cell: str, spent: Mapping[str, int]) -> None:
         """Settle a cell whose result says that it is finished and what it `spent`, if it is not settled yet.
 
-        For a process that was killed after it wrote the result; a cell unknown to the ledger is left."""
+        For a process that was killed after it wrote the result; a cell unknown to the ledger is left. Raises ValueError
+        for one that is settled at something else."""
         row = self.latest(run, cell)
         if row and row["state"] != "settled":
             self.settle(self.reserve(run, cell, spent, done=spent))
+        elif row and (held := {stage: row[stage] for stage in STAGES}) != _by_stage(spent):
+            raise ValueError(f"{self.path}: {run}/{cell} is settled at {held}: expected {_by_stage(spent)}, its record")
 
     def interrupt(self, entry: int) -> None:
         """The cell was stopped: what was spent stays spent, the rest of the reservation is released."""
@@ -287,6 +293,8 @@ class Ledger:
                 self._database.execute("UPDATE entries SET state = 'interrupted' WHERE id = ?", (number,))
         entries: dict[int, _Entry] = {}
         for number, run, cell, state, pid, stage, *amounts in self._database.execute(_SELECT):
+            if not (isinstance(run, str) and isinstance(cell, str)):
+                raise sqlite3.DatabaseError(f"the name of entry {number} is no text")
             entry = entries.setdefault(number, _Entry(number, run, cell, state, pid))
             entry.predicted[stage], entry.spent[stage], entry.wasted[stage] = amounts
         return list(entries.values())
@@ -341,8 +349,20 @@ class Ledger:
                     self._database.execute("ROLLBACK")
                 raise
 
+    def _stands_at_its_place(self) -> tuple[int, int]:
+        """The device and number of the file at the ledger's path."""
+        held = self._place.stat()
+        return held.st_dev, held.st_ino
+
     @contextmanager
     def _errors(self) -> Iterator[None]:
+        try:
+            if self._file and self._file != self._stands_at_its_place():
+                raise FileNotFoundError
+        except FileNotFoundError:  # SQLite would debit what is open, which nobody finds again
+            raise OSError(
+                f"{self.path}: was moved or replaced while in use: expected it to stay in its place"
+            ) from None
         try:
             yield
         except sqlite3.ProgrammingError:  # a ledger that is closed: no fault of the file

@@ -19,6 +19,10 @@ from experiments.task.task import Task
 
 Parts = Mapping[str, list[int]]
 Row = dict[str, Any]
+TABLES = (
+    *("evaluation.json", "forecasts.csv", "history.csv", "scores.csv", "systems.csv", "systems_scaled.csv"),
+    *("horizon.csv", "tokens.csv"),
+)
 BANDS = (("coverage50", "width50", 0.25, 0.75), ("coverage80", "width80", 0.1, 0.9))
 
 

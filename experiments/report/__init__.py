@@ -136,12 +136,16 @@ def _environment() -> Environment:
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=lambda name: name is not None and name.endswith(".html.jinja"),
         undefined=StrictUndefined,
+        finalize=lambda value: value.translate(_CONTROLS) if isinstance(value, str) else value,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
     environment.filters["inline"] = inline
     environment.filters["cell"] = escaped
+    environment.filters["code"] = lambda text: (
+        escaped(text) if set(text) & set("`|") or not text.isprintable() else f"`{text}`"
+    )
     environment.tests["text"] = lambda part: isinstance(part, str)
     return environment
 
@@ -151,8 +155,9 @@ def inline(parts: Inline) -> str:
     return "".join(part if isinstance(part, str) else part.shown for part in parts)
 
 
-_ESCAPES: dict[str, str | int | None] = {c: f"\\{c}" for c in "\\`*_[]|"}
+_ESCAPES: dict[str, str | int | None] = {c: f"\\{c}" for c in "\\`*_[]|#~$"}
 _ESCAPES |= {"<": "&lt;", "&": "&amp;", "\n": "↵", "\r": ""}
+_CONTROLS = dict.fromkeys(c for c in range(32) if chr(c) not in "\n\t")  # which a page may not hold, nor a terminal get
 
 
 def escaped(text: str) -> str:

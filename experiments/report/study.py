@@ -173,4 +173,8 @@ class Study:
         stages = [(row["stage"], folder) for folder, row in rows.items()]
         if self.plan:  # a run that two stages share has one row, and is of both
             stages = [(one.text("stage"), one.text("folder")) for one in self.plan.objects("stages")]
+            if unknown := next((stage for stage, _ in stages if stage not in STAGES), None):
+                raise ValueError(
+                    f"{self.root / 'study.json'}: a stage is {unknown!r:.60}: expected one of {', '.join(STAGES)}"
+                )
         return [Run(stage, rows[folder]) for stage, folder in dict.fromkeys(stages) if folder in rows]

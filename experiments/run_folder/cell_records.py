@@ -99,6 +99,7 @@ def read_result(folder: RunFolder) -> dict[str, Any]:
     _check(f"{path}", result, _RESULT)
     for name in ("flops", "predicted_flops"):
         _check(f"{path}: {name}", result[name], _FLOPS)
+    _check(f"{path}", {"adapter_sha256": {}} | result, {"adapter_sha256": dict})
     metrics = read_metrics(folder.metrics)
     if not metrics or "validation_loss" not in metrics[-1]:
         raise ValueError(f"{folder.metrics}: ends without a validation: expected all of a finished run")
@@ -112,11 +113,13 @@ def read_result(folder: RunFolder) -> dict[str, Any]:
     return result
 
 
-def read_state(path: Path, steps: int) -> dict[str, Any]:
-    """The `state.json` of a checkpoint of a run of `steps` steps; ValueError where it is not as a run writes it."""
+def read_state(path: Path, steps: int, cell: str) -> dict[str, Any]:
+    """The `state.json` of a checkpoint of a cell of `steps` steps; ValueError where it is not as a run writes it."""
     state = files.read_json(path)
     _check(f"{path}", state, _STATE)
     _check(f"{path}: flops", state["flops"], _FLOPS)
+    if (found := state.get("cell", cell)) != cell:
+        raise ValueError(f"{path}: cell is {found!r:.60}: expected {cell!r}, in whose folder it is")
     for name, least, most in (("step", 1, steps), ("validated_at", -1, state["step"])):
         if not least <= state[name] <= most:
             raise ValueError(f"{path}: {name} is {state[name]}: expected {least} to {most}")

@@ -14,35 +14,49 @@ import os
 import re
 import shutil
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 
-def unwritable(path: str | Path, error: OSError) -> str:
-    """Return the one line about a write that failed: the machine is at fault, not the input."""
+def unwritable(path: str | Path, error: OSError) -> OSError | ValueError:
+    """Return a failed write as one line: the machine is at fault, or (ValueError) a path that no file can have."""
+    said = f"{path}: cannot be written ({error.strerror or error}): expected"
+    if error.errno in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP):
+        return ValueError(f"{said} another path")
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    expected = "free space on its disk" if full else "a place on a sound disk that this process may write"
-    return f"{path}: cannot be written ({error.strerror or error}): expected {expected}"
+    return OSError(
+        f"{said} {'free space on its disk' if full else 'a place on a sound disk that this process may write'}"
+    )
 
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Name `path` and the reason in one line, in an OSError from inside that does not yet."""
+    """Name `path` and the reason in one line, in an OSError from inside that does not yet (see `unwritable`)."""
     try:
         yield
     except OSError as error:
         if error.errno is None:
             raise
-        raise OSError(unwritable(path, error)) from error
+        raise unwritable(path, error) from error
+
+
+def check_file(path: str | Path) -> None:
+    """Raise ValueError for what no file can take the place of: a folder, or a device, as /dev/null."""
+    path = Path(path)
+    with writing(path):
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{path}: is there, and is no file: expected another path")
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
     """Write `data` to `path` atomically, making the folders above it; a failure leaves no temporary.
 
-    Raises OSError with one line that names the path, as every function here that writes."""
+    Raises OSError with one line that names the path, as every function here that writes, or ValueError (`unwritable`).
+    """
     path = Path(path)
+    check_file(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -178,12 +192,11 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     steps aside to `.NAME.old` for the moment between two renames; after a kill in that moment
     `recover_folder` puts it back. Call that before reading `path`."""
     path = Path(path)
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"{path}: expected a folder, got a file")
+    _check_folder(path)
     recover_folder(path)
-    new, old = _beside(path)
+    real, new, old = _beside(path)
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        real.parent.mkdir(parents=True, exist_ok=True)
         try:
             new.mkdir()
             yield new
@@ -191,10 +204,10 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
                 for name in names:
                     _fsync(Path(folder, name))
                 _fsync(Path(folder))
-            if path.exists():
-                os.rename(path, old)
-            os.rename(new, path)
-            _fsync(path.parent)
+            if real.exists():
+                os.rename(real, old)
+            os.rename(new, real)
+            _fsync(real.parent)
         except BaseException:
             with suppress(OSError):  # the first failure is the one to report; a later call can recover
                 recover_folder(path)
@@ -202,16 +215,32 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def _check_folder(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path}: expected a folder, got a file")
+
+
+def check_own(path: str | Path, names: Collection[str]) -> None:
+    """Raise ValueError if a folder that is to be replaced holds anything but what has these names, or is a file."""
+    path = Path(path)
+    _check_folder(path)
+    other = sorted(p.name for p in path.iterdir() if p.name not in names) if path.is_dir() else []
+    if other:
+        raise ValueError(f"{path}: holds {other[0]!r}, which would be lost: expected a folder of its own")
+
+
 def recover_folder(path: str | Path) -> bool:
     """Undo an `atomic_folder(path)` that was killed half-way; return whether there is a folder at `path`."""
     path = Path(path)
-    new, old = _beside(path)
+    real, new, old = _beside(path)
     with writing(path):
-        if old.exists() and not path.exists():  # killed between the two renames: the previous folder is whole
-            os.rename(old, path)
-            _fsync(path.parent)
+        if old.exists() and not real.exists():  # killed between the two renames: the previous folder is whole
+            os.rename(old, real)
+            _fsync(real.parent)
         for leftover in (new, old):
-            if leftover.exists():
+            if leftover.is_symlink():
+                leftover.unlink()
+            elif leftover.exists():
                 shutil.rmtree(leftover)
     return path.is_dir()
 
@@ -224,8 +253,10 @@ def remove_leftovers(folder: str | Path) -> None:
                 leftover.unlink()
 
 
-def _beside(path: Path) -> tuple[Path, Path]:
-    return path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
+def _beside(path: Path) -> tuple[Path, Path, Path]:
+    """The folder itself, where `path` is a link to it, and its two siblings."""
+    real = path.resolve() if path.is_symlink() else path
+    return real, real.with_name(f".{real.name}.new"), real.with_name(f".{real.name}.old")
 
 
 def _fsync(path: Path) -> None:

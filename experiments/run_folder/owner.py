@@ -16,6 +16,11 @@ import filelock
 from experiments.run_folder import files
 
 NAME = ".owner"
+RECORDS = (
+    *("config.toml", "protocol.toml", "plan.json", "study.json", "preprocessing.json", "results.csv", "results.md"),
+    *("flops.csv", "accounting.csv", "accounting.json", "report.html", "report.md"),
+)
+"""What a run writes into its folder, besides manifest.json: where neither that nor a lock is, it is somebody else's."""
 NAMELESS = 200  # tries for a lock whose holder has no name, of a twentieth of a second
 
 
@@ -86,6 +91,9 @@ def claimed(out: Path, wait: float = 0.0) -> Iterator[Claim]:
     """Hold a run's folder for this process; a second one is refused, after `wait` seconds, by the name of the first."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: is a file: expected a folder for the run")
+    if not any((out / name).exists() for name in (".lock", "manifest.json")):
+        for path in (out / name for name in RECORDS if (out / name).exists()):
+            raise ValueError(f"{path}: is not of a run, which would write over it: expected another --out")
     lock = filelock.FileLock(out / ".lock")
     with files.writing(lock.lock_file):
         out.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 RUN/results.md  figures/*.png, of which the page has the same   (the run folder is described in `study.py`)
 """
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -80,8 +81,11 @@ def markdown(settings: Settings, results: Sequence[dict[str, Any]], out: Path) -
         "",
         "Forecasts of the best cell:",
         "",
-        f"    python -m experiments.run evaluate --config {out / 'config.toml'} "
-        f"--adapter {out / 'cells' / best['cell'] / 'adapter'}",
+        "    "
+        + shlex.join(
+            ["python", "-m", "experiments.run", "evaluate", "--config", str(out / "config.toml")]
+            + ["--adapter", str(out / "cells" / best["cell"] / "adapter")]
+        ),
         "",
     ]
     return "\n".join(lines)

@@ -118,7 +118,7 @@ def _require_room(ledger: Ledger, name: str, out: Path, planned: Sequence[Planne
         if not one.judged(out):
             needed += sum(one.forecasts.values())
     left = ledger.totals()["left"]
-    if needed > left:
+    if needed > max(0, left):  # where nothing is left to do, a budget that was lowered since is no reason
         raise BudgetExceeded(ledger.path, name, needed, left, ledger.budget)
 
 

@@ -104,6 +104,7 @@ def run_cell(
         if cell.rank:
             with files.atomic_folder(folder.adapter) as adapter:
                 save_adapter(model, adapter, base=settings.model)
+            summary["adapter_sha256"] = {p.name: files.file_digest(p) for p in sorted(folder.adapter.iterdir())}
         files.write_json(folder.result, summary)
         ledger.settle(entry)
         return summary
@@ -158,6 +159,12 @@ def _finished(task: Task, cell: Cell, folder: RunFolder, ledger: Ledger, run: st
                 f"{folder.result}: {name} is {summary[name]!r}, now {wanted!r}: expected the run that was asked for; "
                 "delete its folder to run it again, or choose another --out"
             )
+    for name, recorded in summary.get("adapter_sha256", {}).items():
+        if (found := files.file_digest(folder.adapter / name)) != recorded:
+            raise ValueError(
+                f"{folder.adapter / name}: its sha256 is {found}, recorded in {folder.result.name} {recorded!r:.66}: "
+                "expected it as it was written; delete its cell's folder to run it again"
+            )
     ledger.settle_finished(run, cell.name, summary["flops"])
     return summary
 
@@ -166,7 +173,7 @@ class _State:
     """What a checkpoint holds: LoRA matrices, Adam's moments, the step, the FLOPs so far; draws come from the step."""
 
     def __init__(self, model: Qwen, cell: Cell, settings: Settings, group: Alone = ALONE):
-        self.model, self.step, self.steps = model, 0, settings.steps if cell.rank else 0
+        self.model, self.cell, self.step, self.steps = model, cell.name, 0, settings.steps if cell.rank else 0
         self.validated_at, self.group = -1, group
         self.flops = {"training": 0, "validation": 0}
         self.metrics: list[dict[str, Any]] = []  # the lines of metrics.jsonl, which whoever runs this adds to
@@ -229,7 +236,7 @@ class _State:
             return
         with files.atomic_folder(folder.checkpoint) as new:
             (new / "state.safetensors").write_bytes(to_bytes(self._tensors()))
-            state = {"step": self.step, "validated_at": self.validated_at, "flops": self.flops}
+            state = {"cell": self.cell, "step": self.step, "validated_at": self.validated_at, "flops": self.flops}
             state["metrics_sha256"] = cell_records.digest(self.metrics)
             files.write_json(new / "state.json", state)
 
@@ -238,7 +245,7 @@ class _State:
         checkpoint, tell = folder.checkpoint, self.group.tell
         saved = None
         if self.steps and tell(checkpoint.is_dir):
-            saved = tell(cell_records.read_state, checkpoint / "state.json", self.steps)
+            saved = tell(cell_records.read_state, checkpoint / "state.json", self.steps, self.cell)
             path = checkpoint / "state.safetensors"
             self.step, self.validated_at, self.flops = saved["step"], saved["validated_at"], saved["flops"]
             self._load(path, tell(_read, path))

@@ -8,6 +8,8 @@ the next point where they agree, so that none waits for one that has ended.
 import gc
 import json
 import os
+import re
+import signal
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -33,12 +35,19 @@ PATIENCE = timedelta(days=1)
 def world() -> int:
     """How many processes torchrun started; 1 without it."""
     told = all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
-    return int(os.environ["WORLD_SIZE"]) if told else 1
+    return _number("WORLD_SIZE", 1, 2**20) if told else 1
 
 
 def rank() -> int:
-    """This process's number among them, from 0."""
-    return int(os.environ["RANK"]) if world() > 1 else 0
+    """This process's number among them, from 0. Raises ValueError where it, or theirs, is none."""
+    return _number("RANK", 0, of - 1) if (of := world()) > 1 else 0
+
+
+def _number(name: str, least: int, most: int) -> int:
+    text = os.environ[name]
+    if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
+        raise ValueError(f"{name} is {text!r}: expected a whole number from {least} to {most}, as torchrun sets it")
+    return int(text)
 
 
 class Alone:
@@ -263,10 +272,18 @@ def joined(verb: str, trains: bool) -> Iterator[Alone]:
 
     # Numbers and messages are on the CPU, gradients where the model is.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    # Who waits for the others there sees no signal but one that ends it at once. Nothing has begun yet.
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         distributed.init_process_group(backend, timeout=PATIENCE)
     except (RuntimeError, ValueError) as e:
-        raise OSError(f"torchrun's processes do not find each other ({' '.join(str(e).split())[:120]})") from None
+        raise OSError(
+            f"torchrun's processes do not find each other ({' '.join(str(e).split())[:120]}): expected all of them, "
+            "and MASTER_ADDR and MASTER_PORT as it sets them"
+        ) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     try:
         yield Ranks(rank(), world())
     except BaseException as e:

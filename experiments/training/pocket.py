@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data.llmtime import Codec
-from experiments.run_folder.files import atomic_folder
+from experiments.run_folder.files import atomic_folder, check_own
 from qwen_min import FlopMeter, Qwen, QwenConfig
 
 Series = NDArray[np.float64]
@@ -90,16 +90,18 @@ def pretrain(out: Path, steps: int = STEPS, seed: int = 0, progress: Callable[[s
     AdamW (Loshchilov and Hutter 2019) with linear warm-up and a cosine to zero; every batch is of new series.
 
     Args:
-        out: the folder; one that is there is replaced.
+        out: the folder; one that is there is replaced, if it holds a model of this kind and nothing else.
         steps: updates, of 2048 tokens (every fourth of 1996).
         seed: of the weights and the series, 0 .. 2^32 - 1. One seed, on one kind of machine, gives one file.
         progress: takes a line of text now and then.
 
     Raises:
-        ValueError: steps or seed out of range, or a loss that is not finite; `out` is then as it was.
+        ValueError: steps or seed out of range, a folder of other files, or a loss that is not finite; `out` is then as
+            it was.
     """
     if steps < 1 or not 0 <= seed < 2**32:
         raise ValueError(f"pretrain-pocket: steps {steps}, seed {seed}; expected 1 or more, and 0 to 2^32 - 1")
+    check_own(out, ("README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"))
     started = time.monotonic()
     tokenizer = byte_tokenizer()
     with torch.random.fork_rng(devices=[]):

@@ -14,6 +14,7 @@ from experiments.forecasting.evaluate import evaluate as charged
 from experiments.forecasting.evaluate import priced
 from experiments.forecasting.forecast import Forecasts, check_draft
 from experiments.forecasting.scores import QUANTILES
+from experiments.run_folder import files
 from experiments.task.model import prepare
 from experiments.task.task import Task
 from experiments.training.progress import Report, counting
@@ -22,6 +23,9 @@ from experiments.verbs.common import gather, ledger_of, print_json, wrote
 
 def evaluate(args: Namespace) -> None:
     settings, adapter = gather(args), getattr(args, "adapter", None)
+    out = Path(args.out) if hasattr(args, "out") else None
+    if out:
+        files.check_own(out / "evaluation", judge.TABLES)
     if args.part not in ("validation", "test"):
         raise ValueError(f"--part is {args.part!r}: expected validation or test")
     task, model = prepare(settings, adapter)
@@ -40,7 +44,6 @@ def evaluate(args: Namespace) -> None:
     tables = judge.tables(task, made, by_part, parts, result, expected, adapter_folder)
     evaluation = tables["evaluation.json"]
     rated = [row for row in tables["scores.csv"] if (row["part"], row["unit"]) == (args.part, "raw")]
-    out = Path(args.out) if hasattr(args, "out") else None
     if out:
         judge.write(out / "evaluation", tables)
         _draw(task, made.of(parts["shown"]), out / "figures" / "forecasts.png")
@@ -54,10 +57,11 @@ def evaluate(args: Namespace) -> None:
 
 def forecast(args: Namespace) -> None:
     settings, adapter = gather(args), getattr(args, "adapter", None)
+    path = Path(getattr(args, "out", f"forecast-{args.system}.png"))
+    files.check_file(path)
     check_draft(settings, args.draft)
     task, model = prepare(settings, adapter, needs_split=False)
     task.check([args.system], scored=False)
-    path = Path(getattr(args, "out", f"forecast-{args.system}.png"))
     expected = priced(task, model, [args.system], draft=args.draft)
     with closing(Report(1)) as report, Ledger(ledger_of(args), settings.budget) as ledger:
         run, cell = f"forecast {adapter or settings.model}", f"system {args.system}"

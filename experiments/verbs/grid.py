@@ -1,5 +1,6 @@
 """Verbs that train cells: `grid`, `train`."""
 
+import shlex
 from argparse import Namespace
 from contextlib import closing
 from pathlib import Path
@@ -57,7 +58,7 @@ def _run(args: Namespace, settings: Settings, out: Path) -> list[dict[str, Any]]
     with closing(args.group.first(Report, settings.batch_size, settings.label, out) or parallel.Mute()) as progress:
         if hasattr(args, "shard"):
             run_shard(settings, out, ledger, progress, shard, args.group, allow_drift)
-            print(f"shard {shard} of the grid in {out}; when all have run: grid --merge --out {out}")
+            print(f"shard {shard} of the grid in {out}; when all have run: grid --merge --out {shlex.quote(str(out))}")
             return []
         run_stages(settings, out, ledger, progress, ("grid",), args.group, allow_drift)
     return args.group.first(write_results, settings, out) or []

@@ -1,6 +1,7 @@
 """Verbs of a whole study: `study`, its stages one by one, `report`."""
 
 import math
+import shlex
 from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import closing
@@ -50,7 +51,7 @@ def _run(args: Namespace, stages: Sequence[str]) -> None:
         run_stages(settings, out, ledger, progress, stages, args.group, hasattr(args, "allow_drift"))
         if whole and not args.group.rank:
             page.build(out, counting(progress, "page", "figures"))
-    print(out / "report.html" if whole else f"its page: python -m experiments.run report {out}")
+    print(out / "report.html" if whole else f"its page: python -m experiments.run report {shlex.quote(str(out))}")
     wrote(out, *(PAGE if whole else ()), *RECORDS, "study.json", ledger=ledger)
 
 
