@@ -121,7 +121,7 @@ def test_every_verb_has_a_case_and_takes_offline_if_it_takes_a_model():
 def small(verb: str, monkeypatch) -> list[str]:
     """The arguments of a verb's case, and what makes it smaller still."""
     if verb in ("final", "study"):  # their page is drawn by `report`, from the same records
-        monkeypatch.setattr(report, "build", lambda out: out)
+        monkeypatch.setattr(report, "build", lambda out, progress: out)
     monkeypatch.setattr(pocket, "HELD_OUT", 4)
     return [verb, *CASES[verb], *(["--offline"] if verb in takes("--offline") else [])]
 
