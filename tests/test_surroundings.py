@@ -136,7 +136,9 @@ def test_a_folder_of_any_name_holds_a_run_and_the_commands_that_it_prints_are_re
     Path("link").symlink_to("u")
     assert run.main(["grid", *TRAIN[1:-4], "--ranks", "2", f"--out={out}"]) == 0
     printed = capsys.readouterr().out
-    command = shlex.split(printed[printed.index("python -m experiments.run evaluate") :])
+    command = shlex.split(
+        printed[printed.index("python -m experiments.run evaluate") : printed.index("\n\nwritten to")]
+    )
     assert Path(command[-1], "adapter_config.json").is_file() and Path(command[-3]).is_file()
 
 
