@@ -1,4 +1,4 @@
-"""Evaluation: forecasts of a model, priced, reserved in the ledger, made, charged and settled; once for all who ask."""
+"""Evaluation: forecasts of a model, priced, reserved in the ledger, made and charged; once for all who ask."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -34,8 +34,10 @@ def evaluate(
     draft: int = 0,
     validate: bool = False,
     progress: Callable[[str], Counted] = lambda doing: lambda done, of: None,
-) -> tuple[Forecasts, dict[str, float]]:
-    """Forecasts of `systems`, and with `validate` the loss of the validation windows.
+) -> tuple[Forecasts, dict[str, float], int]:
+    """Forecasts of `systems`, and with `validate` the loss of the validation windows; and the ledger's entry.
+
+    Whoever asked settles the entry once what it got is written: stopped before, it runs again, and this is wasted.
 
     Args:
         expected: FLOPs by ledger stage, reserved before anything runs.
@@ -56,6 +58,5 @@ def evaluate(
     made = forecast(task, model, systems, draft, progress("forecasts"))
     for stage, flops in made.flops.items():
         ledger.spend(entry, stage, flops)
-    ledger.settle(entry)
     made.flops["validation"] += meter.total
-    return made, losses
+    return made, losses, entry

@@ -100,6 +100,8 @@ def read_result(folder: RunFolder) -> dict[str, Any]:
     for name in ("flops", "predicted_flops"):
         _check(f"{path}: {name}", result[name], _FLOPS)
     _check(f"{path}", {"adapter_sha256": {}} | result, {"adapter_sha256": dict})
+    if unknown := sorted(result.keys() - {*_RESULT, "adapter_sha256", "metrics_sha256"}):
+        raise ValueError(f"{path}: has {unknown[0]!r:.60}: expected {', '.join(_RESULT)}")
     metrics = read_metrics(folder.metrics)
     if not metrics or "validation_loss" not in metrics[-1]:
         raise ValueError(f"{folder.metrics}: ends without a validation: expected all of a finished run")

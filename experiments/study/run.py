@@ -124,17 +124,18 @@ def _require_room(ledger: Ledger, name: str, out: Path, planned: Sequence[Planne
 
 def _judge(one: Planned, out: Path, ledger: Ledger, name: str, progress: Progress) -> None:
     """Forecast and score with a finished run, unless that is done."""
-    task, run, folder, entry = one.task, one.run, one.within(out), f"{one.run.cell.name} forecasts"
+    task, run, folder, cell = one.task, one.run, one.within(out), f"{one.run.cell.name} forecasts"
     files.recover_folder(folder.evaluation)
     if one.judged(out):
-        ledger.settle_finished(name, entry, folder.evaluated.flops)
+        ledger.settle_finished(name, cell, folder.evaluated.flops)
         return
     adapter, far = folder.adapter if run.cell.rank else None, partial(counting, progress, run.cell.name)
     model = trained_model(task.settings, adapter)
-    made, _ = evaluate(task, model, systems_of(task, run), one.forecasts, ledger, name, entry, progress=far)
+    made, _, entry = evaluate(task, model, systems_of(task, run), one.forecasts, ledger, name, cell, progress=far)
     plain = {
         part: naive.kept(task, systems, out / "naive" / f"{part}.csv", far(f"law fits, {part}"))
         for part, systems in one.parts.items()
     }
     result = files.read_json(folder.result)
     judge.write(folder.evaluation, judge.tables(task, made, plain, one.parts, result, one.forecasts, adapter))
+    ledger.settle(entry)

@@ -35,7 +35,10 @@ def evaluate(args: Namespace) -> None:
     expected = priced(task, model, systems, validate=True)
     with closing(Report(1)) as report, Ledger(ledger_of(args), settings.budget) as ledger:
         far, run = partial(counting, report, "evaluate"), f"evaluate {adapter or settings.model}"
-        made, losses = charged(task, model, systems, expected, ledger, run, "evaluate", validate=True, progress=far)
+        made, losses, entry = charged(
+            task, model, systems, expected, ledger, run, "evaluate", validate=True, progress=far
+        )
+        ledger.settle(entry)
         plain = naive.forecasts(task, systems, far("law fits"))
     rows = {part: [systems.index(system) for system in chosen] for part, chosen in parts.items()}
     by_part = {part: {name: values[rows[part]] for name, values in plain.items()} for part in parts}
@@ -66,7 +69,8 @@ def forecast(args: Namespace) -> None:
     with closing(Report(1)) as report, Ledger(ledger_of(args), settings.budget) as ledger:
         run, cell = f"forecast {adapter or settings.model}", f"system {args.system}"
         far = partial(counting, report, "forecast")
-        made, _ = charged(task, model, [args.system], expected, ledger, run, cell, draft=args.draft, progress=far)
+        made, _, entry = charged(task, model, [args.system], expected, ledger, run, cell, draft=args.draft, progress=far)
+        ledger.settle(entry)
     _draw(task, made, path)
     plain = naive.forecasts(task, [args.system])
     values, unparsed = scores.filled(made.values, plain["persistence"])
