@@ -68,8 +68,8 @@ def forecast(args: Namespace) -> None:
     expected = priced(task, model, [args.system], draft=args.draft)
     with closing(Report(1)) as report, Ledger(ledger_of(args), settings.budget) as ledger:
         run, cell = f"forecast {adapter or settings.model}", f"system {args.system}"
-        far = partial(counting, report, "forecast")
-        made, _, entry = charged(task, model, [args.system], expected, ledger, run, cell, draft=args.draft, progress=far)
+        far, draft = partial(counting, report, "forecast"), args.draft
+        made, _, entry = charged(task, model, [args.system], expected, ledger, run, cell, draft=draft, progress=far)
         ledger.settle(entry)
     _draw(task, made, path)
     plain = naive.forecasts(task, [args.system])
