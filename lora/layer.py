@@ -123,8 +123,9 @@ def check(model: Qwen, rank: int, alpha: float, targets: str | Sequence[str], dr
     if any(True for _ in lora_layers(model)):
         raise ValueError("the model has LoRA already: expected one without")
     linear = {name: m for name, m in model.named_modules() if isinstance(m, Linear) and name != "lm_head"}
-    if isinstance(targets, str):
-        targets = list(linear) if targets == "all-linear" else [targets]
+    targets = [targets] if isinstance(targets, str) else list(targets)
+    if targets == ["all-linear"]:
+        targets = list(linear)
     for target in targets or [""]:
         if not any(_matches(name, target) for name in linear):
             kinds = sorted({name.rpartition(".")[2] for name in linear})

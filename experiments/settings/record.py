@@ -12,6 +12,8 @@ import torch
 
 from experiments.accounting.ledger import BUDGET
 from experiments.run_folder.files import read_toml
+from experiments.settings import schedule
+from lora.layer import TARGETS
 from qwen_min.fast import compiled
 
 POCKET = Path(__file__).parents[2] / "weights" / "pocket"
@@ -32,6 +34,7 @@ _CHOICES = {
     "pad_side": ("right", "left"),
     "dtype": tuple(DTYPES),
     "vocabulary": ("full", "symbols"),
+    "schedule": schedule.SCHEDULES,
 }
 # Far above what any run needs: a damaged file must not ask for all memory.
 _MOST = {"batch_size": 2**20, "context": 2**20, "contexts": 2**20, "num_samples": 10_000, "ranks": 4096}
@@ -81,7 +84,17 @@ class Settings:
     steps: int = 120
     batch_size: int = 4
     context: int = 512  # tokens of a training window
+    targets: tuple[str, ...] = TARGETS  # linear layers that LoRA adapts, or "all-linear"
+    lora_alpha: float = 0.0  # the update is scaled by lora_alpha / rank; 0 for the rank, so by 1
+    rank_stabilised: bool = False  # by lora_alpha / sqrt(rank) (Kalajdzievski 2023)
     dropout: float = 0.0  # on LoRA's input
+    schedule: str = "constant"  # of SCHEDULES: the learning rate after the warm-up
+    warmup: float = 0.0  # steps in which it rises, or a part of the run's below 1
+    decay: float = 0.2  # last steps, or a part of the run's, in which warmup-stable-decay falls
+    final_lr: float = 0.0  # what it falls to, as a part of the learning rate
+    betas: tuple[float, float] = (0.9, 0.999)  # of Adam
+    weight_decay: float = 0.0  # of AdamW, times the learning rate
+    clip: float = 0.0  # the longest gradient, by its norm over all LoRA matrices; 0 for any
     logit_bias: bool = False  # train a bias on the logits too
     val_every: int = 30  # steps between validations; 0 for one after training
     checkpoint_every: int = 100  # steps between checkpoints, besides those of the validations
@@ -122,7 +135,8 @@ class Settings:
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in (
             *("val_every", "val_series", "forecast_series", "shown_series", "best_rank", "top_k"),
-            *("best_context", "alpha", "temperature", "default_lr", "best_lr"),
+            *("best_context", "alpha", "temperature", "default_lr", "best_lr", "lora_alpha", "warmup", "decay"),
+            *("weight_decay", "clip"),
         ):
             _require(0 <= getattr(self, name) < float("inf"), name, getattr(self, name), "0 or more")
         _require(self.budget < 2**63, "budget", self.budget, "less than 2^63")
@@ -147,6 +161,11 @@ class Settings:
             self.trailing_zeros or self.decimals > 0, "decimals", self.decimals, "at least 1 without trailing zeros"
         )
         _require(0 <= self.dropout < 1, "dropout", self.dropout, "at least 0, less than 1")
+        _require(0 <= self.final_lr <= 1, "final_lr", self.final_lr, "0 to 1, a part of the learning rate")
+        holds = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        _require(holds, "betas", self.betas, "two numbers of at least 0, less than 1")
+        _require(bool(self.targets) and all(self.targets), "targets", self.targets, "names of linear layers")
+        schedule.check(self.schedule, self.steps, self.warmup, self.decay)
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "more than 0, at most 1")
         holds = 0 < self.repetition_penalty < float("inf")
         _require(holds, "repetition_penalty", self.repetition_penalty, "a positive number")
@@ -156,7 +175,7 @@ class Settings:
         rates = (*self.lr, *filter(None, (self.default_lr, self.best_lr)))
         _require(all(0 < lr < 10 for lr in rates), "lr", rates, "positive numbers below 10")
         _require(bool(self.ranks) and all(r >= 1 for r in self.ranks), "ranks", self.ranks, "whole numbers from 1")
-        for name in ("lr", "ranks", "contexts", "shown"):
+        for name in ("lr", "ranks", "contexts", "shown", "targets"):
             _require(len(set(getattr(self, name))) == len(getattr(self, name)), name, getattr(self, name), "each once")
         _require(self.preset in ("", *PRESETS), "preset", self.preset, f"one of {', '.join(PRESETS)}")
         holds = self.vocabulary == "full" or not self.count_padding
@@ -227,6 +246,14 @@ class Settings:
     def default_rate(self) -> float:
         """The learning rate of the run before the grid."""
         return self.default_lr or min(self.learning_rates)
+
+    def alpha_of(self, rank: int) -> float:
+        """LoRA's alpha where the update is scaled by alpha / rank."""
+        return (self.lora_alpha or rank) * (math.sqrt(rank) if self.rank_stabilised else 1)
+
+    def rate(self, lr: float, step: int) -> float:
+        """The learning rate of the update after `step` others, where its largest is `lr`."""
+        return lr * schedule.factor(self.schedule, step, self.steps, self.warmup, self.decay, self.final_lr)
 
     def series_of(self, part: int, wanted: int) -> int:
         """How many of a part's series are used where `wanted` are asked for (0 for all) and the study is shortened."""

@@ -181,9 +181,11 @@ class _State:
         if cell.rank:
             if settings.logit_bias:
                 add_logit_bias(model)
-            add_lora(model, cell.rank, dropout=settings.dropout, seed=settings.seed)
+            alpha = settings.alpha_of(cell.rank)
+            add_lora(model, cell.rank, alpha, settings.targets, settings.dropout, settings.seed)
             trainable = [p for p in model.parameters() if p.requires_grad]
-            self.optimizer = torch.optim.Adam(trainable, lr=cell.lr)
+            self.lr = cell.lr
+            self.optimizer = torch.optim.AdamW(trainable, betas=settings.betas, weight_decay=settings.weight_decay)
             self.group = group.of(model)
 
     def train(self, task: Task, ledger: Ledger, entry: int) -> dict[str, Any]:
@@ -191,11 +193,18 @@ class _State:
         settings = self.settings
         chosen = batch_indices(len(task.train_windows), settings.batch_size, self.step, settings.seed)
         self.group.draw(settings.seed, self.step)
+        self.optimizer.param_groups[0]["lr"] = settings.rate(self.lr, self.step)
         failure = None
         with FlopMeter() as meter:
             try:
                 loss, norm = training_step(
-                    self.model, task.train_windows, chosen, self.optimizer, settings.count_padding, self.group
+                    self.model,
+                    task.train_windows,
+                    chosen,
+                    self.optimizer,
+                    settings.count_padding,
+                    self.group,
+                    settings.clip,
                 )
             except RunFailed as e:
                 failure = e

@@ -71,8 +71,11 @@ def training_step(
     optimizer: torch.optim.Optimizer,
     count_padding: bool = False,
     group: Alone = ALONE,
+    clip: float = 0.0,
 ) -> tuple[float, float]:
     """One update; returns the mean loss per token of the batch and the norm of its gradient.
+
+    A gradient that is longer than `clip` is cut to it before the update, unless that is 0.
 
     Gradients accumulate over groups of sequences, each weighted by its share of the batch's real tokens (of all, with
     `count_padding`). They are left in place. Several ranks divide the windows; each weight is of the whole batch, times
@@ -100,5 +103,7 @@ def training_step(
             f"the loss is {total / tokens:g} and the norm of its gradient {norm:g}: expected finite "
             "numbers; a lower learning rate may help"
         )
+    if clip:
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip, torch.tensor(norm))
     optimizer.step()
     return total / tokens, norm

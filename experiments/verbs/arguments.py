@@ -213,7 +213,17 @@ def _settings(p: argparse.ArgumentParser, *groups: str) -> None:
         add("--steps", type=int, help="training steps of a cell (120)")
         add("--batch-size", type=int, help="windows of a step (4)")
         add("--val-every", type=int, help="steps between validations (30); 0 for one after training")
+        add("--targets", nargs="+", help="linear layers that get LoRA: names, or all-linear (q_proj v_proj)")
+        add("--lora-alpha", type=float, help="the update is scaled by this over the rank (the rank, so by 1)")
+        add("--rank-stabilised", action="store_true", help="or over the rank's square root")
         add("--dropout", type=float, help="on LoRA's input (0)")
+        add("--schedule", help="of the learning rate: constant, linear, cosine or warmup-stable-decay (constant)")
+        add("--warmup", type=float, help="steps in which it rises, or a part of the run below 1 (0)")
+        add("--decay", type=float, help="last steps, or a part, in which warmup-stable-decay falls (0.2)")
+        add("--final-lr", type=float, help="what it falls to, as a part of the learning rate (0)")
+        add("--betas", type=float, nargs=2, help="of AdamW (0.9 0.999)")
+        add("--weight-decay", type=float, help="of AdamW (0)")
+        add("--clip", type=float, help="longest gradient of an update, by its norm; 0 for any (0)")
         add(
             "--allow-drift",
             action="store_true",

@@ -1,0 +1,162 @@
+"""How an update is made: the learning rate of each step, AdamW, a clipped gradient, LoRA's targets and scale."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from waves import damped_waves
+
+from data.windows import batch_indices
+from experiments.run import main
+from experiments.settings.record import Settings
+from experiments.settings.schedule import SCHEDULES, factor
+from experiments.task.model import prepare
+from experiments.task.task import Task
+from experiments.training import cell as train
+from experiments.training.cell import Cell
+from lora.layer import lora_layers
+
+RUN = ["train", "--lr", "1e-2", "--rank", "2", "--steps", "6", "--context", "96", "--batch-size", "2"]
+RUN += ["--val-series", "1", "--val-every", "6", "--data", "waves.h5"]
+SMALL = Settings(context=96, batch_size=2, val_series=1, points=5, horizon=3, data="waves.h5")
+PEERS = {
+    "constant": lambda o, w, n: transformers.get_constant_schedule_with_warmup(o, w),
+    "linear": lambda o, w, n: transformers.get_linear_schedule_with_warmup(o, w, n),
+    "cosine": lambda o, w, n: transformers.get_cosine_schedule_with_warmup(o, w, n),
+    "warmup-stable-decay": lambda o, w, n: transformers.get_wsd_schedule(
+        o, w, num_decay_steps=n // 4, num_training_steps=n, decay_type="linear"
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    damped_waves(Path("waves.h5"), 8)
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [(0, 40), (10, 40), (39, 40), (1, 2)])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_steps_rate_is_that_of_transformers_but_that_the_first_is_not_0(schedule, warmup, steps):
+    warmup = min(warmup, steps - steps // 4) if schedule == "warmup-stable-decay" else warmup
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    peer, expected = PEERS[schedule](optimizer, warmup, steps), []
+    for _ in range(steps + 1):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        peer.step()
+    found = [factor(schedule, step, steps, warmup, 0.25) for step in range(steps)]
+    assert found == pytest.approx([expected[step + (step < warmup)] for step in range(steps)], abs=1e-12)
+
+
+def test_warm_up_and_decay_are_steps_or_a_part_of_the_run():
+    settings = Settings(schedule="warmup-stable-decay", steps=200, warmup=0.1, decay=50, final_lr=0.5)
+    rates = [settings.rate(2.0, step) for step in range(200)]
+    assert rates[:20] == pytest.approx([0.1 * step for step in range(1, 21)])
+    assert rates[20:151] == [2.0] * 131
+    assert rates[151:] == pytest.approx([2.0 - 0.02 * step for step in range(1, 50)])
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_run_stopped_in_its_warm_up_and_in_its_decay_ends_in_the_bytes_of_one_never_stopped(schedule, monkeypatch):
+    recipe = [*RUN, "--schedule", schedule, "--warmup", "3", "--decay", "2", "--clip", "0.5", "--weight-decay", "0.1"]
+    assert main([*recipe, "--out", "whole"]) == 0
+    true = train._State.train
+
+    def stopping(self, *arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        return true(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train._State, "train", stopping)  # after every step, which leaves a checkpoint
+        codes = [main([*recipe, "--out", "stopped"]) for _ in range(6)]
+    assert set(codes) == {130} and main([*recipe, "--out", "stopped"]) == 0
+    cells = "metrics.jsonl", "gradients.jsonl", "result.json", "adapter/adapter_model.safetensors"
+    for name in cells:
+        assert Path("stopped/cells/lr0.01-r2", name).read_bytes() == Path("whole/cells/lr0.01-r2", name).read_bytes()
+
+
+class NoLedger:
+    def spend(self, *_) -> None:
+        pass
+
+
+def begun(rank: int = 2, **changes) -> tuple[Task, train._State]:
+    """A run before its first step."""
+    task, model = prepare(dataclasses.replace(SMALL, **changes), None)
+    return task, train._State(model, Cell(1e-2, rank), task.settings)
+
+
+def test_an_update_is_adamws_at_the_steps_rate_with_a_gradient_cut_to_the_clip():
+    recipe = {"schedule": "linear", "steps": 4, "clip": 1e-3, "weight_decay": 0.5, "betas": (0.8, 0.9)}
+    task, ours = begun(**recipe)
+    plain = {name: p.detach().clone().requires_grad_() for name, p in ours._trainable()}
+    peer = torch.optim.AdamW(plain.values(), betas=(0.8, 0.9), weight_decay=0.5)
+    for step in range(3):
+        batch = batch_indices(len(task.train_windows), 2, step, 0)
+        still = torch.optim.SGD([p for _, p in ours._trainable()], lr=0.0)
+        _, norm = train.training_step(ours.model, task.train_windows, batch, still)
+        for name, p in ours._trainable():
+            plain[name].grad = p.grad * min(1.0, 1e-3 / (norm + 1e-6))
+        peer.param_groups[0]["lr"] = 1e-2 * (1 - step / 4)
+        peer.step()
+        ours.train(task, NoLedger(), 0)
+        for name, p in ours._trainable():
+            torch.testing.assert_close(p, plain[name], rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "scale"),
+    [({}, 1.0), ({"lora_alpha": 16.0}, 2.0), ({"lora_alpha": 16.0, "rank_stabilised": True}, 16 / math.sqrt(8))],
+)
+def test_the_update_is_scaled_by_alpha_over_the_rank_or_its_root(changes, scale):
+    _, ours = begun(8, **changes)
+    assert [layer.scale for _, layer in lora_layers(ours.model)] == pytest.approx([scale] * 10)
+
+
+def test_lora_sits_on_the_targets_and_the_prices_are_those_of_what_runs(capsys):
+    assert main([*RUN, "--targets", "all-linear", "--lora-alpha", "4", "--out", "all"]) == 0
+    _, ours = begun(targets=("all-linear",))
+    assert len(list(lora_layers(ours.model))) == 7 * 5
+    result = json.loads(Path("all/cells/lr0.01-r2/result.json").read_text())
+    assert result["flops"] == result["predicted_flops"]
+    config = json.loads(Path("all/cells/lr0.01-r2/adapter/adapter_config.json").read_text())
+    assert set(config["target_modules"]) == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    }
+    assert config["lora_alpha"] == 4
+    assert main(["evaluate", "--config", "all/config.toml", "--adapter", "all/cells/lr0.01-r2/adapter"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--targets", "q_proj", "nothing"], "target 'nothing' matches no linear layer"),
+        (["--warmup", "6"], "warmup is 6 steps: expected fewer than the run's 6"),
+        (
+            ["--schedule", "warmup-stable-decay", "--warmup", "3", "--decay", "4"],
+            "decay is 4 steps: expected at most 3",
+        ),
+        (["--schedule", "up"], "schedule is 'up': expected one of constant"),
+        (["--clip", "-1"], "clip is -1.0: expected 0 or more"),
+        (["--final-lr", "2"], "final_lr is 2.0: expected 0 to 1"),
+        (["--betas", "1", "0.9"], "betas is [1.0, 0.9]: expected two numbers"),
+    ],
+)
+def test_a_recipe_that_cannot_be_is_one_line_and_nothing_is_written(flags, said, capsys):
+    assert main([*RUN, *flags, "--out", "none"]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+    assert not Path("none").exists() and not Path("ledger.sqlite").exists()
