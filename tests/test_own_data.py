@@ -12,6 +12,7 @@ import pytest
 from experiments import run
 from experiments.forecasting import forecast as evaluate
 from experiments.settings.record import POCKET, Settings
+from experiments.task.constrain import Constrained
 from experiments.task.model import prepare
 from experiments.task.preprocessing import preprocessing
 from experiments.task.task import Task
@@ -119,7 +120,9 @@ def test_negative_numbers_are_trained_on_forecast_and_scored(above, capsys):
     data = hdf5(waves(above=above))
     task, model = prepare(Settings(data=data, **SIZES), None)
     assert (task.widest, task.tokens_to_forecast) == (1, 4 * len("-9.99,-9.99;"))
-    assert evaluate._constraint(task, model, 1, True).allowed()[0, task.encode("-")].all()
+    assert (
+        Constrained(task.grammar, task.symbol_ids, model.config.vocab_size, 1, 1).allowed()[0, task.encode("-")].all()
+    )
     small = ["--val-series", "2", "--context", "32"]
     train = ["train", "--data", data, "--steps", "1", "--vocabulary", "symbols", "--out", "t", "--json", *small]
     assert run.main(train) == 0

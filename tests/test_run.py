@@ -83,6 +83,7 @@ def test_every_help_shows_an_example_that_parses(verb, capsys, monkeypatch):
         ["generate", "--prompt", "1<|im_end|>2", "--chat"],
         ["generate", "--prompt", "1", "--temperature", "-1"],
         ["data", "--decimals", "9"],
+        ["data", "--alpha", "1e300"],
         ["doctor", "--device", "tpu"],
         ["pretrain-pocket", "--steps", "0", "--out", "p"],
         ["grid", "--model", "Qwen/Qwen2.5-0.5B-Instruct", "--offline"],

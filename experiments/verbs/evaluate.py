@@ -62,8 +62,8 @@ def forecast(args: Namespace) -> None:
     settings, adapter = gather(args), getattr(args, "adapter", None)
     path = Path(getattr(args, "out", f"forecast-{args.system}.png"))
     files.check_file(path)
-    check_draft(settings, args.draft)
     task, model = prepare(settings, adapter, needs_split=False)
+    check_draft(task, args.draft)
     task.check([args.system], scored=False)
     expected = priced(task, model, [args.system], draft=args.draft)
     with closing(Report(1)) as report, Ledger(ledger_of(args), settings.budget) as ledger:
