@@ -134,7 +134,7 @@ def test_what_does_not_fit_beside_spent_and_reserved_is_refused_before_it_starts
         assert ledger.totals()["left"] == 0
 
 
-@pytest.mark.parametrize("end", ["interrupt", "fail", "leave", "kill"])
+@pytest.mark.parametrize("end", ["fail", "leave", "kill"])
 def test_a_cell_that_stopped_and_went_on_shows_the_settled_numbers_of_one_that_did_not(path, tmp_path, end):
     with Ledger(tmp_path / "straight.sqlite") as ledger:
         entry = ledger.reserve("run", "cell", WHOLE)
@@ -144,7 +144,7 @@ def test_a_cell_that_stopped_and_went_on_shows_the_settled_numbers_of_one_that_d
         straight = ledger.entries()
 
     debits = "ledger.spend(entry, 'training', 700); ledger.spend(entry, 'validation', 100)"
-    last = {"leave": "pass", "kill": KILL}.get(end, f"ledger.{end}(entry)")
+    last = {"leave": "pass", "kill": KILL, "fail": "ledger.fail(entry)"}[end]
     for _ in range(2):
         run(path, f"entry = ledger.reserve('run', 'cell', {WHOLE}, {{'training': 300}}); {debits}; {last}")
     with Ledger(path) as ledger:
@@ -521,7 +521,7 @@ def test_the_table_aligns_and_its_totals_are_exact(path):
         for cell, spent in (("lr1e-5_r2", 2 * 10**15), ("lr1e-4_r8", 33)):
             entry = ledger.reserve("runs/grid", cell, {"training": 5 * 10**15})
             ledger.spend(entry, "training", spent)
-        ledger.interrupt(entry)
+        ledger.fail(entry)
         ledger.reserve("runs/grid", "lr1e-4_r8", {"training": 5 * 10**15}, done={"training": 30})
         text, line = budget.table(ledger), budget.bar(ledger, width=20)
     head, first, second, total, blank, *exact = text.splitlines()
@@ -656,12 +656,12 @@ class AgreesWithAPlainModel(RuleBasedStateMachine):
             entry["spent"][stage] += flops
 
     @precondition(lambda self: self.entries)
-    @rule(data=st.data(), which=st.integers(0, 1), end=st.sampled_from(["settle", "interrupt", "fail"]))
+    @rule(data=st.data(), which=st.integers(0, 1), end=st.sampled_from(["settle", "fail"]))
     def end(self, data, which, end):
         entry, ledger = data.draw(st.sampled_from(self.entries)), self.ledgers[which]
         if entry["state"] == "running" and entry["owner"] == ledger._owner["pid"]:
             getattr(ledger, end)(entry["id"])
-            entry["state"] = {"settle": "settled", "interrupt": "interrupted", "fail": "failed"}[end]
+            entry["state"] = {"settle": "settled", "fail": "failed"}[end]
         else:
             with pytest.raises(ValueError, match="not held"):
                 getattr(ledger, end)(entry["id"])
@@ -720,8 +720,8 @@ class AgreesWithAPlainModel(RuleBasedStateMachine):
     def end_in_the_shard(self, data, settles):
         entry = data.draw(st.sampled_from(self.shard_entries))
         if entry["state"] == "running":
-            (self.shard.settle if settles else self.shard.interrupt)(entry["id"])
-            entry["state"] = "settled" if settles else "interrupted"
+            (self.shard.settle if settles else self.shard.fail)(entry["id"])
+            entry["state"] = "settled" if settles else "failed"
 
     @rule(which=st.integers(0, 1), dies=st.booleans())
     def take_in(self, which, dies):

@@ -129,7 +129,7 @@ def test_negative_numbers_are_trained_on_forecast_and_scored(above, capsys):
     result = json.loads(capsys.readouterr().out)
     assert result["flops"] == result["predicted_flops"]
     adapter = ["--adapter", f"t/cells/{result['cell']}/adapter"]
-    assert run.main(["evaluate", "--data", data, "--json", *adapter, *small, *FLAGS]) == 0
+    assert run.main(["evaluate", "--data", data, "--json", "--forecast-series", "1", *adapter, *small, *FLAGS]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["unparsed_steps"]["validation"] == 0
     assert report["flops"]["validation"] == report["predicted_flops"]["validation"]
@@ -166,7 +166,7 @@ def test_each_symbol_is_a_token_of_its_own_whatever_the_tokenizer_would_join():
     ]
 
 
-@pytest.mark.parametrize("variables", [1, 3, 8])
+@pytest.mark.parametrize("variables", [1, 8])
 def test_a_file_may_hold_any_number_of_variables(variables, capsys):
     data = hdf5(waves(variables=variables))
     assert run.main(["evaluate", "--data", data, "--json", "--out", "e", "--val-series", "2", *FLAGS]) == 0

@@ -175,10 +175,6 @@ class Ledger:
         elif row and (held := {stage: row[stage] for stage in STAGES}) != _by_stage(spent):
             raise ValueError(f"{self.path}: {run}/{cell} is settled at {held}: expected {_by_stage(spent)}, its record")
 
-    def interrupt(self, entry: int) -> None:
-        """The cell was stopped: what was spent stays spent, the rest of the reservation is released."""
-        self._end(entry, "interrupted")
-
     def fail(self, entry: int) -> None:
         """The cell failed: what was spent stays spent, the rest of the reservation is released."""
         self._end(entry, "failed")

@@ -40,8 +40,7 @@ def kept(task: Task, systems: Sequence[int], path: Path, progress: Counted = lam
         ValueError: the file is not what this wrote for these systems.
     """
     settings, names = task.settings, task.dataset.names
-    end = settings.points + settings.horizon
-    time = task.dataset.time[settings.points : end]
+    time = task.time[settings.points :]
     if not path.is_file():
         made = forecasts(task, systems, progress)
         files.write_csv(

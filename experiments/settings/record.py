@@ -147,11 +147,6 @@ class Settings:
         return self.lr or PRESETS[self.preset_name]
 
     @property
-    def weight_dtype(self) -> torch.dtype | None:
-        """The type that the weights are kept in; None is that of their file."""
-        return DTYPES[self.dtype]
-
-    @property
     def compute_dtype(self) -> torch.dtype:
         """Products run in float32 on a CPU, which is slow at anything else, and on a GPU in bfloat16 by default."""
         return torch.float32 if self.device == "cpu" or self.dtype == "float32" else torch.bfloat16

@@ -32,7 +32,7 @@ def shape(series: ArrayLike) -> Shape:
     """
     values = np.asarray(series, np.float64)
     if values.ndim != 2 or len(values) < FEWEST_POINTS or not values.size or not np.isfinite(values).all():
-        raise ValueError(f"a shape is of finite values (4 points or more, variables), got shape {values.shape}")
+        raise ValueError(f"series has shape {values.shape}: expected finite values, (4 points or more, variables)")
     early, late = (np.ptp(half, axis=0) for half in np.split(values, [len(values) // 2]))  # (V,)
     begins = np.where(late > 0, np.inf, 0.0)
     ratio = np.divide(late, early, out=begins, where=early > 0).mean()
