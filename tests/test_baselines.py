@@ -46,6 +46,6 @@ def test_the_seasonal_repeat_has_the_published_errors_on_systems_850_to_999(poin
 @pytest.mark.parametrize("forecast", [baselines.persistence, baselines.context_mean, baselines.seasonal_repeat])
 def test_a_bad_context_or_horizon_is_refused(forecast):
     for context, horizon in ((np.zeros((0, 2)), 1), (np.zeros(5), 1), (np.full((5, 2), np.nan), 1), (CONTEXT, 0)):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="(context has shape|horizon is) .*: expected"):
             forecast(context, horizon)
     assert_array_equal(CONTEXT, [[1, 10], [2, 30], [6, 20]])

@@ -69,17 +69,9 @@ def test_a_settled_entry_keeps_what_was_spent_and_releases_the_rest(path):
         ledger.spend(entry, "validation", 200)
         assert ledger.totals()["reserved"] == 450 and ledger.totals()["left"] == 750
         ledger.settle(entry)
-        assert ledger.totals() == {
-            "training": 600,
-            "validation": 200,
-            "inference": 0,
-            "wasted": 0,
-            "reserved": 0,
-            "spent": 800,
-            "settled": 800,
-            "budget": 2000,
-            "left": 1200,
-        }
+        stages = {"training": 600, "validation": 200, "inference": 0}
+        sums = {"wasted": 0, "reserved": 0, "spent": 800, "settled": 800, "budget": 2000, "left": 1200}
+        assert ledger.totals() == stages | sums
     with Ledger(path, budget=2000) as ledger:  # and the file remembers
         (row,) = ledger.entries()
         assert (row["run"], row["cell"], row["state"], row["total"]) == ("run", "cell", "settled", 800)
@@ -103,31 +95,26 @@ def test_integers_above_2_to_the_53_are_exact(path):
         assert json.loads(json.dumps(ledger.as_json()))["totals"]["spent"] == 2**63 - 1
 
 
-@pytest.mark.parametrize("flops", [2**63, -1, 1.0, 1e17, True, "1", None])
-def test_what_is_no_64_bit_count_is_refused(path, flops):
+@pytest.mark.parametrize(
+    ("stage", "flops", "said"),
+    [
+        *(("training", flops, "FLOPs are .*: expected a whole") for flops in (2**63, -1, 1.0, 1e17, True, "1", None)),
+        ("testing", 1, "stage is 'testing': expected one of training, validation, inference"),
+    ],
+)
+def test_what_is_no_64_bit_count_of_a_known_stage_is_refused(path, stage, flops, said):
     with Ledger(path) as ledger:
         entry = ledger.reserve("run", "cell", WHOLE)
         for call in (
-            lambda: ledger.spend(entry, "training", flops),
-            lambda: ledger.reserve("run", "other", {"training": flops}),
-            lambda: ledger.reserve("run", "other", WHOLE, done={"training": flops}),
-            lambda: Ledger(path, budget=flops),
+            lambda: ledger.spend(entry, stage, flops),
+            lambda: ledger.reserve("run", "other", {stage: flops}),
+            lambda: ledger.reserve("run", "other", WHOLE, done={stage: flops}),
         ):
-            with pytest.raises(ValueError, match="FLOPs are integers"):
+            with pytest.raises(ValueError, match=said):
                 call()
+        with pytest.raises(ValueError, match="FLOPs are .*: expected a whole number from 0 to 2"):
+            Ledger(path, budget=-1)
         assert len(ledger.entries()) == 1 and ledger.totals()["spent"] == 0
-
-
-def test_a_stage_that_is_unknown_is_refused(path):
-    with Ledger(path) as ledger:
-        entry = ledger.reserve("run", "cell", WHOLE)
-        for call in (
-            lambda: ledger.spend(entry, "testing", 1),
-            lambda: ledger.reserve("run", "other", {"testing": 1}),
-            lambda: ledger.reserve("run", "other", WHOLE, done={"testing": 1}),
-        ):
-            with pytest.raises(ValueError, match="unknown stage 'testing', expected one of training"):
-                call()
 
 
 def test_what_does_not_fit_beside_spent_and_reserved_is_refused_before_it_starts(path):
@@ -139,38 +126,15 @@ def test_what_does_not_fit_beside_spent_and_reserved_is_refused_before_it_starts
         ledger.reserve("run", "running", {"training": 600})
         with pytest.raises(BudgetExceeded) as caught:
             ledger.reserve("run", "large", {"training": 900, "inference": 1})
-        expected = f"{path}: run/large needs 901 FLOPs, 900 are left of the budget of 2,000"
-        assert str(caught.value) == expected
-        assert (caught.value.needed, caught.value.left, caught.value.budget) == (901, 900, 2000)
+        assert str(caught.value) == f"{path}: run/large needs 901 FLOPs, 900 are left of the budget of 2,000"
+        with pytest.raises(ValueError, match="done is 1,001 FLOPs of training: expected at most 1,000, as predicted"):
+            ledger.reserve("run", "large", WHOLE, done={"training": 1001})
         assert ledger.latest("run", "large") is None
         ledger.reserve("run", "exact", {"training": 900})
         assert ledger.totals()["left"] == 0
 
 
-def test_a_debit_beyond_its_prediction_takes_what_is_left_and_no_more(path):
-    with Ledger(path, budget=2000) as ledger:
-        entry = ledger.reserve("run", "cell", {"training": 1000, "validation": 500})
-        ledger.spend(entry, "training", 1400)  # 400 of the 500 that are left
-        assert ledger.totals()["left"] == 100
-        with pytest.raises(BudgetExceeded, match="needs 101 FLOPs, 100 are left"):
-            ledger.spend(entry, "training", 101)
-        ledger.spend(entry, "validation", 500)  # what was reserved is safe
-        ledger.spend(entry, "validation", 100)
-        assert ledger.totals()["spent"] == 2000
-
-
-def test_an_entry_that_ended_takes_no_debit_and_does_not_end_again(path):
-    with Ledger(path) as ledger:
-        for end in (ledger.settle, ledger.interrupt, ledger.fail):
-            entry = ledger.reserve("run", end.__name__, WHOLE)
-            end(entry)
-            for call in (lambda e=entry: ledger.spend(e, "training", 1), lambda e=entry: ledger.settle(e)):
-                with pytest.raises(ValueError, match=f"entry {entry} is not held by this process"):
-                    call()
-        assert [row["state"] for row in ledger.entries()] == ["settled", "interrupted", "failed"]
-
-
-@pytest.mark.parametrize("end", ["interrupt", "fail", "leave", "kill"])
+@pytest.mark.parametrize("end", ["fail", "leave", "kill"])
 def test_a_cell_that_stopped_and_went_on_shows_the_settled_numbers_of_one_that_did_not(path, tmp_path, end):
     with Ledger(tmp_path / "straight.sqlite") as ledger:
         entry = ledger.reserve("run", "cell", WHOLE)
@@ -180,7 +144,7 @@ def test_a_cell_that_stopped_and_went_on_shows_the_settled_numbers_of_one_that_d
         straight = ledger.entries()
 
     debits = "ledger.spend(entry, 'training', 700); ledger.spend(entry, 'validation', 100)"
-    last = {"leave": "pass", "kill": KILL}.get(end, f"ledger.{end}(entry)")
+    last = {"leave": "pass", "kill": KILL, "fail": "ledger.fail(entry)"}[end]
     for _ in range(2):
         run(path, f"entry = ledger.reserve('run', 'cell', {WHOLE}, {{'training': 300}}); {debits}; {last}")
     with Ledger(path) as ledger:
@@ -200,68 +164,19 @@ def test_a_cell_that_stopped_and_went_on_shows_the_settled_numbers_of_one_that_d
     assert row == expected
 
 
-def test_a_cell_that_begins_again_without_a_checkpoint_has_wasted_all(path):
-    with Ledger(path, budget=1400) as ledger:
-        entry = ledger.reserve("run", "cell", WHOLE)
-        ledger.spend(entry, "training", 150)
-        ledger.interrupt(entry)
-        assert ledger.totals()["training"] == 150 and ledger.totals()["wasted"] == 0
-        assert ledger.reserve("run", "cell", WHOLE) == entry
-        assert ledger.totals()["training"] == 0 and ledger.totals()["wasted"] == 150
-        ledger.spend(entry, "training", 1)
-        ledger.interrupt(entry)
-        with pytest.raises(BudgetExceeded, match="needs 1,250 FLOPs, 1,249 are left"):
-            ledger.reserve("run", "cell", WHOLE)
-        assert ledger.totals()["training"] == 1  # refused, and as it was
-        ledger.reserve("run", "cell", WHOLE, done={"training": 1})
-
-
-def test_a_checkpoint_that_stands_for_more_than_the_ledger_saw_is_believed(path):
-    """A power cut may take the last debits from the ledger, and not the checkpoint."""
-    with Ledger(path) as ledger:
-        entry = ledger.reserve("run", "cell", WHOLE)
-        ledger.spend(entry, "training", 100)
-        ledger.interrupt(entry)
-        ledger.reserve("run", "cell", WHOLE, done={"training": 130})
-        assert ledger.totals()["training"] == 130 and ledger.totals()["wasted"] == 0
-        with pytest.raises(ValueError, match="done is more than predicted, 1,001 of 1,000 FLOPs of training"):
-            ledger.reserve("run", "other", WHOLE, done={"training": 1001})
-
-
 def test_a_settled_cell_is_counted_once_when_its_process_died_before_saying_so(path):
-    with Ledger(path, budget=1250) as ledger:
-        entry = ledger.reserve("run", "cell", WHOLE)
-        for stage in STAGES:
-            ledger.spend(entry, stage, WHOLE[stage])
-        ledger.settle(entry)
-        settled = ledger.entries()
-        assert ledger.reserve("run", "cell", WHOLE, done=WHOLE) == entry
-        ledger.settle(entry)
-        assert ledger.entries() == settled
-    with Ledger(path, budget=10) as ledger:  # nothing more to do: no budget is needed for it
-        ledger.settle(ledger.reserve("run", "cell", WHOLE, done=WHOLE))
-        assert ledger.entries() == settled
-
-
-def test_a_cell_that_was_killed_after_its_result_is_settled_at_that_result(path):
     spend = "; ".join(f"ledger.spend(entry, '{stage}', {WHOLE[stage]})" for stage in STAGES)
     run(path, f"entry = ledger.reserve('run', 'cell', {WHOLE}); {spend}; {KILL}")
-    with Ledger(path) as ledger:
+    with Ledger(path, budget=10) as ledger:  # nothing more to do: no budget is needed for it
         for _ in range(2):
             ledger.settle_finished("run", "cell", WHOLE)
             ledger.settle_finished("run", "unknown", WHOLE)
             (row,) = ledger.entries()
             assert (row["state"], row["total"], row["wasted"]) == ("settled", 1250, 0)
-
-
-def test_a_settled_cell_that_runs_anew_is_a_new_entry(path):
-    with Ledger(path) as ledger:
-        first = ledger.reserve("run", "cell", WHOLE)
-        ledger.spend(first, "training", 10)
-        ledger.settle(first)
-        second = ledger.reserve("run", "cell", WHOLE)
-        assert second != first and ledger.totals()["training"] == 10
-        assert ledger.latest("run", "cell")["id"] == second
+            ledger.settle(ledger.reserve("run", "cell", WHOLE, done=WHOLE))
+            assert ledger.entries() == [row]
+        with pytest.raises(ValueError, match=r"run/cell is settled at .* 1000, .*: expected .* 8, "):
+            ledger.settle_finished("run", "cell", {"training": 8})
 
 
 def test_a_cell_that_runs_is_refused_with_its_process_named_and_taken_up_once_that_is_dead(path):
@@ -273,10 +188,9 @@ def test_a_cell_that_runs_is_refused_with_its_process_named_and_taken_up_once_th
             ledger.reserve("run", "cell", WHOLE)
         (row,) = ledger.entries()
         assert row["state"] == "running" and row["reserved"] == 1243
-        with pytest.raises(ValueError, match="not held by this process"):
-            ledger.spend(row["id"], "training", 1)
-        with pytest.raises(ValueError, match="not held by this process"):
-            ledger.settle(row["id"])
+        for call in (lambda: ledger.spend(row["id"], "training", 1), lambda: ledger.settle(row["id"])):
+            with pytest.raises(ValueError, match=f"entry {row['id']} is not held by this process"):
+                call()
 
         process.kill()
         # The dead process is not waited for yet: a zombie does not run.
@@ -288,32 +202,15 @@ def test_a_cell_that_runs_is_refused_with_its_process_named_and_taken_up_once_th
         process.communicate()
 
 
-def test_a_process_number_that_another_process_has_now_is_not_the_one_that_ran(path):
-    with Ledger(path) as ledger:
-        ledger.reserve("run", "cell", WHOLE)
-        with edited(path) as other:
-            other.execute("UPDATE entries SET started = 'another boot 123'")
-        assert ledger.latest("run", "cell")["state"] == "interrupted"
-
-
 def test_a_process_that_was_taken_for_dead_can_debit_no_more(path):
+    """As one sees it that cannot see this process, or that has its number in another boot."""
     with Ledger(path) as first, Ledger(path) as second:
         entry = first.reserve("run", "cell", WHOLE)
-        with edited(path) as other:  # as one sees it that cannot see this process
-            other.execute("UPDATE entries SET state = 'interrupted', pid = 1, started = 'elsewhere'")
-        second.reserve("run", "other", WHOLE)
+        with edited(path) as other:
+            other.execute("UPDATE entries SET started = 'another boot 123'")
+        assert second.latest("run", "cell")["state"] == "interrupted"
         with pytest.raises(ValueError, match="not held"):
             first.spend(entry, "training", 1)
-
-
-def test_leaving_the_block_interrupts_what_did_not_end(path):
-    with pytest.raises(KeyboardInterrupt), Ledger(path) as ledger:
-        ledger.settle(ledger.reserve("run", "settled", WHOLE))
-        ledger.spend(ledger.reserve("run", "left", WHOLE), "training", 3)
-        raise KeyboardInterrupt
-    with Ledger(path) as ledger:
-        assert [row["state"] for row in ledger.entries()] == ["settled", "interrupted"]
-        assert ledger.totals()["spent"] == 3 and ledger.totals()["reserved"] == 0
 
 
 DEBIT = 2**45 + 1
@@ -454,20 +351,6 @@ def test_racing_reservers_never_pass_the_budget(path):
         assert 60 <= ledger.totals()["spent"] <= 100  # what running entries held may be left over
 
 
-def test_a_killed_process_loses_no_debit_and_its_entry_becomes_interrupted(path):
-    code = f"""
-    entry = ledger.reserve("run", "cell", {WHOLE})
-    for i in range(123):
-        ledger.spend(entry, "training", 1)
-    {KILL}
-    """
-    _, status = run(path, code)
-    assert status == -signal.SIGKILL
-    with Ledger(path) as ledger:
-        (row,) = ledger.entries()
-        assert (row["state"], row["training"], row["reserved"]) == ("interrupted", 123, 0)
-
-
 def test_opening_waits_for_a_writer_that_holds_the_file_in_another_mode(path):
     Ledger(path).close()
     with closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as other:
@@ -482,83 +365,47 @@ def test_opening_waits_for_a_writer_that_holds_the_file_in_another_mode(path):
         timer.join()
 
 
-def _other_program(path):
-    with edited(path) as database:
-        database.execute("CREATE TABLE notes (text)")
+def changed(script):
+    """A damage: another program changes the ledger."""
 
+    def damage(path):
+        with edited(path) as database:
+            database.executescript(script)
 
-def _newer(path):
-    Ledger(path).close()
-    with edited(path) as database:
-        database.execute("PRAGMA user_version = 2")
-
-
-def _without_a_table(path):
-    Ledger(path).close()
-    with edited(path) as database:
-        database.execute("DROP TABLE amounts")
-
-
-def _with_a_float(path):
-    with Ledger(path) as ledger:
-        ledger.reserve("run", "cell", WHOLE)
-    with edited(path) as database:
-        database.execute("PRAGMA ignore_check_constraints = ON")
-        database.execute("UPDATE amounts SET spent = 1.5")
-
-
-def _truncated(path):
-    with Ledger(path) as ledger:
-        for i in range(200):
-            ledger.settle(ledger.reserve("run", f"cell {i}", WHOLE))
-    path.write_bytes(path.read_bytes()[:9000])
-
-
-def _with_a_header_of_zeros(path):
-    _truncated(path)
-    path.write_bytes(bytes(100) + path.read_bytes()[100:])
-
-
-def _with_a_name_that_is_no_text(path):
-    with Ledger(path) as ledger:
-        ledger.settle(ledger.reserve("run", "cell", WHOLE))
-    with edited(path) as database:
-        database.execute("UPDATE entries SET run = x'6100'")
-
-
-def _with_text_that_is_no_utf8(path):
-    with Ledger(path) as ledger:
-        ledger.settle(ledger.reserve("run", "cell", WHOLE))
-    with edited(path) as database:
-        database.execute("UPDATE entries SET cell = CAST(x'ff' AS TEXT)")
+    return damage
 
 
 @pytest.mark.parametrize(
-    ("damage", "fault"),
+    ("damage", "said"),
     [
-        (lambda path: path.write_text("no database, but long enough to be looked at\n" * 20), "damaged"),
+        (lambda path: path.unlink(), "no such ledger"),
+        (lambda path: (path.unlink(), path.mkdir()), "no such ledger"),
+        (lambda path: path.write_bytes(path.read_bytes()[:9000]), "damaged"),
+        (lambda path: path.write_bytes(path.read_bytes()[:50]), "damaged"),
+        (lambda path: path.write_bytes(bytes(100) + path.read_bytes()[100:]), "damaged"),
         (lambda path: path.write_bytes(b"SQLite format 3\0" + b"\xff" * 3000), "damaged"),
-        (_truncated, "damaged"),
-        (_with_a_header_of_zeros, "damaged"),
-        (_with_text_that_is_no_utf8, "damaged"),
-        (_with_a_name_that_is_no_text, "damaged"),
-        (_without_a_table, "damaged"),
-        (_with_a_float, "damaged"),
-        (_other_program, "another program's"),
-        (_newer, "version 2: expected at most 1"),
+        (lambda path: path.write_text("no database, but long enough to be looked at\n" * 20), "damaged"),
+        (changed("UPDATE entries SET cell = CAST(x'ff' AS TEXT)"), "damaged"),
+        (changed("UPDATE entries SET run = x'6100'"), "damaged"),
+        (changed("DROP TABLE amounts"), "damaged"),
+        (changed("PRAGMA ignore_check_constraints = ON; UPDATE amounts SET spent = 1.5"), "damaged"),
+        (lambda path: (path.unlink(), changed("CREATE TABLE notes (text)")(path)), "another program's"),
+        (changed("PRAGMA user_version = 2"), "version is 2: expected at most 1"),
     ],
 )
-def test_a_file_that_is_no_ledger_is_named_in_one_line_and_left_as_it_is(path, damage, fault):
+def test_the_budget_verb_says_in_one_line_what_is_wrong_with_its_file_and_leaves_it(path, capsys, damage, said):
+    with Ledger(path) as ledger:
+        for i in range(100):
+            ledger.settle(ledger.reserve("run", f"cell {i}", WHOLE))
     damage(path)
-    before = path.read_bytes()
-    with pytest.raises(ValueError, match=fault) as caught, Ledger(path) as ledger:
-        ledger.totals()
-    assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
-    if fault != "damaged":
+    before = path.is_file() and path.read_bytes()
+    code, line = budget_verb(path, capsys)
+    assert code == 2 and said in line
+    if said in ("another program's", "version is 2: expected at most 1"):
         with edited(path) as database:
             assert database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] > 0
-    elif before[:6] != b"SQLite":
-        assert path.read_bytes() == before
+    elif not before or before[:6] != b"SQLite":
+        assert (path.is_file() and path.read_bytes()) == before
 
 
 def test_a_folder_or_a_device_is_no_ledger_and_none_is_made_in_a_folder_that_is_missing(tmp_path):
@@ -588,18 +435,6 @@ def test_a_ledger_that_is_not_at_its_place_any_more_takes_no_debit(path, change)
         ledger.spend(entry, "training", 1)
 
 
-def test_a_cell_that_is_settled_at_other_flops_than_its_record_has_is_refused(path):
-    with Ledger(path) as ledger:
-        entry = ledger.reserve("run", "cell", WHOLE)
-        ledger.spend(entry, "training", 7)
-        ledger.settle(entry)
-        ledger.settle_finished("run", "cell", {"training": 7})
-        with pytest.raises(
-            ValueError, match=r"run/cell is settled at \{'training': 7, .*\}: expected \{'training': 8, "
-        ):
-            ledger.settle_finished("run", "cell", {"training": 8})
-
-
 def budget_verb(path, capsys):
     """Run `budget --json`; returns its exit code, and what it printed or its one line of error."""
     capsys.readouterr()
@@ -609,28 +444,6 @@ def budget_verb(path, capsys):
         assert out == "" and err.startswith(f"{path}: ") and err.count("\n") == 1 and "expected" in err, (code, err)
         assert err[:-1].isprintable() and len(err) < 300 + len(str(path)), err
     return code, err if code else json.loads(out)["totals"]
-
-
-@pytest.mark.parametrize(
-    ("damage", "said"),
-    [
-        (lambda path: path.unlink(), "no such ledger"),
-        (lambda path: (path.unlink(), path.mkdir()), "no such ledger"),
-        (lambda path: path.write_bytes(path.read_bytes()[:9000]), "damaged"),
-        (lambda path: path.write_bytes(path.read_bytes()[:50]), "damaged"),
-        (lambda path: path.write_bytes(bytes(100) + path.read_bytes()[100:]), "damaged"),
-        (lambda path: path.write_text("spent = 1\n" * 200), "damaged"),
-        (lambda path: (path.unlink(), _other_program(path)), "another program's"),
-        (_newer, "version 2"),
-    ],
-)
-def test_the_budget_verb_says_in_one_line_with_exit_code_2_what_is_wrong_with_its_file(path, capsys, damage, said):
-    with Ledger(path) as ledger:
-        for i in range(100):
-            ledger.settle(ledger.reserve("run", f"cell {i}", WHOLE))
-    damage(path)
-    code, line = budget_verb(path, capsys)
-    assert code == 2 and said in line
 
 
 @pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.endurance)])
@@ -679,7 +492,7 @@ def test_a_ledger_that_is_damaged_in_the_middle_of_a_run_ends_it_in_one_line(pat
         )
         for call in calls:
             ledger._database = Malformed(sound)
-            with pytest.raises(ValueError, match=r"^.+ledger.sqlite: expected a ledger of FLOPs, got a damaged file"):
+            with pytest.raises(ValueError, match=r"^.+ledger.sqlite: is damaged \(.*\): expected a ledger"):
                 call()
             ledger._database = sound
             (row,) = ledger.entries()
@@ -701,53 +514,29 @@ class Malformed:
         return self.database.execute(statement, *values)
 
 
-def test_what_a_shard_that_is_taken_in_had_running_is_interrupted_though_its_process_is_gone(path, tmp_path):
-    """Bug: it stayed running for ever, with what it had reserved."""
-    with Ledger(path) as ledger, Ledger(tmp_path / "shard.sqlite") as shard:
-        shard.spend(shard.reserve("run", "cell", WHOLE), "training", 3)
-        ledger.set_aside("run", "shards", WHOLE)
-        assert ledger.take_in("run", "shards", [shard])
-        with edited(path) as other:
-            other.execute("UPDATE entries SET pid = 2147483647")  # of no process
-        (row,) = ledger.entries()
-        assert (row["state"], row["training"], row["reserved"]) == ("interrupted", 3, 0)
-
-
 def test_the_table_aligns_and_its_totals_are_exact(path):
     with Ledger(path) as ledger:
+        assert budget.table(ledger).splitlines()[1].split() == ["all", *"00000", "0.0000", "%"]
+        assert budget.bar(ledger, width=4) == "[....] 0.00 % spent, 0.00 % reserved, 100.00 % left"
         for cell, spent in (("lr1e-5_r2", 2 * 10**15), ("lr1e-4_r8", 33)):
             entry = ledger.reserve("runs/grid", cell, {"training": 5 * 10**15})
             ledger.spend(entry, "training", spent)
-        ledger.interrupt(entry)
+        ledger.fail(entry)
         ledger.reserve("runs/grid", "lr1e-4_r8", {"training": 5 * 10**15}, done={"training": 30})
         text, line = budget.table(ledger), budget.bar(ledger, width=20)
     head, first, second, total, blank, *exact = text.splitlines()
     assert head.split() == ["run", "cell", "state", *STAGES, "wasted", "total", "share"]
     assert first.split() == ["runs/grid", "lr1e-5_r2", "running", "2.000e15", *"000", "2.000e15", "2.0000", "%"]
-    assert second.split() == [
-        "runs/grid",
-        "lr1e-4_r8",
-        "running",
-        "3.000e1",
-        *"00",
-        "3.000e0",
-        "3.300e1",
-        "0.0000",
-        "%",
-    ]
+    amounts = ("3.000e1", *"00", "3.000e0", "3.300e1", "0.0000", "%")
+    assert second.split() == ["runs/grid", "lr1e-4_r8", "running", *amounts]
     assert len({len(row) for row in (head, first, second, total)}) == 1 and not blank
-    assert exact[0] == "spent       2,000,000,000,000,033 FLOPs"
-    assert exact[1] == "reserved    7,999,999,999,999,970 FLOPs"
-    assert exact[2] == "left       89,999,999,999,999,997 FLOPs"
-    assert exact[3] == "budget    100,000,000,000,000,000 FLOPs"
+    assert exact == [
+        "spent       2,000,000,000,000,033 FLOPs",
+        "reserved    7,999,999,999,999,970 FLOPs",
+        "left       89,999,999,999,999,997 FLOPs",
+        "budget    100,000,000,000,000,000 FLOPs",
+    ]
     assert line == "[#==.................] 2.00 % spent, 8.00 % reserved, 90.00 % left"
-
-
-def test_an_empty_ledger_has_a_table_too(path):
-    with Ledger(path) as ledger:
-        assert "all" in budget.table(ledger)
-        assert budget.bar(ledger, width=4) == "[....] 0.00 % spent, 0.00 % reserved, 100.00 % left"
-        assert ledger.as_json()["entries"] == []
 
 
 def test_a_debit_keeps_nothing_in_memory(path):
@@ -867,12 +656,12 @@ class AgreesWithAPlainModel(RuleBasedStateMachine):
             entry["spent"][stage] += flops
 
     @precondition(lambda self: self.entries)
-    @rule(data=st.data(), which=st.integers(0, 1), end=st.sampled_from(["settle", "interrupt", "fail"]))
+    @rule(data=st.data(), which=st.integers(0, 1), end=st.sampled_from(["settle", "fail"]))
     def end(self, data, which, end):
         entry, ledger = data.draw(st.sampled_from(self.entries)), self.ledgers[which]
         if entry["state"] == "running" and entry["owner"] == ledger._owner["pid"]:
             getattr(ledger, end)(entry["id"])
-            entry["state"] = {"settle": "settled", "interrupt": "interrupted", "fail": "failed"}[end]
+            entry["state"] = {"settle": "settled", "fail": "failed"}[end]
         else:
             with pytest.raises(ValueError, match="not held"):
                 getattr(ledger, end)(entry["id"])
@@ -910,7 +699,7 @@ class AgreesWithAPlainModel(RuleBasedStateMachine):
         predicted = dict(zip(STAGES, predicted, strict=True))
         old = next((e for e in self.entries if e["owner"] == 0), None)
         left = self.BUDGET - self.committed([e for e in self.entries if e is not old])
-        if sum(predicted.values()) > left:
+        if sum(predicted.values()) > max(0, left):
             with pytest.raises(BudgetExceeded):
                 self.ledgers[which].set_aside("run", "shards", predicted)
             return
@@ -931,8 +720,8 @@ class AgreesWithAPlainModel(RuleBasedStateMachine):
     def end_in_the_shard(self, data, settles):
         entry = data.draw(st.sampled_from(self.shard_entries))
         if entry["state"] == "running":
-            (self.shard.settle if settles else self.shard.interrupt)(entry["id"])
-            entry["state"] = "settled" if settles else "interrupted"
+            (self.shard.settle if settles else self.shard.fail)(entry["id"])
+            entry["state"] = "settled" if settles else "failed"
 
     @rule(which=st.integers(0, 1), dies=st.booleans())
     def take_in(self, which, dies):
@@ -964,12 +753,13 @@ class AgreesWithAPlainModel(RuleBasedStateMachine):
         ]
         left = self.BUDGET - self.committed(self.entries)
         for ledger in self.ledgers:
-            assert ledger.entries() == rows and ledger.totals()["left"] == left
+            found = ledger.as_json()
+            assert found["entries"] == rows and found["totals"]["left"] == left
 
 
 @pytest.mark.parametrize("steps", [1000, pytest.param(10_000, marks=pytest.mark.endurance)])
 def test_so_many_steps_of_two_processes_and_a_shard_agree_with_a_plain_model(steps, monkeypatch):
     monkeypatch.setattr(AgreesWithAPlainModel, "steps", 0)
-    long = settings(max_examples=steps // 40, stateful_step_count=50, deadline=None, derandomize=True, database=None)
+    long = settings(max_examples=steps // 38, stateful_step_count=50, deadline=None, derandomize=True, database=None)
     run_state_machine_as_test(AgreesWithAPlainModel, settings=settings(long, suppress_health_check=list(HealthCheck)))
     assert AgreesWithAPlainModel.steps >= steps

@@ -8,7 +8,7 @@ from scipy.integrate import solve_ivp
 from data import lotka_volterra
 from experiments.forecasting import law_fit as module
 from experiments.forecasting.baselines import seasonal_repeat
-from experiments.forecasting.law_fit import law_fit, law_fits
+from experiments.forecasting.law_fit import law_fit
 
 TIME = np.linspace(0.0, 200.0, 100)
 LAWS = {  # r, a, m, h, e, K, then the initial prey and predator; the last is outside of every range of the data
@@ -42,14 +42,15 @@ def test_a_series_of_the_law_is_continued_right_to_a_thousandth(series, name, po
     assert_allclose(law_fit(TIME, values[:points]), values[points:], atol=1e-3 * values.max(axis=0).min())
 
 
-@pytest.mark.parametrize("system", [20, 506, 654, 906])
-def test_on_the_data_set_it_is_far_better_than_the_seasonal_repeat(dataset, system):
-    values = dataset.series[system].astype(np.float64)
-    errors = [
-        np.mean((forecast - values[80:]) ** 2)
-        for forecast in (law_fit(dataset.time, values[:80]), seasonal_repeat(values[:80], 20))
-    ]
-    assert errors[0] < min(3e-4, errors[1] / 20)
+@pytest.mark.parametrize(
+    ("system", "points", "most"), [(20, 80, 0.05), (506, 80, 0.05), (654, 80, 0.05), (906, 80, 0.05), (506, 14, 0.01)]
+)
+def test_on_the_data_set_it_is_far_better_than_the_seasonal_repeat(dataset, system, points, most):
+    values = dataset.series[system, : points + 20].astype(np.float64)
+    context, future = values[:points], values[points:]
+    fitted, repeated = law_fit(dataset.time[: points + 20], context), seasonal_repeat(context, 20)
+    error = np.mean((fitted - future) ** 2)
+    assert error < most * np.mean((repeated - future) ** 2) and (error < 3e-4 or points < 80)
 
 
 def test_the_context_and_the_times_are_all_it_depends_on(dataset):
@@ -99,14 +100,6 @@ def test_what_stays_the_same_is_forecast_to_stay_so_and_zero_exactly(point):
     assert_allclose(law_fit(TIME, np.tile(point, (80, 1))), np.tile(point, (20, 1)), rtol=1e-6)
 
 
-def test_fourteen_points_already_beat_the_seasonal_repeat(dataset):
-    values = dataset.series[506].astype(np.float64)
-    forecast = law_fit(dataset.time[:34], values[:14])
-    assert np.mean((forecast - values[14:34]) ** 2) < 1e-2 * np.mean(
-        (seasonal_repeat(values[:14], 20) - values[14:34]) ** 2
-    )
-
-
 @pytest.mark.parametrize("defect", ["endless", "not a number", "noise"])
 def test_a_law_that_cannot_be_integrated_is_an_answer_not_an_exception(monkeypatch, defect):
     random = np.random.default_rng(0)
@@ -132,20 +125,13 @@ def test_the_start_by_gradients_is_near_the_law(series):
     assert_allclose(law, LAWS["it decays"][:6], rtol=0.1)
 
 
-def test_many_series_are_fitted_one_by_one_and_counted(dataset):
-    contexts, seen = dataset.series[850:853, :30], []
-    forecasts = law_fits(dataset.time[:40], contexts, seen.append)
-    assert_array_equal(forecasts, [law_fit(dataset.time[:40], context) for context in contexts])
-    assert forecasts.shape == (3, 10, 2) and seen == [1, 2, 3]
-
-
 @pytest.mark.parametrize(
     ("time", "context", "message"),
     [
-        (TIME, np.zeros((80, 3)), r"shape \(80, 3\); expected \(4 points or more, 2\)"),
+        (TIME, np.zeros((80, 3)), r"shape \(80, 3\): expected \(4 points or more, 2\)"),
         (TIME, np.zeros((3, 2)), "4 points or more"),
-        (TIME, np.full((80, 2), np.nan), "finite values"),
-        (TIME, np.full((80, 2), -1.0), "not negative"),
+        (TIME, np.full((80, 2), np.nan), "not finite or negative: expected"),
+        (TIME, np.full((80, 2), -1.0), "expected finite ones from 0"),
         (TIME[:80], np.zeros((80, 2)), "more than 80 increasing numbers"),
         (TIME[::-1], np.zeros((80, 2)), "increasing"),
     ],

@@ -289,7 +289,7 @@ def test_a_ledger_that_turns_out_damaged_in_a_step_ends_the_run_in_one_line_and_
         stops_the_ledger(patch)
         assert run.main(GRID) == 2
     err = capsys.readouterr().err
-    said = "ledger.sqlite: expected a ledger of FLOPs, got a damaged file (database disk image is malformed)"
+    said = "ledger.sqlite: is damaged (database disk image is malformed): expected a ledger of FLOPs"
     assert err.splitlines()[-1] == said and "Traceback" not in err
     assert run.main(GRID) == 0
 

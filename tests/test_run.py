@@ -1,6 +1,7 @@
 """The command line: one line and exit code 2 for bad input, JSON alone on stdout, an example in every --help."""
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -46,8 +47,6 @@ def test_every_help_shows_an_example_that_parses(verb, capsys, monkeypatch):
     printed = " ".join(capsys.readouterr().out.split())
     example = arguments.EXAMPLES[verb]
     assert example in printed
-    import shlex
-
     assert arguments.parser().parse_args(shlex.split(example)[3:]).verb == verb
 
 
@@ -83,6 +82,7 @@ def test_every_help_shows_an_example_that_parses(verb, capsys, monkeypatch):
         ["generate", "--prompt", "1<|im_end|>2", "--chat"],
         ["generate", "--prompt", "1", "--temperature", "-1"],
         ["data", "--decimals", "9"],
+        ["data", "--alpha", "1e300"],
         ["doctor", "--device", "tpu"],
         ["pretrain-pocket", "--steps", "0", "--out", "p"],
         ["grid", "--model", "Qwen/Qwen2.5-0.5B-Instruct", "--offline"],
@@ -105,11 +105,8 @@ def test_every_help_shows_an_example_that_parses(verb, capsys, monkeypatch):
 )
 def test_a_bad_argument_is_one_line_and_exit_code_2_and_nothing_is_written(argv, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
-    assert (
-        "expected" in refused(capsys, *argv)
-        or argv[0:1] in ([], ["gird"], ["grid"], ["forecast"])
-        or argv == ["report"]
-    )
+    said = refused(capsys, *argv)
+    assert "expected" in said or argv[:1] in ([], ["gird"], ["grid"], ["forecast"]) or argv == ["report"]
 
 
 def damaged_model(tmp_path: Path) -> Path:
@@ -153,15 +150,6 @@ def test_bad_data_is_refused_by_what_is_wrong(tmp_path, capsys, values, named):
     path = hdf5(tmp_path / "bad.h5", values)
     error = refused(capsys, "data", "--data", str(path))
     assert named in error.lower()
-
-
-def test_flops_prints_one_json_object_with_the_reference_total(capsys):
-    assert run.main(["flops", "--rank", "8", "--train", "--json"]) == 0
-    printed = json.loads(capsys.readouterr().out)
-    assert (printed["forward"], printed["training"]) == (2_258_760_259_584, 6_776_280_778_752)
-    assert printed["convention"] == "coursework"
-    for part in ("by_module", "by_component", "by_primitive"):
-        assert sum(printed[part].values()) == printed["forward"]
 
 
 def test_flops_knows_a_size_by_the_hubs_name_without_a_download_but_a_folder_of_that_name_wins(capsys, monkeypatch):
@@ -212,6 +200,11 @@ def test_per_layer_a_module_has_its_own_flops_and_those_of_the_modules_inside_it
         assert run.main(["flops", "--rank", "8", "--train", "--convention", convention, "--json", *flags]) == 0
         printed[flags] = json.loads(capsys.readouterr().out)
     plain, both = printed.values()
+    if convention == "coursework":
+        assert (plain["forward"], plain["training"]) == (2_258_760_259_584, 6_776_280_778_752)
+    assert plain["convention"] == convention
+    for part in ("by_module", "by_component", "by_primitive"):
+        assert sum(plain[part].values()) == plain["forward"]
     layers = both.pop("per_layer")
     assert both == plain | {"plot": "f.png"}
     assert layers[""] == {"forward": plain["forward"], "backward": plain["backward"]}
@@ -225,9 +218,8 @@ def test_generate_streams_a_greedy_continuation_to_stdout(capsys):
     assert run.main(["generate", "--prompt", "1.00,2.00;1.00,2.00;1.00,2.00;", "--max-new-tokens", "30"]) == 0
     captured = capsys.readouterr()
     assert len(captured.out) == 31 and captured.err == "[toy: the pocket model]\n"
-    assert (
-        run.main(["generate", "--prompt", "1.00,2.00;", "--chat", "--max-new-tokens", "3", "--temperature", "1"]) == 0
-    )
+    chat = ["--prompt", "1.00,2.00;", "--chat", "--max-new-tokens", "3", "--temperature", "1"]
+    assert run.main(["generate", *chat]) == 0
     captured = capsys.readouterr()
     assert captured.out and "the pocket model was never taught to chat" in captured.err
 
@@ -239,16 +231,6 @@ def test_data_shows_two_worked_examples(capsys, tmp_path):
     assert printed.count("text    0.50,0.50;0.50,0.50;\n") == 1
     assert "[15, 13, 20, 15, 11, 15, 13, 20, 15, 26" in printed and "a series is 1000 tokens" in printed
     assert "round trip of 3 series" in printed
-
-
-def test_forecast_draws_one_system_and_prints_its_scores(capsys, tmp_path):
-    path = hdf5(tmp_path / "d.h5", np.linspace(0.5, 2, 1200).reshape(20, 30, 2))
-    flags = ["--data", str(path), "--points", "20", "--horizon", "4"]
-    assert run.main(["forecast", "--system", "17", *flags]) == 0
-    assert "seasonal repeat" in capsys.readouterr().out
-    assert Path("forecast-17.png").read_bytes().startswith(b"\x89PNG")
-    assert run.main(["budget", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["totals"]["inference"] > 0
 
 
 def test_doctor_finds_the_pocket_model_and_says_what_to_do_about_the_rest(capsys):

@@ -17,23 +17,14 @@ def test_settings_written_as_toml_read_back_equal(tmp_path):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("steps", 0),
-        ("batch_size", 0),
-        ("context", 1),
-        ("decimals", 7),
-        ("alpha", -1.0),
-        ("alpha", float("nan")),
-        ("dropout", 1.0),
-        ("seed", 2**32),
-        ("lr", (0.0,)),
-        ("lr", (1e-4, 1e-4)),
-        ("ranks", ()),
-        ("ranks", (0,)),
-        ("ranks", (2, 2)),
-        ("preset", "none"),
-        ("dtype", "int8"),
-        ("device", "tpu"),
-        ("budget", 2**63),
+        *(("steps", 0), ("batch_size", 0), ("context", 1), ("decimals", 7), ("alpha", -1.0), ("alpha", float("nan"))),
+        *(("dropout", 1.0), ("seed", 2**32), ("lr", (0.0,)), ("lr", (1e-4, 1e-4)), ("ranks", ()), ("ranks", (0,))),
+        *(("ranks", (2, 2)), ("preset", "none"), ("dtype", "int8"), ("device", "tpu"), ("budget", 2**63)),
+        *(("batch_size", 2**21), ("context", 2**21), ("contexts", (2**21,)), ("ranks", (5000,)), ("budget", 0)),
+        *(("split", "by chance"), ("scaling", "maximum"), ("pad_side", "middle"), ("fractions", (0.5, 0.5, 0.5))),
+        *(("stride", 0.0), ("stride", 1.5), ("stride", float("inf")), ("num_samples", 0), ("temperature", -0.1)),
+        *(("top_p", 0.0), ("top_k", -1), ("repetition_penalty", 0.0), ("contexts", (1,)), ("contexts", (64, 64))),
+        *(("shown", (3, 3)), ("final_steps", 0), ("best_lr", -1e-3), ("best_lr", 10.0), ("val_every", -1)),
     ],
 )
 def test_a_value_out_of_range_is_refused_in_one_line_that_names_its_field(field, value):
@@ -93,20 +84,6 @@ def test_a_shortened_study_has_every_stage_in_proportion_and_enough_series_to_ju
 def test_a_study_is_cut_to_a_part_of_itself(fraction):
     with pytest.raises(ValueError, match=r"^scale is .*: expected more than 0, at most 1$"):
         Settings().shorten(fraction)
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        *(("split", "by chance"), ("scaling", "maximum"), ("pad_side", "middle"), ("fractions", (0.5, 0.5, 0.5))),
-        *(("stride", 0.0), ("stride", 1.5), ("stride", float("inf")), ("num_samples", 0), ("temperature", -0.1)),
-        *(("top_p", 0.0), ("top_k", -1), ("repetition_penalty", 0.0), ("contexts", (1,)), ("contexts", (64, 64))),
-        *(("shown", (3, 3)), ("final_steps", 0), ("best_lr", -1e-3), ("best_lr", 10.0), ("val_every", -1)),
-    ],
-)
-def test_a_choice_of_a_study_out_of_range_is_refused_by_its_name(field, value):
-    with pytest.raises(ValueError, match=rf"^({field}|lr) is .*: expected [^\n]+$"):
-        Settings(**{field: value})
 
 
 def test_how_forecasts_are_made_is_said_in_words():

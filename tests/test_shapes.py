@@ -7,7 +7,10 @@ import pytest
 from numpy.typing import NDArray
 
 from data.lotka_volterra import load
-from experiments.task.shapes import RULE, SHAPES, shape, stratified
+from experiments.settings.record import POCKET, Settings
+from experiments.task.shapes import RULE, SHAPES, shape
+from experiments.task.task import Task
+from qwen_min import Tokenizer
 
 NAMED = {20: "growing", 506: "decaying", 906: "oscillating", 654: "settled"}
 
@@ -72,7 +75,7 @@ def test_the_middle_point_of_an_odd_number_is_in_the_late_half():
 
 @pytest.mark.parametrize("series", [np.zeros(8), np.zeros((3, 2)), np.zeros((8, 0)), np.full((8, 2), np.nan)])
 def test_a_series_that_has_no_shape_is_refused(series):
-    with pytest.raises(ValueError, match="a shape is of finite values"):
+    with pytest.raises(ValueError, match="series has shape .*: expected finite values"):
         shape(series)
 
 
@@ -80,15 +83,10 @@ def test_the_rule_that_is_printed_names_every_kind_and_both_thresholds():
     assert all(word in RULE for word in (*SHAPES, "1.08", "0.05"))
 
 
-def test_the_first_system_of_each_kind_is_taken_in_the_fixed_order():
-    classes = ["settled", "decaying", "growing", "decaying", "growing"]
-    assert list(stratified(classes, [9, 8, 7, 6, 5]).items()) == [("growing", 7), ("decaying", 8), ("settled", 9)]
-    assert stratified([], []) == {}
-    assert stratified(classes, np.arange(5)) == {"growing": 2, "decaying": 1, "settled": 0}
-
-
-def test_classes_that_do_not_fit_the_systems_are_refused():
-    with pytest.raises(ValueError, match="one class for each system, got 1 for 2"):
-        stratified(["growing"], [1, 2])
-    with pytest.raises(ValueError, match="got 'chaotic'"):
-        stratified(["growing", "chaotic"], [1, 2])
+@pytest.mark.parametrize("few", [{}, {"fractions": (0.85, 0.003, 0.147)}])
+def test_the_first_validation_system_of_each_kind_is_shown_in_the_fixed_order(classes, few):
+    task = Task.prepare(Settings(**few), Tokenizer.from_pretrained(POCKET))
+    start = task.split.validation[0]
+    kinds = classes[start : task.split.test[0]]
+    assert (len(set(kinds)) == 4) == (not few)
+    assert task.forecast_systems("shown") == [start + kinds.index(kind) for kind in SHAPES if kind in kinds]

@@ -56,12 +56,7 @@ _HELD = "EXISTS (SELECT 1 FROM entries WHERE id = :entry AND state = 'running' A
 
 
 class BudgetExceeded(ValueError):
-    """The work needs `needed` FLOPs, and `left` are left of the `budget`."""
-
-    def __init__(self, ledger: Path, what: str, needed: int, left: int, budget: int):
-        rest = f"{max(0, left):,} are left of the budget of {budget:,}"
-        super().__init__(f"{ledger}: {what} needs {needed:,} FLOPs, {rest}")
-        self.needed, self.left, self.budget = needed, left, budget
+    """The work needs more FLOPs than are left of the budget."""
 
 
 class AlreadyRunning(ValueError):
@@ -78,8 +73,6 @@ class Ledger:
 
     def __init__(self, path: str | Path, budget: int = BUDGET):
         self.path, self.budget = Path(path), _flops(budget)
-        if not budget:
-            raise ValueError("a budget is at least 1 FLOP, got 0")
         self._owner: dict[str, Any] = {"pid": os.getpid(), "started": start_marker(os.getpid())}
         self._held: set[int] = set()
         if (self.path.exists() and not self.path.is_file()) or not self.path.parent.is_dir():
@@ -123,17 +116,20 @@ class Ledger:
         whole, kept = _by_stage(predicted), _by_stage(done or {})
         for stage in STAGES:
             if kept[stage] > whole[stage]:
-                part = f"{kept[stage]:,} of {whole[stage]:,} FLOPs"
-                raise ValueError(f"{run}/{cell}: done is more than predicted, {part} of {stage}")
+                most = f"at most {whole[stage]:,}, as predicted"
+                raise ValueError(f"{run}/{cell}: done is {kept[stage]:,} FLOPs of {stage}: expected {most}")
         with self._transaction():
             entries = self._read()
-            old = self._unfinished(entries, run, cell, anything_done=any(kept.values()))
+            new = _Entry(None, run, cell)
+            old = next((entry for entry in reversed(entries) if (entry.run, entry.cell) == (run, cell)), new)
+            if old.state == "running":
+                raise AlreadyRunning(f"{self.path}: {run}/{cell} is already running, in process {old.pid}")
+            if old.state == "settled" and not any(kept.values()):
+                old = new
             wasted = {stage: old.wasted[stage] + max(0, old.spent[stage] - kept[stage]) for stage in STAGES}
-            others = sum(entry.committed for entry in entries if entry.number != old.number)
-            left = self.budget - others - sum(wasted.values()) - sum(kept.values())
             needed = sum(whole.values()) - sum(kept.values())
-            if needed > max(0, left):  # a cell with nothing more to do may always settle
-                raise BudgetExceeded(self.path, f"{run}/{cell}", needed, left, self.budget)
+            left = self._left(entries, but=old) - sum(wasted.values()) - sum(kept.values())
+            self._check_fits(f"{run}/{cell}", needed, left)
             new = _Entry(old.number, run, cell, "running", self._owner["pid"], whole, kept, wasted)
             entry = self._write(new, self._owner["started"])
         self._held.add(entry)
@@ -145,7 +141,7 @@ class Ledger:
         A kill after this loses nothing; a power cut may lose the last seconds, which the next `done`
         corrects. Raises BudgetExceeded, and ValueError if this process does not hold the entry; nothing is
         debited then."""
-        values = self._owner | {"entry": entry, "stage": stage, "flops": _flops(flops)}
+        values = self._owner | {"entry": entry, "stage": stage, "flops": _by_stage({stage: flops})[stage]}
         debit = "UPDATE amounts SET spent = spent + :flops WHERE entry = :entry AND stage = :stage"
         with self._errors():
             # Within the reservation, spent and reserved add up to what they did: no other entry matters.
@@ -153,17 +149,15 @@ class Ledger:
             if self._database.execute(within, values).rowcount:
                 return
         with self._transaction():
-            if stage not in STAGES:
-                raise ValueError(f"unknown stage {stage!r}, expected one of {', '.join(STAGES)}")
             if not self._database.execute(f"SELECT {_HELD}", values).fetchone()[0]:
-                raise ValueError(f"{self.path}: entry {entry} is not held by this process")
+                raise ValueError(
+                    f"{self.path}: entry {entry} is not held by this process: expected a running one of its own"
+                )
             entries = self._read()
             mine = next(e for e in entries if e.number == entry)
-            left = self.budget - sum(e.committed for e in entries)
             beyond = flops - max(0, mine.predicted[stage] - mine.spent[stage])
-            if beyond > left:
-                what = f"{mine.run}/{mine.cell}, beyond its prediction of {stage},"
-                raise BudgetExceeded(self.path, what, beyond, left, self.budget)
+            what = f"{mine.run}/{mine.cell}, beyond its prediction of {stage},"
+            self._check_fits(what, beyond, self._left(entries))
             self._database.execute(debit, values)
 
     def settle(self, entry: int) -> None:
@@ -181,10 +175,6 @@ class Ledger:
         elif row and (held := {stage: row[stage] for stage in STAGES}) != _by_stage(spent):
             raise ValueError(f"{self.path}: {run}/{cell} is settled at {held}: expected {_by_stage(spent)}, its record")
 
-    def interrupt(self, entry: int) -> None:
-        """The cell was stopped: what was spent stays spent, the rest of the reservation is released."""
-        self._end(entry, "interrupted")
-
     def fail(self, entry: int) -> None:
         """The cell failed: what was spent stays spent, the rest of the reservation is released."""
         self._end(entry, "failed")
@@ -198,9 +188,7 @@ class Ledger:
         with self._transaction():
             entries = self._read()
             old = _set_aside(entries, run, cell) or _Entry(None, run, cell)
-            left = self.budget - sum(entry.committed for entry in entries if entry.number != old.number)
-            if sum(whole.values()) > left:
-                raise BudgetExceeded(self.path, f"{run}/{cell}", sum(whole.values()), left, self.budget)
+            self._check_fits(f"{run}/{cell}", sum(whole.values()), self._left(entries, but=old))
             self._write(_Entry(old.number, run, cell, "running", _NOBODY, predicted=whole), started="")
 
     def take_in(self, run: str, cell: str, ledgers: Iterable["Ledger"]) -> bool:
@@ -245,20 +233,26 @@ class Ledger:
 
         Keys: the stages, `wasted`, `spent` (stages and wasted), `settled` (the stages of settled entries
         alone), `reserved`, `budget`, and `left` = budget - spent - reserved."""
-        return _totals(self.entries(), self.budget)
+        return self.as_json()["totals"]
 
     def as_json(self) -> dict[str, Any]:
         """Return `ledger` (its path), `totals` and `entries`, all of one moment."""
         entries = self.entries()
-        return {"ledger": str(self.path), "totals": _totals(entries, self.budget), "entries": entries}
+        totals = {key: sum(row[key] for row in entries) for key in (*STAGES, "wasted", "reserved")}
+        spent = sum(row["total"] for row in entries)
+        settled = sum(row[stage] for row in entries if row["state"] == "settled" for stage in STAGES)
+        left = self.budget - spent - totals["reserved"]
+        totals |= {"spent": spent, "settled": settled, "budget": self.budget, "left": left}
+        return {"ledger": str(self.path), "totals": totals, "entries": entries}
 
-    def _unfinished(self, entries: list["_Entry"], run: str, cell: str, anything_done: bool) -> "_Entry":
-        """Return the entry that work on this cell goes on with, or a new one without a number."""
-        new = _Entry(None, run, cell)
-        newest = next((e for e in reversed(entries) if (e.run, e.cell) == (run, cell)), new)
-        if newest.state == "running":
-            raise AlreadyRunning(f"{self.path}: {run}/{cell} is already running, in process {newest.pid}")
-        return new if newest.state == "settled" and not anything_done else newest
+    def _left(self, entries: list["_Entry"], but: "_Entry | None" = None) -> int:
+        """FLOPs of the budget that no entry has, but perhaps one."""
+        return self.budget - sum(e.committed for e in entries if but is None or e.number != but.number)
+
+    def _check_fits(self, what: str, needed: int, left: int) -> None:
+        if needed > max(0, left):  # what needs nothing more may always end
+            rest = f"{max(0, left):,} are left of the budget of {self.budget:,}"
+            raise BudgetExceeded(f"{self.path}: {what} needs {needed:,} FLOPs, {rest}")
 
     def _write(self, entry: "_Entry", started: str) -> int:
         """Write an entry in the place of the one with its number, or under the next number; within a transaction."""
@@ -275,7 +269,9 @@ class Ledger:
 
     def _end(self, entry: int, state: str) -> None:
         if not self._mark(entry, state):
-            raise ValueError(f"{self.path}: entry {entry} is not held by this process")
+            raise ValueError(
+                f"{self.path}: entry {entry} is not held by this process: expected a running one of its own"
+            )
         self._held.discard(entry)
 
     def _mark(self, entry: int, state: str) -> bool:
@@ -314,11 +310,9 @@ class Ledger:
                 database.execute(f"PRAGMA application_id = {_APPLICATION}")
                 database.execute(f"PRAGMA user_version = {_VERSION}")
             elif application != _APPLICATION:
-                raise ValueError(f"{self.path}: expected a ledger of FLOPs, got another program's SQLite file")
+                raise ValueError(f"{self.path}: is another program's SQLite file: expected a ledger of FLOPs")
             elif version > _VERSION:
-                raise ValueError(
-                    f"{self.path}: a ledger of version {version}: expected at most {_VERSION}, of this program"
-                )
+                raise ValueError(f"{self.path}: version is {version}: expected at most {_VERSION}, of this program")
             (fault,) = database.execute("PRAGMA quick_check(1)").fetchone()
             if fault != "ok":
                 raise sqlite3.DatabaseError(" ".join(fault.split()))
@@ -374,7 +368,7 @@ class Ledger:
                     "on a disk with free space"
                 ) from error
             said = "".join(c for c in str(error)[:150] if c.isprintable())  # it may quote what is in the file
-            raise ValueError(f"{self.path}: expected a ledger of FLOPs, got a damaged file ({said})") from error
+            raise ValueError(f"{self.path}: is damaged ({said}): expected a ledger of FLOPs") from error
 
 
 @dataclass
@@ -440,22 +434,14 @@ def _short(flops: int) -> str:
     return f"{flops:.3e}".replace("e+0", "e").replace("e+", "e") if flops else "0"
 
 
-def _totals(entries: list[dict[str, Any]], budget: int) -> dict[str, int]:
-    totals = {key: sum(row[key] for row in entries) for key in (*STAGES, "wasted", "reserved")}
-    spent = sum(row["total"] for row in entries)
-    settled = sum(row[stage] for row in entries if row["state"] == "settled" for stage in STAGES)
-    left = budget - spent - totals["reserved"]
-    return totals | {"spent": spent, "settled": settled, "budget": budget, "left": left}
-
-
 def _by_stage(amounts: Mapping[str, int]) -> dict[str, int]:
     for stage in amounts:
         if stage not in STAGES:
-            raise ValueError(f"unknown stage {stage!r}, expected one of {', '.join(STAGES)}")
+            raise ValueError(f"stage is {stage!r}: expected one of {', '.join(STAGES)}")
     return {stage: _flops(amounts.get(stage, 0)) for stage in STAGES}
 
 
 def _flops(value: int) -> int:
     if type(value) is not int or not 0 <= value <= _INT64:
-        raise ValueError(f"FLOPs are integers from 0 to 2^63 - 1, got {value!r}")
+        raise ValueError(f"FLOPs are {value!r}: expected a whole number from 0 to 2^63 - 1")
     return value

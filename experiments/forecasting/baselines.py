@@ -49,7 +49,7 @@ RULES = {"persistence": persistence, "context mean": context_mean, SEASONAL: sea
 def _context(context: ArrayLike, horizon: int = 1) -> Array:
     values = np.asarray(context, np.float64)
     if values.ndim != 2 or not values.size or not np.isfinite(values).all():
-        raise ValueError(f"a context is finite values (points, variables), got shape {values.shape}")
+        raise ValueError(f"context has shape {values.shape}: expected finite values, (points, variables)")
     if horizon < 1:
-        raise ValueError(f"a horizon must be at least 1 step, got {horizon}")
+        raise ValueError(f"horizon is {horizon}: expected at least 1 step")
     return values

@@ -8,15 +8,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from data.draft import SeriesDraft
 from data.windows import IGNORED
 from experiments.accounting import predict
 from experiments.forecasting.scores import QUANTILES, quantiles
-from experiments.settings.record import Settings
 from experiments.task.constrain import Constrained, Drafted
 from experiments.task.task import Task
 from experiments.training.progress import Counted
 from qwen_min import FlopMeter, Qwen
-from qwen_min.generate import decode, prefill
+from qwen_min.generate import decode, left_padded, prefill
 from qwen_min.loss import continuation_losses
 
 ROWS_AT_ONCE, ROWS_AT_ONCE_ON_A_GPU = 16, 256  # sequences that are decoded together; samples of one series count
@@ -57,10 +57,11 @@ class Forecasts:
         return replace(self, systems=list(systems), losses=[self.losses[row] for row in rows], **chosen)
 
 
-def check_draft(settings: Settings, draft: int) -> None:
+def check_draft(task: Task, draft: int) -> None:
     """Raise ValueError unless forecasts can be made with `draft` nodes a forward."""
-    if draft < 0:
-        raise ValueError(f"draft is {draft}: expected 0 (off) or more")
+    settings, most = task.settings, task.tokens_to_forecast
+    if not 0 <= draft <= most:
+        raise ValueError(f"draft is {draft}: expected 0 (off) to {most}, the tokens of the forecast")
     if draft and (settings.num_samples > 1 or settings.sampling_temperature):
         raise ValueError(f"draft is {draft} with sampling ({settings.judged}): expected greedy, one sample")
 
@@ -82,7 +83,7 @@ def forecast(
     """
     task.check(systems, scored=False)
     settings, series = task.settings, task.dataset.series.astype(np.float64)
-    check_draft(settings, draft)
+    check_draft(task, draft)
     if draft and len(systems) != 1:
         raise ValueError(f"draft is {draft} with {len(systems)} systems: expected one")
     measured = settings.constrained and not draft
@@ -97,14 +98,20 @@ def forecast(
 
     for batch in _batches(task, systems):
         written(0)
-        ids, padding, targets = (t.to(model.device) for t in (batch.ids, batch.padding, batch.targets))
+        ids, targets = batch.ids.to(model.device), batch.targets.to(model.device)
+        padding = None if batch.padding is None else batch.padding.to(model.device)
         rows = len(batch.places) * settings.num_samples
-        constraint = _constraint(task, model, rows, measured) if settings.constrained else None
-        guesses = _guesses(task, systems[0], draft) if draft else None
+        constraint = guesses = None
+        if settings.constrained:
+            sizes = model.config.vocab_size, rows, settings.horizon
+            constraint = Constrained(task.grammar, task.symbol_ids, *sizes, model.device, measured)
+        if draft:
+            text = SeriesDraft(task.grammar, task.text(systems[0], settings.points))
+            guesses = Drafted(text, task.symbol_ids, draft)
         with FlopMeter() as meter:
             # A true number can be wider than any of the training part.
             room = max(task.tokens_to_forecast + draft, targets.shape[1])
-            prompts = prefill(model, ids, room, padding if padding.any() else None)
+            prompts = prefill(model, ids, room, padding)
         nats = np.empty(targets.shape)
         if nats.size:
             with FlopMeter() as scoring:
@@ -144,7 +151,7 @@ def forecast(
 class _Batch:
     places: list[int]  # of the systems among those asked for
     ids: torch.Tensor  # (B, T) prompts, padded on the left
-    padding: torch.Tensor  # (B)
+    padding: torch.Tensor | None  # (B)
     targets: torch.Tensor  # (B, n) tokens of the true horizon as far as it is known, IGNORED after a shorter one
     lengths: list[int]  # of the true horizons, in tokens
 
@@ -159,34 +166,11 @@ def _batches(task: Task, systems: Sequence[int]) -> Iterator[_Batch]:
     at_once = max(1, most // settings.num_samples)
     for start in range(0, len(order), at_once):
         places = order[start : start + at_once]
-        longest = max(len(prompts[place]) for place in places)
-        padding = [longest - len(prompts[place]) for place in places]
-        ids = [[0] * pad + prompts[place] for place, pad in zip(places, padding, strict=True)]
+        ids, padding = left_padded([prompts[place] for place in places])
         true = [wholes[place][len(prompts[place]) :] for place in places]
         lengths = [len(tokens) for tokens in true]
         targets = [tokens + [IGNORED] * (max(lengths) - len(tokens)) for tokens in true]
-        true_ids = torch.tensor(targets, dtype=torch.int64)  # of no token, too
-        yield _Batch(places, torch.tensor(ids), torch.tensor(padding), true_ids, lengths)
-
-
-def _constraint(task: Task, model: Qwen, rows: int, measure: bool) -> Constrained:
-    variables = task.dataset.series.shape[2]
-    return Constrained.for_tokenizer(
-        task.tokenizer,
-        task.codec,
-        variables,
-        task.widest,
-        rows=rows,
-        steps=task.settings.horizon,
-        vocabulary=model.config.vocab_size,
-        device=model.device,
-        measure=measure,
-        signed=task.dataset.signed,
-    )
-
-
-def _guesses(task: Task, system: int, nodes: int) -> Drafted:
-    return Drafted.for_tokenizer(task.tokenizer, task.grammar, task.text(system, task.settings.points), nodes)
+        yield _Batch(places, ids, padding, torch.tensor(targets, dtype=torch.int64), lengths)  # of no token, too
 
 
 def _continue(

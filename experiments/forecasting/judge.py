@@ -23,6 +23,7 @@ TABLES = (
     *("evaluation.json", "forecasts.csv", "history.csv", "scores.csv", "systems.csv", "systems_scaled.csv"),
     *("horizon.csv", "tokens.csv"),
 )
+SETTINGS = ("label", "points", "horizon", "top_k", "top_p", "repetition_penalty", "num_samples", "constrained")
 BANDS = (("coverage50", "width50", 0.25, 0.75), ("coverage80", "width80", 0.1, 0.9))
 
 
@@ -51,9 +52,7 @@ def tables(
     horizon_loss = {part: float(np.concatenate(of[part].losses).mean()) for part in parts}
     return {
         "evaluation.json": {
-            "label": settings.label,
-            "points": settings.points,
-            "horizon": settings.horizon,
+            **{name: getattr(settings, name) for name in SETTINGS},
             "parts": dict(parts),
             "verdict": {part: verdict(every, part) for part in parts},
             "shown_names": {str(system): task.shape_of(system) for system in parts["shown"]},
@@ -65,11 +64,6 @@ def tables(
             "horizon_perplexity": {part: math.exp(nats) for part, nats in horizon_loss.items()},
             "sampling": settings.judged,
             "temperature": settings.sampling_temperature,
-            "top_k": settings.top_k,
-            "top_p": settings.top_p,
-            "repetition_penalty": settings.repetition_penalty,
-            "num_samples": settings.num_samples,
-            "constrained": settings.constrained,
             "unparsed_steps": {part: int(np.isnan(of[part].values).any(-1).sum()) for part in parts},
             "forecast_steps": {part: len(systems) * settings.horizon for part, systems in parts.items()},
             "flops": made.flops,
@@ -112,18 +106,16 @@ def _scores(task: Task, part: str, made: Forecasts, guesses: Mapping[str, NDArra
             every = scores.by_variable(truth, full, names)
             for v, (variable, errors) in enumerate(every.items()):
                 of = slice(v - 1, v) if v else slice(None)
-                squared, plain = (scores.per_series(truth[..., of], full[..., of], m) for m in ("mse", "mae"))
-                repeated = scores.per_series(truth[..., of], reference[..., of])
+                each = scores.per_series(truth[..., of], full[..., of])
+                repeated = scores.per_series(truth[..., of], reference[..., of])["mse"]
                 row: Row = {"part": part, "unit": unit, "forecaster": forecaster, "variable": variable}
                 row |= {"series": len(truth), "steps": unparsed.size, "unparsed_steps": int(unparsed.sum())}
-                row |= dict(zip(("mse_low", "mse_high"), scores.interval(squared, seed), strict=True))
-                row |= dict(zip(("mae_low", "mae_high"), scores.interval(plain, seed), strict=True))
-                row |= errors
+                for name, values_of_each in each.items():
+                    row[f"{name}_low"], row[f"{name}_high"] = scores.interval(values_of_each, seed)
                 seasonal = scores.errors(truth[..., of], reference[..., of])["mse"]
-                row["skill"] = scores.skill(errors["mse"], seasonal)
-                row["won"] = scores.won(squared, repeated)
-                low, high = scores.paired_interval(squared, repeated, seed)
-                row |= {"difference_low": low, "difference_high": high}
+                row |= errors | {"skill": scores.skill(errors["mse"], seasonal)}
+                row["won"] = scores.won(each["mse"], repeated)
+                row["difference_low"], row["difference_high"] = scores.paired_interval(each["mse"], repeated, seed)
                 yield row | _probabilistic(made, forecaster, by, of)
 
 

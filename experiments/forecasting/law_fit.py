@@ -21,7 +21,6 @@ P context points, H forecast points, B sets of parameters integrated as one; all
 """
 
 import warnings
-from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -43,16 +42,6 @@ DIFFERENCE = 1e-4  # of logarithms, for the Jacobian
 OFF = 1e3  # the residual of a law that cannot be integrated
 
 
-def law_fits(time: Array, contexts: ArrayLike, progress: Callable[[int], None] | None = None) -> Array:
-    """`law_fit` of each series: `contexts` (N, P, 2) -> (N, H, 2). `progress` takes the number that are done."""
-    forecasts = []
-    for context in np.asarray(contexts, np.float64):
-        forecasts.append(law_fit(time, context))
-        if progress is not None:
-            progress(len(forecasts))
-    return np.stack(forecasts)
-
-
 def law_fit(time: Array, context: ArrayLike) -> Array:
     """Forecast by the law, fitted to the context and integrated on: `time` (P+H,), `context` (P, 2) -> (H, 2).
 
@@ -63,11 +52,11 @@ def law_fit(time: Array, context: ArrayLike) -> Array:
     values, time = np.asarray(context, np.float64), np.asarray(time, np.float64)
     points = len(values)
     if values.ndim != 2 or values.shape[1] != 2 or points < FEWEST_POINTS:
-        raise ValueError(f"law fit: a context of shape {values.shape}; expected ({FEWEST_POINTS} points or more, 2)")
+        raise ValueError(f"law fit: context has shape {values.shape}: expected ({FEWEST_POINTS} points or more, 2)")
     if not np.isfinite(values).all() or (values < 0).any():
-        raise ValueError("law fit: expected a context of finite values that are not negative")
+        raise ValueError("law fit: context has values that are not finite or negative: expected finite ones from 0")
     if time.ndim != 1 or len(time) <= points or not (np.diff(time) > 0).all():
-        raise ValueError(f"law fit: time of shape {time.shape}; expected more than {points} increasing numbers")
+        raise ValueError(f"law fit: time has shape {time.shape}: expected more than {points} increasing numbers")
     means = values.mean(axis=0)
     unit = np.where(means > 0, means, 1.0)
     clock = (time - time[0]) / (time[points - 1] - time[0]) * (points - 1)  # 0 at the first point, P - 1 at the last

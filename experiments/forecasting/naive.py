@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from experiments.forecasting.baselines import RULES, SEASONAL
-from experiments.forecasting.law_fit import FEWEST_POINTS, law_fits
+from experiments.forecasting.law_fit import FEWEST_POINTS, law_fit
 from experiments.run_folder import files
 from experiments.task.task import Task
 from experiments.training.progress import Counted
@@ -24,8 +24,12 @@ def forecasts(task: Task, systems: Sequence[int], progress: Counted = lambda don
     context = series[:, : settings.points]
     found = {name: np.stack([rule(one, settings.horizon) for one in context]) for name, rule in RULES.items()}
     if dataset.names == ("prey", "predator") and settings.points >= FEWEST_POINTS:
-        progress(0, len(context))
-        found["law fit"] = law_fits(task.time, context, lambda done: progress(done, len(context)))
+        fits: list[NDArray[np.float64]] = []
+        for one in context:
+            progress(len(fits), len(context))
+            fits.append(law_fit(task.time, one))
+        progress(len(fits), len(context))
+        found["law fit"] = np.stack(fits)
     return found
 
 
@@ -36,8 +40,7 @@ def kept(task: Task, systems: Sequence[int], path: Path, progress: Counted = lam
         ValueError: the file is not what this wrote for these systems.
     """
     settings, names = task.settings, task.dataset.names
-    end = settings.points + settings.horizon
-    time = task.dataset.time[settings.points : end]
+    time = task.time[settings.points :]
     if not path.is_file():
         made = forecasts(task, systems, progress)
         files.write_csv(

@@ -18,6 +18,7 @@ Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
 AS_GOOD, MOST_TIMES = 1.05, 1e6  # ratios of two MSEs: below it they count as equal; above it none is named
+LEVEL, DRAWS = 0.95, 2000  # of bootstrap intervals
 EPSILON = float(np.finfo(np.float64).eps)
 QUANTILES = (0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9)
 
@@ -27,11 +28,8 @@ def filled(forecast: ArrayLike, fallback: ArrayLike) -> tuple[Array, Mask]:
 
     A step with a NaN in any variable was not parsed, and is replaced whole. `forecast`, `fallback` (N, h, V).
     Returns the forecast without NaN (N, h, V), and which steps were replaced (N, h)."""
-    got, other = _float(forecast), _float(fallback)
-    if got.ndim < 2 or other.shape != got.shape:
-        raise ValueError(f"a fallback has the shape of the forecast: expected {got.shape}, got {other.shape}")
-    if not np.isfinite(other).all():
-        raise ValueError("a fallback must be finite: it stands in for steps that were not parsed")
+    got = _float(forecast)
+    other = _finite("fallback", fallback, got.shape)
     unparsed: Mask = np.any(np.isnan(got), axis=-1)
     return np.where(unparsed[..., None], other, got), unparsed
 
@@ -67,59 +65,49 @@ def by_variable(truth: ArrayLike, forecast: ArrayLike, names: Sequence[str]) -> 
     deviations from each variable's own mean: the variables' R2 weighted by their variances."""
     y, got = _pair(truth, forecast)
     if len(names) != y.shape[-1]:
-        raise ValueError(f"each variable has a name: expected {y.shape[-1]} names, got {list(names)}")
+        raise ValueError(f"names are {list(names)}: expected {y.shape[-1]}, one for each variable")
     columns = ((name, [variable]) for variable, name in enumerate(names))
     return {"all": errors(y, got)} | {name: errors(y[..., column], got[..., column]) for name, column in columns}
 
 
-def per_series(truth: ArrayLike, forecast: ArrayLike, measure: str = "mse") -> Array:
-    """Return the MSE or MAE ("mse" or "mae") of each series (N,), over its steps and variables, from (N, h, V)."""
-    if measure not in ("mse", "mae"):
-        raise ValueError(f'expected the measure "mse" or "mae", got {measure!r}')
+def per_series(truth: ArrayLike, forecast: ArrayLike) -> dict[str, Array]:
+    """Return "mse" and "mae" of each series, (N,) each, over its steps and variables, from (N, h, V)."""
     y, got = _pair(truth, forecast, dimensions=3)
     e = got - y
-    return np.mean(e**2 if measure == "mse" else np.abs(e), axis=(1, 2))
+    return {"mse": np.mean(e**2, axis=(1, 2)), "mae": np.mean(np.abs(e), axis=(1, 2))}
 
 
 def by_step(truth: ArrayLike, forecast: ArrayLike) -> dict[str, Array]:
     """Return "mse", "mae" and "running_rmse", each (h,): how the error grows with the step. Arguments (N, h, V).
 
-    mse and mae of step s are means over the series and variables at s alone; `running_rmse` is described there."""
+    mse and mae of step s are means over the series and variables at s alone; running_rmse of s is the root of the mean
+    squared error over steps 1..s."""
     y, got = _pair(truth, forecast, dimensions=3)
     e = got - y
     mse, mae = np.mean(e**2, axis=(0, 2)), np.mean(np.abs(e), axis=(0, 2))
     return {"mse": mse, "mae": mae, "running_rmse": np.sqrt(np.cumsum(mse) / np.arange(1, len(mse) + 1))}
 
 
-def running_rmse(truth: ArrayLike, forecast: ArrayLike) -> Array:
-    """Return (h,): the root of the mean squared error over steps 1..s, all series and variables, from (N, h, V)."""
-    return by_step(truth, forecast)["running_rmse"]
+def interval(per_series_values: ArrayLike, seed: int) -> tuple[float, float]:
+    """Return (low, high), the percentile bootstrap interval of the mean over series, of `LEVEL`.
 
-
-def interval(per_series_values: ArrayLike, seed: int, level: float = 0.95, draws: int = 2000) -> tuple[float, float]:
-    """Return (low, high), the percentile bootstrap interval of the mean over series.
-
-    `per_series_values` (N,): one value for each series. N of them are drawn with replacement `draws` times;
+    `per_series_values` (N,): one value for each series. N of them are drawn with replacement `DRAWS` times;
     the ends are the (1 - level)/2 and (1 + level)/2 quantiles of the means. One series gives an interval of
     width 0, which says nothing: show N beside it.
     Source: Efron 1979, "Bootstrap methods: another look at the jackknife"."""
     values = _one_for_each_series(per_series_values)
-    if not 0 < level < 1 or draws < 1:
-        raise ValueError(f"expected 0 < level < 1 and draws > 0, got {level} and {draws}")
-    drawn = np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))
-    low, high = np.quantile(values[drawn].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
+    drawn = np.random.default_rng(seed).integers(len(values), size=(DRAWS, len(values)))
+    low, high = np.quantile(values[drawn].mean(axis=1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 
-def paired_interval(
-    a: ArrayLike, b: ArrayLike, seed: int, level: float = 0.95, draws: int = 2000
-) -> tuple[float, float]:
+def paired_interval(a: ArrayLike, b: ArrayLike, seed: int) -> tuple[float, float]:
     """Return the bootstrap interval of mean(a - b), where `a` and `b` (N,) are two forecasters' errors.
 
     Each draw takes the same series from both, so a hard series counts against neither: an interval without 0
     tells two forecasters apart even where their own intervals overlap."""
-    first, second = _same_series(a, b)
-    return interval(first - second, seed, level, draws)
+    first = _one_for_each_series(a)
+    return interval(first - _finite("the other's error", b, first.shape), seed)
 
 
 def skill(model_mse: float, reference_mse: float) -> float | None:
@@ -129,8 +117,8 @@ def skill(model_mse: float, reference_mse: float) -> float | None:
 
 def won(model: ArrayLike, reference: ArrayLike) -> int:
     """Return the number of series whose error is lower with the model. Both (N,); a tie is not won."""
-    first, second = _same_series(model, reference)
-    return int(np.sum(first < second))
+    first = _one_for_each_series(model)
+    return int(np.sum(first < _finite("the other's error", reference, first.shape)))
 
 
 def verdict(mse: Mapping[str, float], series: int, untrained: float | None = None) -> str:
@@ -186,10 +174,8 @@ def crps(truth: ArrayLike, samples: ArrayLike) -> Array:
     `truth` (N, h, V), `samples` (N, S, h, V). A sample's step with a NaN in any variable is left out whole; a
     step that no sample parsed is NaN.
     Source: Gneiting & Raftery 2007, "Strictly proper scoring rules, prediction, and estimation", section 4.2."""
-    y = _float(truth)
     parsed, count = _parsed(samples)
-    if y.shape != (expected := parsed[:, 0].shape) or not np.isfinite(y).all():
-        raise ValueError(f"a truth is finite and has the shape of a sample: expected {expected}, got {y.shape}")
+    y = _finite("truth", truth, parsed[:, 0].shape)
     e = np.sort(parsed - y[:, None], axis=1)  # (N, S, h, V), NaN last
     rank = np.arange(1, e.shape[1] + 1)[:, None, None]
     weight = np.where(e > 0, count[:, None] - rank + 0.5, rank - 0.5)
@@ -202,9 +188,7 @@ def coverage(truth: ArrayLike, low: ArrayLike, high: ArrayLike) -> float | None:
     A step whose bounds are NaN, as no sample was parsed, is ignored here: those are counted elsewhere, and the
     count belongs beside this share. None where no step has bounds."""
     below, above = _bounds(low, high)
-    y = _float(truth)
-    if y.shape != below.shape or not np.isfinite(y).all():
-        raise ValueError(f"a truth is finite and has the shape of its bounds: expected {below.shape}, got {y.shape}")
+    y = _finite("truth", truth, below.shape)
     known = ~np.isnan(above - below)
     return float(np.mean(((below <= y) & (y <= above))[known])) if known.any() else None
 
@@ -220,31 +204,27 @@ def _float(values: ArrayLike) -> Array:
     return np.asarray(values, np.float64)
 
 
+def _finite(what: str, values: ArrayLike, shape: tuple[int, ...]) -> Array:
+    found = _float(values)
+    if found.shape != shape or not np.isfinite(found).all():
+        bad = int(np.sum(~np.isfinite(found)))
+        raise ValueError(f"{what} has shape {found.shape}, {bad} values not finite: expected {shape}, all finite")
+    return found
+
+
 def _pair(truth: ArrayLike, forecast: ArrayLike, dimensions: int | None = None) -> tuple[Array, Array]:
-    y, got = _float(truth), _float(forecast)
+    y = _float(truth)
     if y.ndim < 2 or dimensions not in (None, y.ndim) or not y.size:
         expected = "(..., steps, variables)" if dimensions is None else "(series, steps, variables)"
-        raise ValueError(f"a truth is values {expected}, none empty; got shape {y.shape}")
-    if got.shape != y.shape:
-        raise ValueError(f"a forecast has the shape of the truth: expected {y.shape}, got {got.shape}")
-    if not (np.isfinite(y).all() and np.isfinite(got).all()):
-        bad = int(np.sum(~np.isfinite(y))), int(np.sum(~np.isfinite(got)))
-        raise ValueError(f"truth and forecast must be finite, got {bad[0]} and {bad[1]} values that are not")
-    return y, got
+        raise ValueError(f"truth has shape {y.shape}: expected {expected}, none empty")
+    return _finite("truth", y, y.shape), _finite("forecast", forecast, y.shape)
 
 
 def _one_for_each_series(values: ArrayLike) -> Array:
     found = _float(values)
-    if found.ndim != 1 or not found.size or not np.isfinite(found).all():
-        raise ValueError(f"expected a list of finite values, one for each series, got shape {found.shape}")
-    return found
-
-
-def _same_series(a: ArrayLike, b: ArrayLike) -> tuple[Array, Array]:
-    first, second = _one_for_each_series(a), _one_for_each_series(b)
-    if first.shape != second.shape:
-        raise ValueError(f"expected values of the same series, got {len(first)} and {len(second)}")
-    return first, second
+    if found.ndim != 1 or not found.size:
+        raise ValueError(f"error has shape {found.shape}: expected a value for each series")
+    return _finite("error", found, found.shape)
 
 
 def _parsed(samples: ArrayLike) -> tuple[Array, NDArray[np.int64]]:
@@ -252,7 +232,8 @@ def _parsed(samples: ArrayLike) -> tuple[Array, NDArray[np.int64]]:
     found = _float(samples)
     if found.ndim != 4 or not found.size or np.isinf(found).any():
         raise ValueError(
-            f"samples are finite, or NaN where not parsed, (series, samples, steps, variables); got shape {found.shape}"
+            f"samples have shape {found.shape}, {np.isinf(found).sum()} values infinite: expected (series, samples, "
+            "steps, variables), finite or NaN where not parsed"
         )
     unparsed = np.isnan(found).any(axis=-1, keepdims=True)  # (N, S, h, 1)
     return np.where(unparsed, np.nan, found), np.sum(~unparsed, axis=1)
@@ -261,5 +242,5 @@ def _parsed(samples: ArrayLike) -> tuple[Array, NDArray[np.int64]]:
 def _bounds(low: ArrayLike, high: ArrayLike) -> tuple[Array, Array]:
     below, above = _float(low), _float(high)
     if below.shape != above.shape or np.isinf([below, above]).any() or (below > above).any():
-        raise ValueError(f"expected bounds low <= high of one shape, finite or NaN, got {below.shape}, {above.shape}")
+        raise ValueError(f"bounds have shapes {below.shape}, {above.shape}: expected low <= high of one, finite or NaN")
     return below, above

@@ -120,7 +120,8 @@ def _running(system: System) -> Floats:
     """Running RMSE of each variable, (h, V); a step that did not parse is persistence, as in every score."""
     fallback = np.broadcast_to(system.context[-1], system.truth.shape)
     forecast, _ = scores.filled(system.forecast[None], fallback[None])
-    each = [scores.running_rmse(system.truth[None, :, [v]], forecast[:, :, [v]]) for v in range(system.truth.shape[1])]
+    truth = system.truth[None]
+    each = [scores.by_step(truth[..., [v]], forecast[..., [v]])["running_rmse"] for v in range(truth.shape[-1])]
     return np.stack(each, axis=1)
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -28,16 +29,6 @@ SCALINGS = ("training maximum", "context percentile", "series percentile")
 percentiles / 10, of the points that a forecast sees, or of all: the horizon that it is to forecast included."""
 
 DTYPES = {"stored": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
-_CHOICES = {
-    "split": SPLITS,
-    "scaling": SCALINGS,
-    "pad_side": ("right", "left"),
-    "dtype": tuple(DTYPES),
-    "vocabulary": ("full", "symbols"),
-    "schedule": schedule.SCHEDULES,
-}
-# Far above what any run needs: a damaged file must not ask for all memory.
-_MOST = {"batch_size": 2**20, "context": 2**20, "contexts": 2**20, "num_samples": 10_000, "ranks": 4096}
 MOST_VALIDATIONS = 12  # of a run of a shortened study
 FEWEST_SERIES = 20  # that tell something of a forecaster
 
@@ -128,59 +119,13 @@ class Settings:
     shortened: float = 1.0  # part of the steps and series that a study was cut to
 
     def __post_init__(self) -> None:
-        for name in (
-            *("steps", "default_steps", "context_steps", "final_steps", "points", "horizon", "batch_size"),
-            *("checkpoint_every", "default_rank", "num_samples", "budget"),
-        ):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in (
-            *("val_every", "val_series", "forecast_series", "shown_series", "best_rank", "top_k"),
-            *("best_context", "alpha", "temperature", "default_lr", "best_lr", "lora_alpha", "warmup", "decay"),
-            *("weight_decay", "clip"),
-        ):
-            _require(0 <= getattr(self, name) < float("inf"), name, getattr(self, name), "0 or more")
-        _require(self.budget < 2**63, "budget", self.budget, "less than 2^63")
-        for name, most in _MOST.items():
-            values = getattr(self, name)
-            largest = max(values, default=0) if isinstance(values, tuple) else values
-            _require(largest <= most, name, values, f"at most {most}")
-        for name in ("context", "contexts"):
-            values = getattr(self, name)
-            least = min(values, default=0) if isinstance(values, tuple) else values
-            _require(least >= 2, name, values, "at least 2 tokens")
-        for name, allowed in _CHOICES.items():
-            _require(getattr(self, name) in allowed, name, getattr(self, name), f"one of {', '.join(allowed)}")
-        whole = self.stride == int(self.stride) if abs(self.stride) < float("inf") else False
-        holds = 0 < self.stride <= 1 or (self.stride > 1 and whole)
-        _require(holds, "stride", self.stride, "a part of the window up to 1, or whole tokens")
-        parts = self.fractions
-        holds = len(parts) == 3 and min(parts) > 0 and abs(sum(parts) - 1) < 1e-9
-        _require(holds, "fractions", parts, "three positive numbers that add up to 1")
-        _require(0 <= self.decimals <= 6, "decimals", self.decimals, "0 to 6")
-        _require(
-            self.trailing_zeros or self.decimals > 0, "decimals", self.decimals, "at least 1 without trailing zeros"
-        )
-        _require(0 <= self.dropout < 1, "dropout", self.dropout, "at least 0, less than 1")
-        _require(0 <= self.final_lr <= 1, "final_lr", self.final_lr, "0 to 1, a part of the learning rate")
-        holds = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
-        _require(holds, "betas", self.betas, "two numbers of at least 0, less than 1")
-        _require(bool(self.targets) and all(self.targets), "targets", self.targets, "names of linear layers")
+        for names, holds, expected in _RULES:
+            for name in names.split():
+                _require(holds(getattr(self, name)), name, getattr(self, name), expected)
+        _require(self.trailing_zeros or self.decimals > 0, "decimals", 0, "at least 1 without trailing zeros")
         schedule.check(self.schedule, self.steps, self.warmup, self.decay)
-        _require(0 < self.top_p <= 1, "top_p", self.top_p, "more than 0, at most 1")
-        holds = 0 < self.repetition_penalty < float("inf")
-        _require(holds, "repetition_penalty", self.repetition_penalty, "a positive number")
-        _require(0 < self.shortened <= 1, "shortened", self.shortened, "more than 0, at most 1")
-        for name in ("seed", "split_seed"):
-            _require(0 <= getattr(self, name) < 2**32, name, getattr(self, name), "0 to 2^32 - 1")
-        rates = (*self.lr, *filter(None, (self.default_lr, self.best_lr)))
-        _require(all(0 < lr < 10 for lr in rates), "lr", rates, "positive numbers below 10")
-        _require(bool(self.ranks) and all(r >= 1 for r in self.ranks), "ranks", self.ranks, "whole numbers from 1")
-        for name in ("lr", "ranks", "contexts", "shown", "targets"):
-            _require(len(set(getattr(self, name))) == len(getattr(self, name)), name, getattr(self, name), "each once")
-        _require(self.preset in ("", *PRESETS), "preset", self.preset, f"one of {', '.join(PRESETS)}")
-        holds = self.vocabulary == "full" or not self.count_padding
-        _require(holds, "vocabulary", self.vocabulary, "full where padding counts, which is no symbol")
-        _require(bool(re.fullmatch(r"cpu|cuda(:\d{1,3})?", self.device)), "device", self.device, "cpu or cuda")
+        symbols_alone = self.vocabulary == "symbols" and self.count_padding
+        _require(not symbols_alone, "vocabulary", "symbols", "full where padding counts, which is no symbol")
 
     def check_device(self) -> None:
         """Raise ValueError if the device is not here, or nothing can be compiled for it where that was asked for.
@@ -213,11 +158,6 @@ class Settings:
     @property
     def learning_rates(self) -> tuple[float, ...]:
         return self.lr or PRESETS[self.preset_name]
-
-    @property
-    def weight_dtype(self) -> torch.dtype | None:
-        """The type that the weights are kept in; None is that of their file."""
-        return DTYPES[self.dtype]
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -266,8 +206,7 @@ class Settings:
         Validations keep their distance in proportion, but no run has more than `MOST_VALIDATIONS`: with the fewest
         series that still tell something, each costs as much as many of so few steps.
         """
-        if not 0 < fraction <= 1:
-            raise ValueError(f"scale is {fraction!r}: expected more than 0, at most 1")
+        _require(0 < fraction <= 1, "scale", fraction, "more than 0, at most 1")
         stages = ("steps", "default_steps", "context_steps", "final_steps")
         fewer = {name: max(1, round(getattr(self, name) * fraction)) for name in stages}
         if self.val_every:
@@ -297,6 +236,43 @@ class Settings:
     def to_toml(self) -> str:
         """The settings as TOML, every one of them; `from_toml` reads it back equal."""
         return "".join(f"{f.name} = {_toml(getattr(self, f.name))}\n" for f in dataclasses.fields(self))
+
+
+_LARGEST = 2**20  # far above what any run needs: a damaged file must not ask for all memory
+_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("steps default_steps context_steps final_steps points horizon", lambda v: v >= 1, "at least 1"),
+    ("checkpoint_every default_rank", lambda v: v >= 1, "at least 1"),
+    ("val_every val_series forecast_series shown_series best_rank best_context top_k", lambda v: v >= 0, "0 or more"),
+    ("alpha temperature lora_alpha warmup decay weight_decay clip", lambda v: 0 <= v < math.inf, "0 or more"),
+    ("budget", lambda v: 1 <= v < 2**63, "at least 1, less than 2^63"),
+    ("batch_size", lambda v: 1 <= v <= _LARGEST, f"1 to {_LARGEST}"),
+    ("num_samples", lambda v: 1 <= v <= 10_000, "1 to 10000"),
+    ("context", lambda v: 2 <= v <= _LARGEST, f"2 to {_LARGEST} tokens"),
+    ("contexts", lambda v: bool(v) and all(2 <= one <= _LARGEST for one in v), f"2 to {_LARGEST} tokens each"),
+    ("ranks", lambda v: bool(v) and all(1 <= one <= 4096 for one in v), "whole numbers from 1 to 4096"),
+    ("lr", lambda v: all(0 < one < 10 for one in v), "positive numbers below 10"),
+    ("default_lr best_lr", lambda v: 0 <= v < 10, "0, or a positive number below 10"),
+    ("lr ranks contexts shown targets", lambda v: len(set(v)) == len(v), "each once"),
+    ("preset", lambda v: v in ("", *PRESETS), f"one of {', '.join(PRESETS)}"),
+    ("split", SPLITS.__contains__, f"one of {', '.join(SPLITS)}"),
+    ("scaling", SCALINGS.__contains__, f"one of {', '.join(SCALINGS)}"),
+    ("pad_side", ("right", "left").__contains__, "one of right, left"),
+    ("dtype", DTYPES.__contains__, f"one of {', '.join(DTYPES)}"),
+    ("vocabulary", ("full", "symbols").__contains__, "one of full, symbols"),
+    ("stride", lambda v: 0 < v <= 1 or (v > 1 and v % 1 == 0), "a part of the window up to 1, or whole tokens"),
+    ("fractions", lambda v: len(v) == 3 and min(v) > 0 and math.isclose(sum(v), 1), "three positive numbers of sum 1"),
+    ("decimals", lambda v: 0 <= v <= 6, "0 to 6"),
+    ("targets", lambda v: bool(v) and all(v), "names of linear layers"),
+    ("schedule", schedule.SCHEDULES.__contains__, f"one of {', '.join(schedule.SCHEDULES)}"),
+    ("final_lr", lambda v: 0 <= v <= 1, "0 to 1, a part of the learning rate"),
+    ("betas", lambda v: len(v) == 2 and all(0 <= one < 1 for one in v), "two numbers of at least 0, less than 1"),
+    ("dropout", lambda v: 0 <= v < 1, "at least 0, less than 1"),
+    ("top_p shortened", lambda v: 0 < v <= 1, "more than 0, at most 1"),
+    ("repetition_penalty", lambda v: 0 < v < math.inf, "a positive number"),
+    ("seed split_seed", lambda v: 0 <= v < 2**32, "0 to 2^32 - 1"),
+    ("device", lambda v: bool(re.fullmatch(r"cpu|cuda(:\d{1,3})?", v)), "cpu or cuda"),
+)
+"""Fields, what holds of the value of each, and that in words."""
 
 
 def _require(holds: bool, name: str, value: Any, expected: str) -> None:

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from data.draft import SeriesDraft
 from data.grammar import Grammar
-from data.llmtime import Codec
 from qwen_min import Tokenizer
 
 
@@ -64,24 +63,6 @@ class Constrained:
         self._written, self._count = torch.zeros_like(self._state), torch.zeros_like(self._state)
         self._kept = torch.ones(rows, dtype=torch.float64, device=device)
         self._cut = torch.zeros_like(self._kept)
-
-    @classmethod
-    def for_tokenizer(
-        cls,
-        tokenizer: Tokenizer,
-        codec: Codec,
-        variables: int,
-        widest: int,
-        rows: int,
-        steps: int,
-        vocabulary: int,
-        device: torch.device | str = "cpu",
-        measure: bool = True,
-        signed: bool = False,
-    ) -> "Constrained":
-        """For a tokenizer that makes one token of each digit, point and separator; ValueError for another."""
-        grammar = Grammar(codec, variables, widest, signed)
-        return cls(grammar, symbol_tokens(tokenizer, grammar), vocabulary, rows, steps, device, measure)
 
     def allowed(self) -> Tensor:
         """(rows, V) bool: the tokens that may come next, of `tokens` if those are given; all in a row that is done."""
@@ -148,11 +129,6 @@ class Drafted:
         self.draft, self.nodes = draft, nodes
         self._tokens = dict(zip(draft.grammar.symbols, symbol_ids, strict=True))
         self._symbols = {token: symbol for symbol, token in self._tokens.items()}
-
-    @classmethod
-    def for_tokenizer(cls, tokenizer: Tokenizer, grammar: Grammar, text: str, nodes: int) -> "Drafted":
-        """After a prompt's text, for a tokenizer as in `Constrained.for_tokenizer`."""
-        return cls(SeriesDraft(grammar, text), symbol_tokens(tokenizer, grammar), nodes)
 
     def guess(self) -> list[tuple[int, int]]:
         """(parent, token) of each guess: see `generate.Draft`."""

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from experiments.settings.record import Settings
+from experiments.settings.record import DTYPES, Settings
 from experiments.task.task import Task
 from lora import load_adapter
 from lora.layer import lora_layers
@@ -14,7 +14,7 @@ def load_model(settings: Settings) -> Qwen:
     """The base model of a run, frozen. Raises ValueError where it is to be compiled, and cannot be."""
     model = Qwen.from_pretrained(
         settings.model,
-        settings.weight_dtype,
+        DTYPES[settings.dtype],
         settings.device,
         settings.revision or None,
         settings.offline,

@@ -1,9 +1,8 @@
-"""What kind of series a system has, computed from its values by one stated rule, and one system of each kind.
+"""What kind of series a system has, computed from its values by one stated rule.
 
 P points, V variables; values in any unit.
 """
 
-from collections.abc import Sequence
 from typing import Literal, get_args
 
 import numpy as np
@@ -33,7 +32,7 @@ def shape(series: ArrayLike) -> Shape:
     """
     values = np.asarray(series, np.float64)
     if values.ndim != 2 or len(values) < FEWEST_POINTS or not values.size or not np.isfinite(values).all():
-        raise ValueError(f"a shape is of finite values (4 points or more, variables), got shape {values.shape}")
+        raise ValueError(f"series has shape {values.shape}: expected finite values, (4 points or more, variables)")
     early, late = (np.ptp(half, axis=0) for half in np.split(values, [len(values) // 2]))  # (V,)
     begins = np.where(late > 0, np.inf, 0.0)
     ratio = np.divide(late, early, out=begins, where=early > 0).mean()
@@ -42,16 +41,3 @@ def shape(series: ArrayLike) -> Shape:
     if ratio < 1 / CHANGED:
         return "decaying"
     return "growing" if ratio > CHANGED else "oscillating"
-
-
-def stratified(classes: Sequence[str], systems: Sequence[int]) -> dict[Shape, int]:
-    """Return the first system of each kind, in the order of `SHAPES`; a kind that no system has is left out.
-
-    `classes[i]` is the kind of `systems[i]`. Raises ValueError for sequences of unlike lengths or another kind.
-    """
-    if len(classes) != len(systems):
-        raise ValueError(f"expected one class for each system, got {len(classes)} for {len(systems)}")
-    if unknown := sorted(set(classes) - set(SHAPES)):
-        raise ValueError(f"expected classes of {', '.join(SHAPES)}, got {unknown[0]!r}")
-    listed = list(classes)
-    return {kind: int(systems[listed.index(kind)]) for kind in SHAPES if kind in listed}

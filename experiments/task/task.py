@@ -16,7 +16,7 @@ from data.lotka_volterra import Dataset
 from data.windows import Windows, make_windows
 from experiments.settings.record import Settings
 from experiments.task.constrain import symbol_tokens
-from experiments.task.shapes import FEWEST_POINTS, shape, stratified
+from experiments.task.shapes import FEWEST_POINTS, SHAPES, Shape, shape
 from qwen_min import QwenConfig, Tokenizer
 
 
@@ -149,9 +149,10 @@ class Task:
             return systems[: settings.series_of(len(systems), settings.forecast_series)].tolist()
         if settings.shown or settings.shown_series:
             return list(settings.shown) or validation[: settings.shown_series].tolist()
-        return list(stratified([self.shape_of(s) for s in validation.tolist()], validation.tolist()).values())
+        first = {self.shape_of(system): system for system in reversed(validation.tolist())}
+        return [first[kind] for kind in SHAPES if kind in first]
 
-    def shape_of(self, system: int) -> str:
+    def shape_of(self, system: int) -> Shape:
         """The class of a system's whole course: "growing", "decaying", "oscillating" or "settled"."""
         return shape(self.dataset.series[system])
 
@@ -167,6 +168,11 @@ class Task:
     def grammar(self) -> Grammar:
         """Of the series as text, no number wider than those of the training part."""
         return Grammar(self.codec, self.dataset.series.shape[2], self.widest, self.dataset.signed)
+
+    @cached_property
+    def symbol_ids(self) -> list[int]:
+        """The token of each symbol of the grammar; ValueError for a tokenizer that has none for one."""
+        return symbol_tokens(self.tokenizer, self.grammar)
 
     @property
     def symbols(self) -> int:
@@ -199,7 +205,7 @@ class Task:
         windows = make_windows(tokens, settings.context, step, pad_id, settings.pad_side)
         if settings.vocabulary == "full":
             return windows
-        return replace(windows, vocabulary=np.array(symbol_tokens(self.tokenizer, self.grammar)))
+        return replace(windows, vocabulary=np.array(self.symbol_ids))
 
 
 def _split(settings: Settings, systems: int) -> splits.Split:
@@ -219,6 +225,10 @@ def _unsplit(settings: Settings, systems: int) -> tuple[splits.Split, Settings]:
 
 def _alphas(settings: Settings, series: NDArray[np.float32], train: NDArray[np.int64]) -> NDArray[np.float64]:
     """What each series is divided by, (S,)."""
+    largest = float(np.abs(series).max())
+    if settings.alpha and largest and round(largest / settings.alpha, settings.decimals) == 0:
+        most = 2 * largest * 10**settings.decimals
+        raise ValueError(f"alpha is {settings.alpha:g}: expected less than {most:.3g}, or every value is written as 0")
     if settings.alpha or settings.scaling == "training maximum":
         return np.full(len(series), llmtime.fixed(settings.alpha or llmtime.training_maximum(series[train])))
     if settings.scaling == "context percentile":

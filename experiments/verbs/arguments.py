@@ -71,8 +71,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("run", metavar="RUN", help="the run's folder")
 
     p = verb("grid", "train every learning rate x rank, then the table and figures; a study's third stage")
-    _settings(p, "data", "train", "forecast", "lists")
-    _scale(p)
+    _settings(p, "data", "train", "forecast", "grid")
     p.add_argument("--out", help="the run's folder (runs/grid)")
     part = p.add_mutually_exclusive_group()
     part.add_argument(
@@ -93,11 +92,8 @@ def parser() -> argparse.ArgumentParser:
     _settings(p, "data", "forecast")
     p.add_argument("--adapter", help="an adapter folder; none is the untrained model")
     p.add_argument("--part", default="validation", help="whose series are forecast: validation or test (validation)")
-    p.add_argument(
-        "--out",
-        help="a folder: evaluation.json, scores.csv, forecasts.csv and more go into its evaluation/, a figure "
-        "into its figures/ (nothing is written)",
-    )
+    tables = "evaluation.json, scores.csv, forecasts.csv and more go into its evaluation/, a figure into its figures/"
+    p.add_argument("--out", help=f"a folder: {tables} (nothing is written)")
     p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 
     p = verb("forecast", "forecast one system and draw it, beyond the data's end too; a single series will do")
@@ -105,14 +101,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--adapter", help="an adapter folder; none is the untrained model")
     p.add_argument("--system", type=int, required=True, help="number of the series, from 0")
     p.add_argument("--out", help="the PNG to write (forecast-SYSTEM.png)")
-    p.add_argument(
-        "--draft",
-        type=int,
-        default=0,
-        metavar="N",
-        help="guess ahead: a forward carries up to N tokens, verified; the same greedy forecast in fewer forwards "
-        "(0: off; 12 suits a CPU). Reserved as if no guess came true, settled at what ran",
-    )
+    ahead = "guess ahead: a forward carries up to N tokens, verified; the same greedy forecast in fewer forwards (0: "
+    ahead += "off; 12 suits a CPU). Reserved as if no guess came true, settled at what ran"
+    p.add_argument("--draft", type=int, default=0, metavar="N", help=ahead)
 
     p = verb("data", "make or check the data set; two worked examples: raw, scaled, text, token ids")
     _settings(p, "data")
@@ -177,17 +168,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _study_flags(p: argparse.ArgumentParser) -> None:
-    _settings(p, "data", "train", "forecast", "lists", "best")
-    _scale(p)
+    _settings(p, "data", "train", "forecast", "grid", "best")
     p.add_argument("--out", help="the study's folder (runs/study-PROTOCOL)")
-
-
-def _scale(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
-        "--scale",
-        type=float,
-        help="shorten every stage to this part of its steps and series, at least one step and 20 series (1)",
-    )
 
 
 def _settings(p: argparse.ArgumentParser, *groups: str) -> None:
@@ -224,12 +206,8 @@ def _settings(p: argparse.ArgumentParser, *groups: str) -> None:
         add("--betas", type=float, nargs=2, help="of AdamW (0.9 0.999)")
         add("--weight-decay", type=float, help="of AdamW (0)")
         add("--clip", type=float, help="longest gradient of an update, by its norm; 0 for any (0)")
-        add(
-            "--allow-drift",
-            action="store_true",
-            help="go on with another torch, device, dtype, processor or number of threads or processes: bits may "
-            "differ; the manifest lists it",
-        )
+        drift = "go on with another torch, device, dtype, processor, number of threads or processes: bits may differ"
+        add("--allow-drift", action="store_true", help=f"{drift}; the manifest lists it")
         add("--vocabulary", help="of the loss: full, or symbols: over the text's own alone, another loss (full)")
         add("--preset", help="learning rates by name: reports or pocket")
     if "train" in groups or "forecast" in groups:
@@ -248,7 +226,8 @@ def _settings(p: argparse.ArgumentParser, *groups: str) -> None:
         add("--top-k", type=int, help="draw among the likeliest so many (0: all)")
         add("--top-p", type=float, help="draw among the likeliest that together have this probability (1)")
         add("--repetition-penalty", type=float, help="on tokens that were there before (1: none)")
-    if "lists" in groups:
+    if "grid" in groups:
+        add("--scale", type=float, help="shorten every stage to this part of its steps and series, 1 and 20 at least")
         add("--lr", type=float, nargs="+", help="learning rates (1e-5 5e-5 1e-4; pocket's are 1e-3 5e-3 1e-2)")
         add("--ranks", type=int, nargs="+", help="LoRA ranks (2 4 8)")
     if "best" in groups:

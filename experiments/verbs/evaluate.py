@@ -39,12 +39,10 @@ def evaluate(args: Namespace) -> None:
             task, model, systems, expected, ledger, run, "evaluate", validate=True, progress=far
         )
         ledger.settle(entry)
-        plain = naive.forecasts(task, systems, far("law fits"))
-    rows = {part: [systems.index(system) for system in chosen] for part, chosen in parts.items()}
-    by_part = {part: {name: values[rows[part]] for name, values in plain.items()} for part in parts}
+        plain = {part: naive.forecasts(task, chosen, far(f"law fits, {part}")) for part, chosen in parts.items()}
     result = losses | {"validation_tokens": task.validation_windows.real_tokens}
     adapter_folder = Path(adapter) if adapter else None
-    tables = judge.tables(task, made, by_part, parts, result, expected, adapter_folder)
+    tables = judge.tables(task, made, plain, parts, result, expected, adapter_folder)
     evaluation = tables["evaluation.json"]
     rated = [row for row in tables["scores.csv"] if (row["part"], row["unit"]) == (args.part, "raw")]
     if out:
@@ -62,8 +60,8 @@ def forecast(args: Namespace) -> None:
     settings, adapter = gather(args), getattr(args, "adapter", None)
     path = Path(getattr(args, "out", f"forecast-{args.system}.png"))
     files.check_file(path)
-    check_draft(settings, args.draft)
     task, model = prepare(settings, adapter, needs_split=False)
+    check_draft(task, args.draft)
     task.check([args.system], scored=False)
     expected = priced(task, model, [args.system], draft=args.draft)
     with closing(Report(1)) as report, Ledger(ledger_of(args), settings.budget) as ledger:
