@@ -41,7 +41,7 @@ def hdf5(values: np.ndarray, name: str = "d.h5") -> str:
 
 def forecast(data: str, system: int = 0, **settings) -> tuple[Task, evaluate.Forecasts]:
     task, model = prepare(Settings(data=data, **(SIZES | settings)), None, needs_split=False)
-    expected = evaluate.predicted(task, model.config, [system], 0)
+    expected = evaluate.predicted(task, model.config, [system])
     with FlopMeter() as meter:
         made = evaluate.forecast(task, model, [system])
     assert meter.total == sum(made.flops.values()) and made.flops["validation"] == expected["validation"]

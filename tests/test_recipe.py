@@ -137,7 +137,12 @@ def test_lora_sits_on_the_targets_and_the_prices_are_those_of_what_runs(capsys):
         "down_proj",
     }
     assert config["lora_alpha"] == 4
-    assert main(["evaluate", "--config", "all/config.toml", "--adapter", "all/cells/lr0.01-r2/adapter"]) == 0
+    judge = ["--config", "all/config.toml", "--points", "5", "--horizon", "3", "--forecast-series", "1"]
+    assert main(["evaluate", *judge, "--adapter", "all/cells/lr0.01-r2/adapter"]) == 0
+    capsys.readouterr()
+    assert main(["budget", "--json"]) == 0
+    totals = json.loads(capsys.readouterr().out)["totals"]
+    assert totals["reserved"] == totals["wasted"] == 0
 
 
 @pytest.mark.parametrize(

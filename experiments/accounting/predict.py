@@ -1,10 +1,13 @@
 """FLOPs before anything runs: the model's own forward on the meta device, so the prediction is the model."""
 
+from collections.abc import Callable, Sequence
 from functools import cache, partial
+from typing import Any
 
 import torch
 
 from lora import add_logit_bias, add_lora
+from lora.layer import TARGETS
 from qwen_min import FlopMeter, Qwen, QwenConfig
 from qwen_min.cache import KVCache
 from qwen_min.flops import unmetered
@@ -16,6 +19,7 @@ def predict(
     tokens: int,
     *,
     rank: int = 0,
+    targets: Sequence[str] = TARGETS,
     cached: int = 0,
     training: bool = False,
     convention: str = "coursework",
@@ -27,7 +31,7 @@ def predict(
 
     Args:
         config: the model's shape.
-        rank: of LoRA on q and v; 0 for none.
+        rank, targets: of LoRA, as in `add_lora`; 0 for none.
         training: record the gradients that a LoRA step would need (all parameters' where rank is 0), and the loss.
         last_only: run the head for the last token alone, as generation does.
         logit_bias: with a trainable bias on the logits.
@@ -40,7 +44,7 @@ def predict(
     if logit_bias:
         add_logit_bias(model)
     if rank:
-        add_lora(model, rank)
+        add_lora(model, rank, targets=targets)
     cache = None
     if cached:
         cache = KVCache(config, batch, cached + tokens, device="meta")
@@ -55,15 +59,7 @@ def predict(
 
 @cache
 def generation(
-    config: QwenConfig,
-    batch: int,
-    prompt: int,
-    new: int,
-    *,
-    rank: int = 0,
-    logit_bias: bool = False,
-    samples: int = 1,
-    scored: int = 0,
+    config: QwenConfig, batch: int, prompt: int, new: int, *, samples: int = 1, scored: int = 0, **trained: Any
 ) -> int:
     """Coursework FLOPs of `new` tokens after a prompt of `prompt`, for `batch` sequences, `samples` times each.
 
@@ -71,13 +67,13 @@ def generation(
     in the tokens attended; so the sum over steps is that of an arithmetic progression.
 
     Args:
-        rank, logit_bias: as in `predict`.
         samples: continuations of each sequence.
         scored: tokens of each sequence's true continuation whose loss is taken, over the same prefill.
+        trained: rank, targets and logit_bias, as in `predict`.
     """
     if new < 1 and scored < 1:
         return 0
-    one = partial(predict, config, rank=rank, logit_bias=logit_bias)
+    one: Callable[..., FlopMeter] = partial(predict, config, **trained)
     prefill = one(batch, prompt, last_only=True)
     parts = prefill.by_component()
     head = parts["head"] + parts.get("logit_bias", 0)  # of the prompts' last token, for each of the two uses
@@ -97,14 +93,15 @@ def training_run(
     steps: int,
     batch: int,
     context: int,
-    rank: int,
     validations: int,
     validation_windows: int,
-    logit_bias: bool = False,
     symbols: int = 0,
+    **trained: Any,
 ) -> dict[str, int]:
-    """Coursework FLOPs of a cell by ledger stage: `steps` updates, and `validations` passes over the windows."""
-    one = partial(predict, config, tokens=context, rank=rank, logit_bias=logit_bias, symbols=symbols)
+    """Coursework FLOPs of a cell by ledger stage: `steps` updates, and `validations` passes over the windows.
+
+    `trained` is rank, targets and logit_bias, as in `predict`."""
+    one = partial(predict, config, tokens=context, symbols=symbols, **trained)
     update = one(batch=batch).training if steps else 0
     window = one(batch=1).total
     return {"training": steps * update, "validation": validations * validation_windows * window}

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from experiments.accounting.ledger import Ledger
 from experiments.forecasting.forecast import Forecasts, forecast, predicted, predicted_loss
-from experiments.task.model import rank_of
+from experiments.task.model import trained
 from experiments.task.task import Task
 from experiments.training.progress import Counted
 from experiments.training.step import validation_loss
@@ -15,10 +15,9 @@ def priced(
     task: Task, model: Qwen, systems: Sequence[int], *, draft: int = 0, validate: bool = False
 ) -> dict[str, int]:
     """The most FLOPs that `evaluate` takes, by ledger stage. Raises ValueError for what the model has no place for."""
-    rank, bias = rank_of(model), model.logit_bias is not None
-    expected = predicted(task, model.config, systems, rank, bias, draft)
+    expected = predicted(task, model.config, systems, draft, **trained(model))
     if validate:
-        expected["validation"] += predicted_loss(task, model.config, rank, bias)
+        expected["validation"] += predicted_loss(task, model.config, **trained(model))
     return expected
 
 

@@ -205,10 +205,10 @@ def _continue(
     return torch.stack(new, 1).tolist()
 
 
-def predicted(
-    task: Task, config, systems: Sequence[int], rank: int, logit_bias: bool = False, draft: int = 0
-) -> dict[str, int]:
+def predicted(task: Task, config, systems: Sequence[int], draft: int = 0, **trained: Any) -> dict[str, int]:
     """The most FLOPs that forecasts of these systems take, by ledger stage; text that ends early takes less.
+
+    `trained` is rank, targets and logit_bias, as in `predict`.
 
     With a `draft` that is a full tree and all logits for every token, as if no guess came true.
     """
@@ -223,37 +223,29 @@ def predicted(
             )
         alone, both = (
             predict.generation(
-                config,
-                b,
-                prompt,
-                task.tokens_to_forecast,
-                rank=rank,
-                samples=settings.num_samples,
-                scored=n,
-                logit_bias=logit_bias,
+                config, b, prompt, task.tokens_to_forecast, samples=settings.num_samples, scored=n, **trained
             )
             for n in (0, scored)
         )
-        flops["inference"] += alone if not draft else _drafted(task, config, prompt, rank, logit_bias, draft)
+        flops["inference"] += alone if not draft else _drafted(task, config, prompt, draft, **trained)
         flops["validation"] += both - alone
     return flops
 
 
-def _drafted(task: Task, config, prompt: int, rank: int, logit_bias: bool, nodes: int) -> int:
+def _drafted(task: Task, config, prompt: int, nodes: int, **trained: Any) -> int:
     """FLOPs of a prompt's prefill and of a forward of so many nodes for each token but the first."""
     forwards = task.tokens_to_forecast - 1
     # A tree is no deeper than what is left, but priced as a chain, which would leave the model's positions.
     config = replace(config, max_position_embeddings=config.max_position_embeddings + nodes)
-    total = predict.generation(config, 1, prompt, 1, rank=rank, logit_bias=logit_bias)
+    total = predict.generation(config, 1, prompt, 1, **trained)
     first, last = (
-        predict.predict(config, 1, nodes, rank=rank, cached=prompt + chosen, logit_bias=logit_bias).total
-        for chosen in (0, forwards - 1)
+        predict.predict(config, 1, nodes, cached=prompt + chosen, **trained).total for chosen in (0, forwards - 1)
     )
     return total + (first + last) * forwards // 2  # affine in what is cached
 
 
-def predicted_loss(task: Task, config, rank: int, logit_bias: bool = False) -> int:
+def predicted_loss(task: Task, config, **trained: Any) -> int:
     """FLOPs of one pass over the validation windows."""
     windows, context = len(task.validation_windows), task.settings.context
-    one = predict.predict(config, 1, context, rank=rank, logit_bias=logit_bias, symbols=task.symbols)
+    one = predict.predict(config, 1, context, symbols=task.symbols, **trained)
     return windows * one.total

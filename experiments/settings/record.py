@@ -187,6 +187,10 @@ class Settings:
         """The learning rate of the run before the grid."""
         return self.default_lr or min(self.learning_rates)
 
+    def trained(self, rank: int) -> dict[str, Any]:
+        """What a run of this rank trains, as `predict` takes it: nothing where the rank is 0."""
+        return {"rank": rank, "targets": self.targets, "logit_bias": self.logit_bias} if rank else {}
+
     def alpha_of(self, rank: int) -> float:
         """LoRA's alpha where the update is scaled by alpha / rank."""
         return (self.lora_alpha or rank) * (math.sqrt(rank) if self.rank_stabilised else 1)

@@ -109,8 +109,7 @@ class Plan:
         if run.parts:
             systems = systems_of(task, run)
             task.check(systems)
-            bias = bool(run.cell.rank and run.settings.logit_bias)
-            forecasts = predicted_forecasts(task, self.config, systems, run.cell.rank, bias)
+            forecasts = predicted_forecasts(task, self.config, systems, **run.settings.trained(run.cell.rank))
         self._planned[run] = Planned(run, task, predicted(task, run.cell, self.config), forecasts)
         return self._planned[run]
 

@@ -1,6 +1,7 @@
 """The model that reads a task: the base model of a run, with its adapter."""
 
 from pathlib import Path
+from typing import Any
 
 from experiments.settings.record import DTYPES, Settings
 from experiments.task.task import Task
@@ -40,6 +41,8 @@ def trained_model(settings: Settings, adapter: str | Path | None) -> Qwen:
     return load_adapter(model, adapter).eval() if adapter else model.eval()
 
 
-def rank_of(model: Qwen) -> int:
-    """The LoRA rank of a model, 0 for none."""
-    return next((layer.rank for _, layer in lora_layers(model)), 0)
+def trained(model: Qwen) -> dict[str, Any]:
+    """What of a model was trained, as `predict` takes it: LoRA's rank and layers, and a bias on the logits."""
+    layers = dict(lora_layers(model))
+    rank = next((layer.rank for layer in layers.values()), 0)
+    return {"rank": rank, "targets": tuple(layers), "logit_bias": model.logit_bias is not None}

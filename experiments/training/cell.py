@@ -56,11 +56,10 @@ def predicted(task: Task, cell: Cell, config) -> dict[str, int]:
         steps=steps,
         batch=settings.batch_size,
         context=settings.context,
-        rank=cell.rank,
-        logit_bias=bool(cell.rank and settings.logit_bias),
         validations=max(1, math.ceil(steps / settings.val_every)) if settings.val_every else 1,
         validation_windows=len(task.validation_windows),
         symbols=task.symbols,
+        **settings.trained(cell.rank),
     )
 
 
