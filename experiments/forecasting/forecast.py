@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data.draft import SeriesDraft
 from data.windows import IGNORED
 from experiments.accounting import predict
 from experiments.forecasting.scores import QUANTILES, quantiles
@@ -103,11 +102,12 @@ def forecast(
         rows = len(batch.places) * settings.num_samples
         constraint = guesses = None
         if settings.constrained:
-            sizes = model.config.vocab_size, rows, settings.horizon
-            constraint = Constrained(task.grammar, task.symbol_ids, *sizes, model.device, measured)
+            limits = {"vocabulary": model.config.vocab_size, "rows": rows, "steps": settings.horizon}
+            limits |= {"device": model.device, "measure": measured}
+            constraint = Constrained.for_tokenizer(task.tokenizer, task.grammar, **limits)
         if draft:
-            text = SeriesDraft(task.grammar, task.text(systems[0], settings.points))
-            guesses = Drafted(text, task.symbol_ids, draft)
+            text = task.text(systems[0], settings.points)
+            guesses = Drafted.for_tokenizer(task.tokenizer, task.grammar, text, draft)
         with FlopMeter() as meter:
             # A true number can be wider than any of the training part.
             room = max(task.tokens_to_forecast + draft, targets.shape[1])

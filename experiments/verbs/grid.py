@@ -29,11 +29,8 @@ def grid(args: Namespace) -> None:
 
 
 def train(args: Namespace) -> None:
-    given = gather(Namespace(**{k: v for k, v in vars(args).items() if k not in ("lr", "rank")}))
-    lr = getattr(args, "lr", given.learning_rates[-1])
-    rank = getattr(args, "rank", given.ranks[-1])
-    out = Path(getattr(args, "out", "runs/train"))
-    results = _run(args, given.updated({"lr": (lr,), "ranks": (rank,)}), out)
+    given, out = gather(args), Path(getattr(args, "out", "runs/train"))
+    results = _run(args, given.updated({"lr": given.learning_rates[-1:], "ranks": given.ranks[-1:]}), out)
     if results and hasattr(args, "json"):
         print_json(results[1] | {"untrained_validation_loss": results[0]["validation_loss"], "out": str(out)})
     elif results:
