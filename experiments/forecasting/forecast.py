@@ -102,7 +102,7 @@ def forecast(
         rows = len(batch.places) * settings.num_samples
         constraint = guesses = None
         if settings.constrained:
-            limits = {"vocabulary": model.config.vocab_size, "rows": rows, "steps": settings.horizon}
+            limits: dict[str, Any] = {"vocabulary": model.config.vocab_size, "rows": rows, "steps": settings.horizon}
             limits |= {"device": model.device, "measure": measured}
             constraint = Constrained.for_tokenizer(task.tokenizer, task.grammar, **limits)
         if draft:
