@@ -74,7 +74,6 @@ def _price(settings: Settings, shard: Shard, as_json: bool) -> None:
     print(f"{'cell':16} {'training':>22} {'validation':>20}")
     for name, flops in cells.items():
         print(f"{name:16} {flops['training']:22,} {flops['validation']:20,}")
-    print(
-        f"together {total:,} FLOPs (coursework), {total / settings.budget:.2%} of the budget of {settings.budget:.3g}"
-    )
+    share = f"{total / settings.budget:.2%} of the budget of {settings.budget:.3g}"
+    print(f"together {total:,} FLOPs (coursework), {share}")
     print(speed.estimate(settings, plan.config, kinds))
