@@ -76,13 +76,8 @@ _SMALLER = "smaller --batch-size, --context, --rank or --forecast-series, --dtyp
 
 def _out_of_memory(error: Exception) -> bool:
     """Whether an allocation failed: Python's or numpy's error, torch's own, or what its allocator on the CPU says."""
-    text = str(error)
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "not enough memory" in text
-        or "can't allocate memory" in text
-    )
+    by_type = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return by_type or any(said in str(error) for said in ("not enough memory", "can't allocate memory"))
 
 
 @contextmanager

@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from data.draft import SeriesDraft
 from data.grammar import Grammar
 from data.llmtime import Codec
 from data.lotka_volterra import load
 from experiments.settings.record import POCKET
-from experiments.task.constrain import Constrained, Drafted, symbol_tokens
+from experiments.task.constrain import Constrained, Drafted
 from lora import add_logit_bias
 from qwen_min import FlopMeter, Qwen, Tokenizer
 from qwen_min.generate import decode, left_padded, prefill
@@ -21,6 +20,7 @@ from qwen_min.loss import continuation_losses
 CODECS = [Codec(2), Codec(0), Codec(1, 2), Codec(3, shortest=True)]
 IDS = [3, 90, 17, 50, 51, 52, 8, 7, 96, 0, 33, 44, 21]
 """Tokens of the symbols, for the random model of 97 tokens."""
+LIMITS = {"rows": 1, "steps": 20, "vocabulary": 259}
 
 
 @pytest.fixture(scope="module")
@@ -68,16 +68,6 @@ def test_a_random_models_constrained_text_always_parses(codec, widest, options, 
         assert (constraint.cut > 0.5).all()  # the model is random: it would have left the grammar
 
 
-def constrained(tokenizer, **limits) -> Constrained:
-    grammar = Grammar(Codec(2), 2)
-    return Constrained(grammar, symbol_tokens(tokenizer, grammar), 259, **limits)
-
-
-def drafted(tokenizer, text: str, nodes: int) -> Drafted:
-    grammar = Grammar(Codec(2), 2)
-    return Drafted(SeriesDraft(grammar, text), symbol_tokens(tokenizer, grammar), nodes)
-
-
 def test_an_unconstrained_random_model_does_not_write_series(random_model):
     grammar = Grammar(Codec(), 2)
     tokens = random_model().generate([[1, 2, 21]], 40)[0][3:]
@@ -92,7 +82,7 @@ def test_the_pocket_model_writes_steps_that_parse_and_what_was_cut_is_its_own_ma
     wave = np.stack((3 + 2 * np.sin(time / 2), 1 + 0.5 * np.cos(time / 2)), 1)
     prompts = [tokenizer.encode(codec.encode(series)) for series in (wave, wave[3:] / 2)]
     ids, padding = left_padded(prompts, tokenizer.token_id("<|endoftext|>"))
-    constraint = constrained(tokenizer, rows=4, steps=steps)
+    constraint = Constrained.for_tokenizer(tokenizer, Grammar(codec, 2), rows=4, steps=steps, vocabulary=259)
     read = prefill(pocket, ids, 40, padding)
     options = {"temperature": 1.5, "top_k": 20, "repetition_penalty": 1.1, "seed": 0}
     new = torch.stack(list(decode(pocket, read, 33, samples=2, constraint=constraint, **options)), 1).tolist()
@@ -131,7 +121,7 @@ def test_the_pocket_models_free_greedy_text_is_that_of_full_passes(pocket, token
     # Text that stays in the grammar by itself is not changed by a constraint.
     text = tokenizer.decode(expected[0, ids.shape[1] :].tolist())
     assert Codec(2).decode(text, 2).rejected == 0
-    constraint = constrained(tokenizer, rows=1, steps=2)
+    constraint = Constrained.for_tokenizer(tokenizer, Grammar(Codec(2), 2), rows=1, steps=2, vocabulary=259)
     got = torch.stack(list(decode(pocket, read, 20, constraint=constraint)), 1)
     assert torch.equal(got, expected[:, ids.shape[1] :]) and constraint.done.all()
     losses = continuation_losses(pocket, read, got)
@@ -235,24 +225,24 @@ def prompt(tokenizer):
     return text, torch.tensor([tokenizer.encode(text)])
 
 
-@pytest.mark.parametrize(("limited", "penalty"), [(True, 1.0), (True, 1.2), (False, 1.0)])
+@pytest.mark.parametrize(("constrained", "penalty"), [(True, 1.0), (True, 1.2), (False, 1.0)])
 @torch.inference_mode()
 def test_a_whole_forecast_of_the_pocket_model_is_the_same_with_every_width_of_draft(
-    limited, penalty, pocket, tokenizer, prompt
+    constrained, penalty, pocket, tokenizer, prompt
 ):
     text, ids = prompt
-    read = prefill(pocket, ids, 230)
+    grammar, read = Grammar(Codec(2), 2), prefill(pocket, ids, 230)
 
     def forecast(draft: Drafted | None, measure: bool) -> list[int]:
-        constraint = constrained(tokenizer, rows=1, steps=20, measure=measure) if limited else None
+        constraint = Constrained.for_tokenizer(tokenizer, grammar, **LIMITS, measure=measure) if constrained else None
         options = {"repetition_penalty": penalty}
         return [int(new) for new in decode(pocket, read, 200, constraint=constraint, draft=draft, **options)]
 
     plain = forecast(None, measure=True)
     for nodes, measure in ((3, False), (8, False), (12, False), (12, True), (30, False)):
-        assert forecast(drafted(tokenizer, text, nodes), measure) == plain
+        assert forecast(Drafted.for_tokenizer(tokenizer, grammar, text, nodes), measure) == plain
     # A draft of another text is wrong most of the time.
-    assert forecast(drafted(tokenizer, "9.99,9.99;" * 9, 12), False) == plain
+    assert forecast(Drafted.for_tokenizer(tokenizer, grammar, "9.99,9.99;" * 9, 12), False) == plain
 
 
 @torch.inference_mode()
@@ -262,22 +252,22 @@ def test_a_draft_saves_four_of_five_forwards_on_a_series(pocket, tokenizer, prom
     handle = pocket.model.embed_tokens.register_forward_pre_hook(
         lambda module, arguments: seen.append(arguments[0].shape[1])
     )
-    constraint = constrained(tokenizer, rows=1, steps=20, measure=False)
-    draft = drafted(tokenizer, text, 12)
+    constraint = Constrained.for_tokenizer(tokenizer, Grammar(Codec(2), 2), **LIMITS, measure=False)
+    draft = Drafted.for_tokenizer(tokenizer, Grammar(Codec(2), 2), text, 12)
     list(decode(pocket, read, 200, constraint=constraint, draft=draft))
     handle.remove()
     assert len(seen) <= 40 and max(seen) == 12
 
 
 def test_a_token_that_is_no_symbol_ends_the_guesses_until_the_next_step(tokenizer):
-    draft = drafted(tokenizer, "1.00,2.00;1.10,1.90;1.20,1.80;", 12)
+    draft = Drafted.for_tokenizer(tokenizer, Grammar(Codec(2), 2), "1.00,2.00;1.10,1.90;1.20,1.80;", 12)
     assert len(draft.guess()) == 11
     draft.advance(tokenizer.encode("x")[0])
     assert draft.guess() == []
     draft.advance(tokenizer.encode(";")[0])
     assert len(draft.guess()) == 11
     with pytest.raises(ValueError, match="draft has 0 nodes: expected at least 1"):
-        drafted(tokenizer, "", 0)
+        Drafted.for_tokenizer(tokenizer, Grammar(Codec(2), 2), "", 0)
 
 
 class TwoTokens:
@@ -297,7 +287,7 @@ class TwoTokens:
         (lambda g: Constrained(g, [*IDS[:-1], 97], 97, 1, 1), "expected 13 different ones, 0 to 96"),
         (lambda g: Constrained(g, IDS, 97, 0, 1), "0 rows of 1 steps: expected at least 1 of each"),
         (lambda g: Constrained(g, IDS, 97, 1, 0), "1 rows of 0 steps: expected at least 1 of each"),
-        (lambda g: symbol_tokens(TwoTokens(), g), r"';' is the tokens \[1, 2\]"),
+        (lambda g: Constrained.for_tokenizer(TwoTokens(), g), r"';' is the tokens \[1, 2\]"),
     ],
 )
 def test_what_cannot_be_constrained_is_refused_in_one_line(make, problem):

@@ -60,12 +60,8 @@ def table(meter: FlopMeter, training: bool) -> str:
     for (name, formula, numbers), (count, flops) in rows.items():
         lines.append(f"{name:10} {count:5}  {flops:22,} {flops / total:7.2%}   {formula} [{numbers}]")
     spent = meter.by_primitive()
-    lines += [
-        "",
-        "by primitive: "
-        + ", ".join(f"{name.replace('_', ' ')} {spent[name]:,}" for name in PRIMITIVES if name in spent),
-    ]
-    lines += ["", f"forward   {total:26,}"]
+    primitives = ", ".join(f"{name.replace('_', ' ')} {spent[name]:,}" for name in PRIMITIVES if name in spent)
+    lines += ["", f"by primitive: {primitives}", "", f"forward   {total:26,}"]
     if training:
         lines += [
             f"backward  {meter.backward:26,}",

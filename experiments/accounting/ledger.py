@@ -56,7 +56,11 @@ _HELD = "EXISTS (SELECT 1 FROM entries WHERE id = :entry AND state = 'running' A
 
 
 class BudgetExceeded(ValueError):
-    """The work needs more FLOPs than are left of the budget."""
+    """The work needs `needed` FLOPs, and `left` are left of the `budget`."""
+
+    def __init__(self, ledger: Path, what: str, needed: int, left: int, budget: int):
+        rest = f"{max(0, left):,} are left of the budget of {budget:,}"
+        super().__init__(f"{ledger}: {what} needs {needed:,} FLOPs, {rest}")
 
 
 class AlreadyRunning(ValueError):
@@ -251,8 +255,7 @@ class Ledger:
 
     def _check_fits(self, what: str, needed: int, left: int) -> None:
         if needed > max(0, left):  # what needs nothing more may always end
-            rest = f"{max(0, left):,} are left of the budget of {self.budget:,}"
-            raise BudgetExceeded(f"{self.path}: {what} needs {needed:,} FLOPs, {rest}")
+            raise BudgetExceeded(self.path, what, needed, left, self.budget)
 
     def _write(self, entry: "_Entry", started: str) -> int:
         """Write an entry in the place of the one with its number, or under the next number; within a transaction."""

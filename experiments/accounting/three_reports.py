@@ -151,14 +151,10 @@ class Run:
     tokens: int = 0
 
     @property
-    def windows(self) -> int:
-        """Of one validation."""
-        return self.series * ceil(self.tokens / self.context)
-
-    @property
     def exact(self) -> Flops:
         step, window = price(self.context, self.rank)
-        return {"training": self.steps * step, "validation": self.validations * self.windows * window}
+        windows = self.validations * self.series * ceil(self.tokens / self.context)
+        return {"training": self.steps * step, "validation": windows * window}
 
 
 # Their plans, and what they printed about them.
@@ -178,9 +174,7 @@ def stages(protocol: str, draft: int | None = None) -> list[Stage]:
     draft = max(drafts) if draft is None else draft
     if draft not in drafts:
         raise ValueError(f"draft is {draft!r}: expected one of {', '.join(map(str, drafts))} for {protocol}")
-    if protocol == "liu":
-        return list(_liu())
-    return list(_fung(draft) if protocol == "fung" else _rai(draft))
+    return list({"fung": _fung, "liu": _liu, "rai": _rai}[protocol](draft))
 
 
 def _drafts(protocol: str) -> dict[int, str]:
@@ -261,7 +255,7 @@ def _fung(draft: int) -> Iterator[Stage]:
         yield from _rows(stage, label, claimed, reproduced[stage], exact[stage], note)
 
 
-def _liu() -> Iterator[Stage]:
+def _liu(_: int) -> Iterator[Stage]:
     """Liu, sections 6 and 8: training alone; after each run 100 tokens are forecast of ten series."""
     table: list[tuple[Name, str, list[Run], float, int]] = [  # with the power of ten, and the series forecast
         ("default", "Trial experiment", [Run(500, 512, 4)], 15.38, 10),

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data.draft import SeriesDraft
 from data.windows import IGNORED
 from experiments.accounting import predict
 from experiments.forecasting.scores import QUANTILES, quantiles
@@ -96,26 +95,25 @@ def forecast(
     def written(steps: int) -> None:
         progress(before + steps, of)
 
-    for batch in _batches(task, systems):
+    for batch in _batches(task, systems, model.device):
         written(0)
-        ids, targets = batch.ids.to(model.device), batch.targets.to(model.device)
-        padding = None if batch.padding is None else batch.padding.to(model.device)
         rows = len(batch.places) * settings.num_samples
         constraint = guesses = None
         if settings.constrained:
-            sizes = model.config.vocab_size, rows, settings.horizon
-            constraint = Constrained(task.grammar, task.symbol_ids, *sizes, model.device, measured)
+            limits: dict[str, Any] = {"vocabulary": model.config.vocab_size, "rows": rows, "steps": settings.horizon}
+            limits |= {"device": model.device, "measure": measured}
+            constraint = Constrained.for_tokenizer(task.tokenizer, task.grammar, **limits)
         if draft:
-            text = SeriesDraft(task.grammar, task.text(systems[0], settings.points))
-            guesses = Drafted(text, task.symbol_ids, draft)
+            text = task.text(systems[0], settings.points)
+            guesses = Drafted.for_tokenizer(task.tokenizer, task.grammar, text, draft)
         with FlopMeter() as meter:
             # A true number can be wider than any of the training part.
-            room = max(task.tokens_to_forecast + draft, targets.shape[1])
-            prompts = prefill(model, ids, room, padding)
-        nats = np.empty(targets.shape)
+            room = max(task.tokens_to_forecast + draft, batch.targets.shape[1])
+            prompts = prefill(model, batch.ids, room, batch.padding)
+        nats = np.empty(batch.targets.shape)
         if nats.size:
             with FlopMeter() as scoring:
-                nats = continuation_losses(model, prompts, targets).cpu().numpy()
+                nats = continuation_losses(model, prompts, batch.targets).cpu().numpy()
             flops["validation"] += scoring.total
         with meter:
             seed = settings.seed + batch.places[0]
@@ -156,7 +154,7 @@ class _Batch:
     lengths: list[int]  # of the true horizons, in tokens
 
 
-def _batches(task: Task, systems: Sequence[int]) -> Iterator[_Batch]:
+def _batches(task: Task, systems: Sequence[int], device: torch.device | str = "cpu") -> Iterator[_Batch]:
     """Prompts and true horizons, a few systems at a time, those of like length together."""
     settings = task.settings
     prompts = [task.tokens(system, settings.points) for system in systems]
@@ -166,11 +164,12 @@ def _batches(task: Task, systems: Sequence[int]) -> Iterator[_Batch]:
     at_once = max(1, most // settings.num_samples)
     for start in range(0, len(order), at_once):
         places = order[start : start + at_once]
-        ids, padding = left_padded([prompts[place] for place in places])
+        ids, padding = left_padded([prompts[place] for place in places], device=device)
         true = [wholes[place][len(prompts[place]) :] for place in places]
         lengths = [len(tokens) for tokens in true]
         targets = [tokens + [IGNORED] * (max(lengths) - len(tokens)) for tokens in true]
-        yield _Batch(places, ids, padding, torch.tensor(targets, dtype=torch.int64), lengths)  # of no token, too
+        true_ids = torch.tensor(targets, dtype=torch.int64, device=device)  # of no token, too
+        yield _Batch(places, ids, padding, true_ids, lengths)
 
 
 def _continue(

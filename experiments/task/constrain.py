@@ -1,6 +1,7 @@
 """The grammar over token ids: a model that can write nothing but series, what that cuts off, and guesses ahead."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,6 +64,11 @@ class Constrained:
         self._written, self._count = torch.zeros_like(self._state), torch.zeros_like(self._state)
         self._kept = torch.ones(rows, dtype=torch.float64, device=device)
         self._cut = torch.zeros_like(self._kept)
+
+    @classmethod
+    def for_tokenizer(cls, tokenizer: Tokenizer, grammar: Grammar, **options: Any) -> "Constrained":
+        """For a tokenizer that makes one token of each digit, point and separator; ValueError for another."""
+        return cls(grammar, symbol_tokens(tokenizer, grammar), **options)
 
     def allowed(self) -> Tensor:
         """(rows, V) bool: the tokens that may come next, of `tokens` if those are given; all in a row that is done."""
@@ -129,6 +135,11 @@ class Drafted:
         self.draft, self.nodes = draft, nodes
         self._tokens = dict(zip(draft.grammar.symbols, symbol_ids, strict=True))
         self._symbols = {token: symbol for symbol, token in self._tokens.items()}
+
+    @classmethod
+    def for_tokenizer(cls, tokenizer: Tokenizer, grammar: Grammar, text: str, nodes: int) -> "Drafted":
+        """After a prompt's text, for a tokenizer as in `Constrained.for_tokenizer`."""
+        return cls(SeriesDraft(grammar, text), symbol_tokens(tokenizer, grammar), nodes)
 
     def guess(self) -> list[tuple[int, int]]:
         """(parent, token) of each guess: see `generate.Draft`."""

@@ -169,11 +169,6 @@ class Task:
         """Of the series as text, no number wider than those of the training part."""
         return Grammar(self.codec, self.dataset.series.shape[2], self.widest, self.dataset.signed)
 
-    @cached_property
-    def symbol_ids(self) -> list[int]:
-        """The token of each symbol of the grammar; ValueError for a tokenizer that has none for one."""
-        return symbol_tokens(self.tokenizer, self.grammar)
-
     @property
     def symbols(self) -> int:
         """How many tokens the loss is over; 0 for all."""
@@ -205,7 +200,7 @@ class Task:
         windows = make_windows(tokens, settings.context, step, pad_id, settings.pad_side)
         if settings.vocabulary == "full":
             return windows
-        return replace(windows, vocabulary=np.array(self.symbol_ids))
+        return replace(windows, vocabulary=np.array(symbol_tokens(self.tokenizer, self.grammar)))
 
 
 def _split(settings: Settings, systems: int) -> splits.Split:

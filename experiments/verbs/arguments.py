@@ -82,8 +82,8 @@ def parser() -> argparse.ArgumentParser:
 
     p = verb("train", "train one learning rate and rank")
     _settings(p, "data", "train")
-    p.add_argument("--lr", type=float, help="learning rate (1e-4; for the pocket model 1e-2)")
-    p.add_argument("--rank", type=int, help="LoRA rank (8)")
+    p.add_argument("--lr", type=float, nargs=1, help="learning rate (1e-4; for the pocket model 1e-2)")
+    p.add_argument("--rank", type=int, nargs=1, dest="ranks", metavar="RANK", help="LoRA rank (8)")
     p.add_argument("--out", help="the run's folder (runs/train)")
     p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     p.add_argument("--dry-run", action="store_true", help="show FLOPs and time; run nothing")

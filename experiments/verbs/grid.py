@@ -29,11 +29,8 @@ def grid(args: Namespace) -> None:
 
 
 def train(args: Namespace) -> None:
-    given = gather(Namespace(**{k: v for k, v in vars(args).items() if k not in ("lr", "rank")}))
-    lr = getattr(args, "lr", given.learning_rates[-1])
-    rank = getattr(args, "rank", given.ranks[-1])
-    out = Path(getattr(args, "out", "runs/train"))
-    results = _run(args, given.updated({"lr": (lr,), "ranks": (rank,)}), out)
+    given, out = gather(args), Path(getattr(args, "out", "runs/train"))
+    results = _run(args, given.updated({"lr": given.learning_rates[-1:], "ranks": given.ranks[-1:]}), out)
     if results and hasattr(args, "json"):
         print_json(results[1] | {"untrained_validation_loss": results[0]["validation_loss"], "out": str(out)})
     elif results:
@@ -77,7 +74,6 @@ def _price(settings: Settings, shard: Shard, as_json: bool) -> None:
     print(f"{'cell':16} {'training':>22} {'validation':>20}")
     for name, flops in cells.items():
         print(f"{name:16} {flops['training']:22,} {flops['validation']:20,}")
-    print(
-        f"together {total:,} FLOPs (coursework), {total / settings.budget:.2%} of the budget of {settings.budget:.3g}"
-    )
+    share = f"{total / settings.budget:.2%} of the budget of {settings.budget:.3g}"
+    print(f"together {total:,} FLOPs (coursework), {share}")
     print(speed.estimate(settings, plan.config, kinds))

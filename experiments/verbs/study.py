@@ -62,9 +62,8 @@ def _price(settings: Settings, stages: Sequence[str], as_json: bool) -> None:
     total = sum(row["total"] for row in rows)
     fits = total <= settings.budget
     if as_json:
-        print_json(
-            {"stages": rows, "total": total, "budget": settings.budget, "fits": fits, "final_steps_that_fit": left}
-        )
+        found = {"stages": rows, "total": total, "budget": settings.budget, "fits": fits}
+        print_json(found | {"final_steps_that_fit": left})
         return
     print(f"{'stage':10} {'runs':>4} {'steps':>7} {'training':>24} {'validation':>22} {'inference':>22}")
     for row in rows:
