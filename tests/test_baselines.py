@@ -24,6 +24,15 @@ def test_a_periodic_series_is_continued_exactly(steps):
     series = np.tile(wave, (200 // steps + 1, 1))[:130]
     assert baselines.period(series[:80]) == steps
     assert_array_equal(baselines.seasonal_repeat(series[:80], 50), series[80:])
+    assert_array_equal(baselines.parrot(series[:80], 50), series[80:])
+
+
+def test_the_parrot_copies_what_followed_the_nearest_stretch_and_then_its_own_forecast():
+    context = np.random.default_rng(0).random((30, 2))
+    context[5:13] = context[22:] + 0.001  # nearer than any other, and what follows it is points 13 to 29
+    assert_array_equal(baselines.parrot(context, 20), np.concatenate([context[13:], context[13:16]]))
+    line = np.arange(30.0)[:, None]  # where the nearest stretch is the latest that may be
+    assert_array_equal(baselines.parrot(line, 6)[:, 0], [26, 27, 28, 29, 26, 27])
 
 
 def test_a_context_without_room_for_a_period_is_continued_by_persistence():
@@ -33,17 +42,21 @@ def test_a_context_without_room_for_a_period_is_continued_by_persistence():
 
 
 @pytest.mark.parametrize(
-    ("points", "horizon", "mse", "mae"),
-    [(80, 20, 0.0402, 0.0915), (50, 50, 0.164, 0.196), (50, 20, 0.087, 0.134), (70, 30, 0.0547, 0.1114)],
+    ("rule", "points", "horizon", "mse", "mae"),
+    [
+        *((baselines.seasonal_repeat, 80, 20, 0.0402, 0.0915), (baselines.seasonal_repeat, 50, 50, 0.164, 0.196)),
+        *((baselines.seasonal_repeat, 50, 20, 0.087, 0.134), (baselines.seasonal_repeat, 70, 30, 0.0547, 0.1114)),
+        *((baselines.parrot, 80, 20, 0.02, 0.0666), (baselines.parrot, 50, 20, 0.049, 0.1086)),
+    ],
 )
-def test_the_seasonal_repeat_has_the_published_errors_on_systems_850_to_999(points, horizon, mse, mae):
+def test_the_copies_have_the_published_errors_on_systems_850_to_999(rule, points, horizon, mse, mae):
     series = lotka_volterra.load().series[850:].astype(np.float64)
-    forecast = np.stack([baselines.seasonal_repeat(one[:points], horizon) for one in series])
+    forecast = np.stack([rule(one[:points], horizon) for one in series])
     found = scores.errors(series[:, points : points + horizon], forecast)
     assert_allclose([found["mse"], found["mae"]], [mse, mae], rtol=0.005)  # they have three digits
 
 
-@pytest.mark.parametrize("forecast", [baselines.persistence, baselines.context_mean, baselines.seasonal_repeat])
+@pytest.mark.parametrize("forecast", baselines.RULES.values())
 def test_a_bad_context_or_horizon_is_refused(forecast):
     for context, horizon in ((np.zeros((0, 2)), 1), (np.zeros(5), 1), (np.full((5, 2), np.nan), 1), (CONTEXT, 0)):
         with pytest.raises(ValueError, match="(context has shape|horizon is) .*: expected"):
