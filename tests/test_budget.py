@@ -178,7 +178,7 @@ def test_a_cell_that_runs_is_refused_with_its_process_named_and_taken_up_once_th
         (row,) = ledger.entries()
         assert row["state"] == "running" and row["reserved"] == 1243
         for call in (lambda: ledger.spend(row["id"], "training", 1), lambda: ledger.settle(row["id"])):
-            with pytest.raises(ValueError, match=f"entry {row['id']} is not held by this process"):
+            with pytest.raises(ValueError, match=f"entry {row['id']} is not held: expected one of this process"):
                 call()
 
         process.kill()
