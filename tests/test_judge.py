@@ -120,9 +120,7 @@ def test_samples_that_bracket_the_truth_cover_it_and_their_quantiles_are_in_the_
     assert model["crps"] == pytest.approx(np.abs(offsets).mean() - spread)
     assert row(found["scores.csv"], unit="raw", forecaster="persistence", variable="all")["crps"] is None
     first = found["forecasts.csv"][0]
-    assert (first["q0.1"], first["q0.5"], first["q0.9"]) == pytest.approx(
-        (first["y"] - 0.8, first["y"], first["y"] + 0.8)
-    )
+    assert [first[q] - first["y"] for q in ("q0.1", "q0.5", "q0.9")] == pytest.approx([-0.8, 0, 0.8])
     assert list(first)[:5] == ["unique_id", "ds", "variable", "y", "y_hat"] and list(first)[-1] == "parsed"
 
 
@@ -142,12 +140,8 @@ def test_a_system_of_two_parts_is_listed_once_with_its_class_and_what_was_cut_of
     parts = {"validation": systems, "shown": [708]}
     found = tables(task, forecasts(task, systems), parts)["systems.csv"]
     model = row(found, unique_id=708, forecaster="model", variable="all")
-    assert (model["class"], model["parts"], model["cut_mass"], model["cut_mass_mean"]) == (
-        "growing",
-        "validation shown",
-        0.5,
-        0.05,
-    )
+    expected = {"class": "growing", "parts": "validation shown", "cut_mass": 0.5, "cut_mass_mean": 0.05}
+    assert expected.items() <= model.items()
     assert row(found, unique_id=708, forecaster="persistence", variable="all")["cut_mass"] is None
 
 

@@ -331,7 +331,7 @@ NO_PAIR = (
     *((STEPS, STEPS[:, :2]), (np.zeros((2, 3, 2)), STEPS[0]), (STEPS[:, :0], STEPS[:, :0]), (STEPS[0, :, 0],) * 2),
     *((STEPS + NAN, STEPS), (STEPS, STEPS + NAN), (STEPS, STEPS + np.inf)),
 )
-NO_SAMPLES = ONE, np.zeros((1, 0, 1, 1)), np.full((1, 1, 1, 1), np.inf)
+NO_SAMPLES = (ONE,), (np.zeros((1, 0, 1, 1)),), (np.full((1, 1, 1, 1), np.inf),)
 NO_BOUNDS = (ONE, np.zeros((1, 2, 1))), (ONE + 1, ONE), (ONE, ONE + np.inf)
 
 
@@ -346,11 +346,7 @@ NO_BOUNDS = (ONE, np.zeros((1, 2, 1))), (ONE + 1, ONE), (ONE, ONE + np.inf)
         ((scores.interval,), [([], 0), ([1.0, NAN], 0), ([[1.0]], 0)], "error has shape .*: expected"),
         ((scores.won,), [([1, 2], [1]), ([1], [NAN])], "the other's error has shape .*: expected"),
         ((lambda a, b: scores.paired_interval(a, b, 0),), [([1, 2], [1])], r"the other's error has shape \(1,\)"),
-        (
-            (scores.quantiles, lambda x: scores.crps(ONE, x)),
-            [(x,) for x in NO_SAMPLES],
-            "samples have shape .*expected",
-        ),
+        ((scores.quantiles, lambda x: scores.crps(ONE, x)), NO_SAMPLES, "samples have shape .*: expected"),
         ((lambda y: scores.crps(y, np.zeros((1, 3, 1, 1))),), [(STEPS,), (ONE + NAN,)], "truth has shape .*: expected"),
         ((lambda y: scores.coverage(y, ONE, ONE),), [(STEPS,), (ONE + NAN,)], "truth has shape .*: expected"),
         ((scores.width, lambda *b: scores.coverage(ONE, *b)), NO_BOUNDS, "bounds have shapes .*: expected low <= high"),

@@ -154,9 +154,7 @@ class Ledger:
                 return
         with self._transaction():
             if not self._database.execute(f"SELECT {_HELD}", values).fetchone()[0]:
-                raise ValueError(
-                    f"{self.path}: entry {entry} is not held by this process: expected a running one of its own"
-                )
+                raise ValueError(f"{self.path}: entry {entry} is not held: expected one of this process")
             entries = self._read()
             mine = next(e for e in entries if e.number == entry)
             beyond = flops - max(0, mine.predicted[stage] - mine.spent[stage])
@@ -272,9 +270,7 @@ class Ledger:
 
     def _end(self, entry: int, state: str) -> None:
         if not self._mark(entry, state):
-            raise ValueError(
-                f"{self.path}: entry {entry} is not held by this process: expected a running one of its own"
-            )
+            raise ValueError(f"{self.path}: entry {entry} is not held: expected one of this process")
         self._held.discard(entry)
 
     def _mark(self, entry: int, state: str) -> bool:

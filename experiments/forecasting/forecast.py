@@ -180,19 +180,9 @@ def _continue(
     `written` takes how many steps of all samples are written so far.
     """
     settings, separator = task.settings, task.tokenizer.encode(";")[0]
-    steps = decode(
-        model,
-        prompts,
-        task.tokens_to_forecast,
-        samples=settings.num_samples,
-        temperature=settings.sampling_temperature,
-        top_k=settings.top_k,
-        top_p=settings.top_p,
-        repetition_penalty=settings.repetition_penalty,
-        seed=seed,
-        constraint=constraint,
-        draft=draft,
-    )
+    options = {name: getattr(settings, name) for name in ("top_k", "top_p", "repetition_penalty")}
+    options |= {"samples": settings.num_samples, "temperature": settings.sampling_temperature, "seed": seed}
+    steps = decode(model, prompts, task.tokens_to_forecast, constraint=constraint, draft=draft, **options)
     new: list[torch.Tensor] = []
     ended: Any = 0
     for tokens in steps:
@@ -213,6 +203,7 @@ def predicted(task: Task, config, systems: Sequence[int], draft: int = 0, **trai
     """
     settings, most = task.settings, config.max_position_embeddings
     flops = {"training": 0, "validation": 0, "inference": 0}
+    options = trained | {"samples": settings.num_samples}
     for batch in _batches(task, systems):
         b, prompt, scored = len(batch.places), batch.ids.shape[1], batch.targets.shape[1]
         if (tokens := prompt + task.tokens_to_forecast - 1) > most:
@@ -221,10 +212,7 @@ def predicted(task: Task, config, systems: Sequence[int], draft: int = 0, **trai
                 f"{len(task.dataset.names)} variables: expected at most {most}, the model's max_position_embeddings"
             )
         alone, both = (
-            predict.generation(
-                config, b, prompt, task.tokens_to_forecast, samples=settings.num_samples, scored=n, **trained
-            )
-            for n in (0, scored)
+            predict.generation(config, b, prompt, task.tokens_to_forecast, scored=n, **options) for n in (0, scored)
         )
         flops["inference"] += alone if not draft else _drafted(task, config, prompt, draft, **trained)
         flops["validation"] += both - alone

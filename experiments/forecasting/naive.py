@@ -43,23 +43,13 @@ def kept(task: Task, systems: Sequence[int], path: Path, progress: Counted = lam
     time = task.time[settings.points :]
     if not path.is_file():
         made = forecasts(task, systems, progress)
-        files.write_csv(
-            path,
-            [
-                {
-                    "forecaster": name,
-                    "unique_id": system,
-                    "ds": float(time[step]),
-                    "variable": variable,
-                    "y": float(task.dataset.series[system, settings.points + step, v]),
-                    "y_hat": float(values[i, step, v]),
-                }
-                for name, values in made.items()
-                for i, system in enumerate(systems)
-                for v, variable in enumerate(names)
-                for step in range(settings.horizon)
-            ],
-        )
+        written = []
+        for name, values in made.items():
+            for i, v, step in np.ndindex(len(systems), len(names), settings.horizon):
+                row = {"forecaster": name, "unique_id": systems[i], "ds": float(time[step]), "variable": names[v]}
+                row["y"] = float(task.dataset.series[systems[i], settings.points + step, v])
+                written.append(row | {"y_hat": float(values[i, step, v])})
+        files.write_csv(path, written)
         return made
     try:
         _, rows = files.read_csv(path)

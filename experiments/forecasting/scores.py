@@ -231,10 +231,7 @@ def _parsed(samples: ArrayLike) -> tuple[Array, NDArray[np.int64]]:
     """Samples with each step that was not parsed NaN in all variables (N, S, h, V), and how many are left (N, h, 1)."""
     found = _float(samples)
     if found.ndim != 4 or not found.size or np.isinf(found).any():
-        raise ValueError(
-            f"samples have shape {found.shape}, {np.isinf(found).sum()} values infinite: expected (series, samples, "
-            "steps, variables), finite or NaN where not parsed"
-        )
+        raise ValueError(f"samples have shape {found.shape}: expected (series, samples, steps, variables), no infinity")
     unparsed = np.isnan(found).any(axis=-1, keepdims=True)  # (N, S, h, 1)
     return np.where(unparsed, np.nan, found), np.sum(~unparsed, axis=1)
 

@@ -115,9 +115,7 @@ class Constrained:
 
     def _check_measured(self) -> None:
         if self.tokens is not None:
-            raise ValueError(
-                "the probability that was cut off was not measured: expected a constraint with measure=True"
-            )
+            raise ValueError("what was cut off is not measured: expected a constraint with measure=True")
 
 
 class Drafted:

@@ -13,14 +13,9 @@ from qwen_min.load import resolve
 
 def load_model(settings: Settings) -> Qwen:
     """The base model of a run, frozen. Raises ValueError where it is to be compiled, and cannot be."""
-    model = Qwen.from_pretrained(
-        settings.model,
-        DTYPES[settings.dtype],
-        settings.device,
-        settings.revision or None,
-        settings.offline,
-        compute_dtype=settings.compute_dtype,
-    )
+    kept = DTYPES[settings.dtype], settings.device
+    where = settings.revision or None, settings.offline
+    model = Qwen.from_pretrained(settings.model, *kept, *where, compute_dtype=settings.compute_dtype)
     if settings.compile:
         model.compile()
     return model.requires_grad_(False)

@@ -54,18 +54,19 @@ def parser() -> argparse.ArgumentParser:
         p.add_argument("--debug", action="store_true", help="show the traceback of an error")
         return p
 
-    p = verb("study", "a whole report: baseline, default run, grid, context sweep, final run, evaluation, page")
-    _study_flags(p)
-    p.add_argument("--dry-run", action="store_true", help="price every stage; run nothing")
-    p.add_argument("--json", action="store_true", help="with --dry-run: print one JSON object and nothing else")
-
     for name, text in (
+        ("study", "a whole report: baseline, default run, grid, context sweep, final run, evaluation, page"),
         ("baseline", "a study's first stage: the untrained model, validated and judged"),
         ("default", "a study's second stage: the run with the protocol's default learning rate and rank"),
         ("context", "a study's fourth stage, after the grid: the best cell at several contexts"),
         ("final", "a study's last stage: the best cell and context, trained longest, judged on the test part too"),
     ):
-        _study_flags(verb(name, text))
+        p = verb(name, text)
+        _settings(p, "data", "train", "forecast", "grid", "best")
+        p.add_argument("--out", help="the study's folder (runs/study-PROTOCOL)")
+        if name == "study":
+            p.add_argument("--dry-run", action="store_true", help="price every stage; run nothing")
+            p.add_argument("--json", action="store_true", help="with --dry-run: print one JSON object and nothing else")
 
     p = verb("report", "the page of a run folder: report.html, report.md, figures, tables")
     p.add_argument("run", metavar="RUN", help="the run's folder")
@@ -165,11 +166,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--steps", type=int, help="training steps")
     p.add_argument("--seed", type=int, help="of data and weights")
     return top
-
-
-def _study_flags(p: argparse.ArgumentParser) -> None:
-    _settings(p, "data", "train", "forecast", "grid", "best")
-    p.add_argument("--out", help="the study's folder (runs/study-PROTOCOL)")
 
 
 def _settings(p: argparse.ArgumentParser, *groups: str) -> None:

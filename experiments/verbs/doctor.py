@@ -23,17 +23,11 @@ def lines(settings: Settings) -> Iterator[str]:
     """One finding a line, "ok" or "--" first; a remedy follows what is not well."""
     yield f"ok  python {sys.version.split()[0]}, {torch.get_num_threads()} threads"
     yield from _packages("qwen_min")
-    yield (
-        "ok  " + torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else "--  no CUDA device: everything runs on the CPU; --device cpu is the default"
-    )
-    yield (
-        "ok  the kernel for bfloat16 weights is compiled"
-        if product.available()
-        else "--  no kernel for bfloat16 weights: generation is slower; a C++ compiler (c++) and a cache folder in a "
-        "home in which nobody else may write would make it"
-    )
+    no_gpu = "--  no CUDA device: everything runs on the CPU; --device cpu is the default"
+    yield f"ok  {torch.cuda.get_device_name()}" if torch.cuda.is_available() else no_gpu
+    no_kernel = "--  no kernel for bfloat16 weights: generation is slower; a C++ compiler (c++) and a cache folder in "
+    no_kernel += "a home in which nobody else may write would make it"
+    yield "ok  the kernel for bfloat16 weights is compiled" if product.available() else no_kernel
     yield from _model(settings)
     yield from _data(settings)
     ledger = Path("ledger.sqlite")
