@@ -33,10 +33,10 @@ class Grammar:
 
     def __init__(self, codec: Codec, variables: int, widest: int = 1, signed: bool = False):
         if variables < 1:
-            raise ValueError(f"grammar: {variables} variables; expected at least 1")
+            raise ValueError(f"grammar: {variables} variables: expected at least 1")
         if not codec.integer_digits <= widest <= codec.most_integer_digits:
             fit = f"{codec.integer_digits} to {codec.most_integer_digits}"
-            raise ValueError(f"grammar: at most {widest} digits before the point; expected {fit}")
+            raise ValueError(f"grammar: at most {widest} digits before the point: expected {fit}")
         self.codec, self.variables, self.widest, self.signed = codec, variables, widest, signed
         self.symbols += ("-",) * signed
         places, rows = [_Place(0)], []

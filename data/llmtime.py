@@ -37,7 +37,7 @@ def context_percentile(series: ArrayLike, context_points: int, q: float = 95.0) 
     """alpha = max over variables of percentile q, / 10, of the sizes in the first points of one series (P, V)."""
     rule, values = "context percentile", np.atleast_1d(series)
     if not 1 <= context_points <= len(values):
-        raise ValueError(f"{rule}: {context_points} points of context; expected 1 to {len(values)}, all there are")
+        raise ValueError(f"{rule}: {context_points} points of context: expected 1 to {len(values)}, all there are")
     return _largest_percentile(rule, values[:context_points], q)
 
 
@@ -82,9 +82,9 @@ class Codec:
         whole, decimals = self.integer_digits, self.decimals
         if whole < 1 or decimals < 0 or whole + decimals > FLOAT64_DIGITS:
             rule = f"at least 1 and 0, together at most {FLOAT64_DIGITS}"
-            raise ValueError(f"codec: {whole} integer digits and {decimals} decimals; expected {rule}")
+            raise ValueError(f"codec: {whole} integer digits and {decimals} decimals: expected {rule}")
         if self.shortest and decimals == 0:
-            raise ValueError("codec: shortest with 0 decimals; expected at least 1, which is always written")
+            raise ValueError("codec: shortest with 0 decimals: expected at least 1, which is always written")
 
     def step_width(self, variables: int, signed: bool = False) -> int:
         """Characters, which are tokens, of a step of numbers that fit (`shortest`: at most; `signed`: all negative)."""
@@ -97,10 +97,10 @@ class Codec:
         """
         rows = np.asarray(values, dtype=np.float64)
         if rows.ndim != 2 or rows.shape[1] == 0:
-            raise ValueError(f"encode: values have shape {rows.shape}; expected (points, variables)")
+            raise ValueError(f"encode: values have shape {rows.shape}: expected (points, variables)")
         if not np.isfinite(rows).all():
             step, variable = first = tuple(np.argwhere(~np.isfinite(rows))[0])
-            raise ValueError(f"encode: step {step}, variable {variable} is {rows[first]}; expected finite")
+            raise ValueError(f"encode: step {step}, variable {variable} is {rows[first]}: expected finite")
         return "".join(",".join(map(self._number, row)) + ";" for row in rows.tolist())
 
     def decode(self, text: str, variables: int) -> Decoded:
@@ -110,7 +110,7 @@ class Codec:
         no number can move to another column. What follows the last ";" is a step too, unless it is empty.
         """
         if variables < 1:
-            raise ValueError(f"decode: {variables} variables; expected at least 1")
+            raise ValueError(f"decode: {variables} variables: expected at least 1")
         grammar = re.compile(",".join([self._grammar] * variables))
         steps = text.split(";")
         if not steps[-1]:
@@ -144,7 +144,7 @@ class Codec:
         digits = f"{abs(value):0{width}.{self.decimals}f}"
         if len(digits) - self._fraction_width > self.most_integer_digits:
             limit = f"less than 1e{self.most_integer_digits} in size with {self.decimals} decimals"
-            raise ValueError(f"encode: {value} is too large; expected {limit}")
+            raise ValueError(f"encode: {value} is too large: expected {limit}")
         if self.shortest:
             digits = digits.rstrip("0")
             digits += "0" if digits.endswith(".") else ""
@@ -154,7 +154,7 @@ class Codec:
 def _largest_percentile(rule: str, series: ArrayLike, q: float) -> float:
     values = _filled(rule, series)
     if values.ndim != 2:
-        raise ValueError(f"{rule}: values have shape {values.shape}; expected (points, variables)")
+        raise ValueError(f"{rule}: values have shape {values.shape}: expected (points, variables)")
     return _checked(rule, np.percentile(values, _percent(rule, q), axis=0).max() / 10)
 
 
@@ -163,17 +163,17 @@ def _filled(rule: str, values: ArrayLike) -> NDArray[np.float64]:
     array = np.abs(np.asarray(values, dtype=np.float64))
     if array.size == 0 or not np.isfinite(array).all():
         problem = "not all finite" if array.size else "empty"
-        raise ValueError(f"{rule}: values are {problem}; expected finite numbers")
+        raise ValueError(f"{rule}: values are {problem}: expected finite numbers")
     return array
 
 
 def _percent(rule: str, q: float) -> float:
     if not 0 <= q <= 100:
-        raise ValueError(f"{rule}: percentile {q}; expected 0 to 100")
+        raise ValueError(f"{rule}: percentile is {q}: expected 0 to 100")
     return q
 
 
 def _checked(rule: str, alpha: float) -> float:
     if not (np.isfinite(alpha) and alpha > 0):
-        raise ValueError(f"{rule}: alpha is {alpha}; expected finite and positive (are all values zero?)")
+        raise ValueError(f"{rule}: alpha is {alpha}: expected finite and positive (are all values zero?)")
     return float(alpha)

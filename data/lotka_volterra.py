@@ -84,7 +84,7 @@ def load(path: Path | None = None) -> Dataset:
     except ValueError as error:
         raise ValueError(f"{error}; {REMEDY}") from None
     if dataset.source not in (REAL, REBUILT):
-        raise ValueError(f"{CACHE}: {dataset.source}; expected the rebuilt data set; {REMEDY}")
+        raise ValueError(f"{CACHE}: {dataset.source}: expected the rebuilt data set; {REMEDY}")
     return dataset
 
 
@@ -105,7 +105,7 @@ def rebuild(path: Path) -> None:
             file.create_dataset("time", data=time, track_times=False)
         os.replace(draft, path)
     except (OSError, RuntimeError) as error:  # h5py: RuntimeError where the disk fills up
-        raise OSError(f"{path}: cannot be written ({_one_line(error)}); expected a writable folder") from None
+        raise OSError(f"{path}: cannot be written ({_one_line(error)}): expected a writable folder") from None
     finally:
         draft.unlink(missing_ok=True)
 
@@ -125,7 +125,7 @@ def integrate() -> tuple[NDArray[np.float64], NDArray[np.float32]]:
         series[system] = solution.y.T  # (2, P) -> (P, 2)
     if _rounded_digest(series) != ROUNDED_DIGEST:
         found = f"scipy {scipy.__version__} integrates the predator-prey law to other values"
-        raise ValueError(f"{found}; expected scipy 1.12 or newer, or the data as a file")
+        raise ValueError(f"{found}: expected scipy 1.12 or newer, or the data as a file")
     return time, series
 
 
@@ -165,7 +165,7 @@ def _read(path: Path) -> Dataset:
     if written_digest and (found := _exact_digest(time, series)).encode() != written_digest:
         recorded = ascii(written_digest.decode("latin-1"))[1:-1]
         raise ValueError(
-            f"{path}: sha256 of its values is {found}, recorded {recorded:.64}; expected the file as it was written"
+            f"{path}: sha256 of its values is {found}, recorded {recorded:.64}: expected the file as it was written"
         )
     source = _source(time, series, written_digest)
     return Dataset(time, series, names, hashlib.sha256(content).hexdigest(), source, path)
@@ -194,25 +194,25 @@ def _values(file: h5py.File, name: str, size: int) -> NDArray[Any] | None:
 
 def _checked_series(path: Path, stored: NDArray[Any]) -> NDArray[np.float32]:
     if stored.dtype.kind not in "iuf":
-        raise ValueError(f"{path}: /trajectories has dtype {stored.dtype}; expected real numbers")
+        raise ValueError(f"{path}: /trajectories has dtype {stored.dtype}: expected real numbers")
     if stored.ndim != 3 or 0 in stored.shape:
-        raise ValueError(f"{path}: /trajectories has shape {stored.shape}; expected 3 dimensions, none empty")
+        raise ValueError(f"{path}: /trajectories has shape {stored.shape}: expected 3 dimensions, none empty")
     with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as that
         series = stored.astype(np.float32)
     bad = ~np.isfinite(series)
     if bad.any():
         system, point, variable = first = tuple(np.argwhere(bad)[0])
         where = f"system {system}, point {point}, variable {variable}"
-        raise ValueError(f"{path}: {where} is {stored[first]}; expected finite numbers")
+        raise ValueError(f"{path}: {where} is {stored[first]}: expected finite numbers")
     return series
 
 
 def _checked_time(path: Path, stored: NDArray[Any], points: int) -> NDArray[np.float64]:
     if stored.dtype.kind not in "iuf" or stored.shape != (points,):
-        raise ValueError(f"{path}: /time is {stored.dtype} {stored.shape}; expected real numbers ({points},)")
+        raise ValueError(f"{path}: /time is {stored.dtype} {stored.shape}: expected real numbers ({points},)")
     time = stored.astype(np.float64)
     if not np.isfinite(time).all() or (np.diff(time) <= 0).any():
-        raise ValueError(f"{path}: /time is not finite and increasing; expected {points} increasing numbers")
+        raise ValueError(f"{path}: /time is not finite and increasing: expected {points} increasing numbers")
     return time
 
 

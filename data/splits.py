@@ -43,16 +43,16 @@ def held_out_first(systems: int, fractions: tuple[float, float, float] = FRACTIO
 
 def _checked(seed: int) -> int:
     if not 0 <= seed < 2**32:
-        raise ValueError(f"split: seed {seed}; expected 0 to 2^32 - 1")
+        raise ValueError(f"split: seed is {seed}: expected 0 to 2^32 - 1")
     return seed
 
 
 def _cut(order: NDArray[np.int64], fractions: tuple[float, float, float]) -> Split:
     if len(fractions) != 3 or not min(fractions) > 0 or not abs(sum(fractions) - 1) < 1e-9:
-        raise ValueError(f"split: fractions {fractions}; expected three positive numbers that add up to 1")
+        raise ValueError(f"split: fractions is {fractions}: expected three positive numbers that add up to 1")
     borders = [round(fractions[0] * len(order)), round((fractions[0] + fractions[1]) * len(order))]
     parts = [np.sort(part) for part in np.split(order, borders)]
     if not all(len(part) for part in parts):
         sizes = tuple(len(part) for part in parts)
-        raise ValueError(f"split: {len(order)} systems give parts of {sizes}; expected no empty part")
+        raise ValueError(f"split: {len(order)} systems give parts of {sizes}: expected no empty part")
     return Split(*parts)

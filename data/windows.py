@@ -65,13 +65,13 @@ def make_windows(
     Raises ValueError for a sequence of fewer than 2 tokens, and for a stride that would skip tokens.
     """
     if context < 1 or not 1 <= stride <= context:
-        raise ValueError(f"windows: context {context}, stride {stride}; expected 1 <= stride <= context")
+        raise ValueError(f"windows: context is {context}, stride {stride}: expected 1 <= stride <= context")
     if pad_side not in ("right", "left"):
-        raise ValueError(f'windows: pad_side {pad_side!r}; expected "right" or "left"')
+        raise ValueError(f'windows: pad_side is {pad_side!r}: expected "right" or "left"')
     sequences = [np.asarray(tokens, dtype=np.int64) for tokens in token_lists]
     for number, tokens in enumerate(sequences):
         if tokens.ndim != 1 or len(tokens) < 2 or tokens.min() < 0:
-            raise ValueError(f"windows: sequence {number} is {tokens.shape}; expected at least 2 token ids")
+            raise ValueError(f"windows: sequence {number} is {tokens.shape}: expected at least 2 token ids")
     # The last target is the last token; a start is worth a window if the one before it ends short of that.
     places = [
         (number, start)

@@ -121,7 +121,7 @@ def test_a_torn_line_in_the_middle_is_an_error_that_names_the_line(tmp_path):
     with pytest.raises(ValueError, match="metrics.jsonl: line 2: not valid JSON"):
         files.read_jsonl(path)
     path.write_text('{"step": 1}\n3\n')
-    with pytest.raises(ValueError, match="line 2: expected an object, got int"):
+    with pytest.raises(ValueError, match="line 2: is a int: expected an object"):
         files.read_jsonl(path)
 
 
@@ -228,7 +228,7 @@ def test_a_folder_survives_a_kill_at_any_point(tmp_path, point):
 
 def test_a_folder_does_not_take_the_place_of_a_file(tmp_path):
     (tmp_path / "checkpoint").write_text("mine")
-    with pytest.raises(ValueError, match="checkpoint: expected a folder"):
+    with pytest.raises(ValueError, match="checkpoint: is a file: expected a folder"):
         _save(tmp_path / "checkpoint", "new")
     assert _content(tmp_path) == {"checkpoint": "mine"}
 

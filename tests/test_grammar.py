@@ -129,9 +129,9 @@ def test_the_tables_agree_and_no_state_is_a_dead_end(grammar: Grammar) -> None:
 @pytest.mark.parametrize(
     ("codec", "variables", "widest", "problem"),
     [
-        (Codec(), 0, 1, "0 variables; expected at least 1"),
-        (Codec(2, 3), 2, 2, "at most 2 digits before the point; expected 3 to 13"),
-        (Codec(10), 2, 6, "at most 6 digits before the point; expected 1 to 5"),
+        (Codec(), 0, 1, "0 variables: expected at least 1"),
+        (Codec(2, 3), 2, 2, "at most 2 digits before the point: expected 3 to 13"),
+        (Codec(10), 2, 6, "at most 6 digits before the point: expected 1 to 5"),
     ],
 )
 def test_a_grammar_of_no_text_is_refused_in_one_line(codec, variables, widest, problem) -> None:

@@ -279,7 +279,7 @@ def test_10000_series_read_back_to_half_a_unit_or_are_refused_in_one_line() -> N
             x.is_finite() and abs(x.quantize(unit, ROUND_HALF_EVEN, EXACT)) < Decimal(10) ** (15 - codec.decimals)
             for x in numbers
         ):
-            with pytest.raises(ValueError, match="^encode: .*; expected ") as caught:
+            with pytest.raises(ValueError, match="^encode: .*: expected ") as caught:
                 codec.encode(values)
             assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
             seen["refused"] += 1
@@ -344,7 +344,7 @@ def test_a_codec_that_float64_cannot_keep_is_refused(decimals: int, whole: int) 
 
 
 def test_shortest_numbers_without_decimals_are_refused() -> None:
-    with pytest.raises(ValueError, match="shortest with 0 decimals; expected at least 1"):
+    with pytest.raises(ValueError, match="shortest with 0 decimals: expected at least 1"):
         Codec(0, shortest=True)
 
 

@@ -229,7 +229,7 @@ def test_the_first_bad_value_is_named_by_its_place(value: float, write: Writer) 
     series = np.ones((3, 4, 2))
     series[1, 2, 1] = series[2, 0, 0] = value
     path = write(trajectories=series)
-    assert refusal(path).startswith(f"{path}: system 1, point 2, variable 1 is {value};")
+    assert refusal(path).startswith(f"{path}: system 1, point 2, variable 1 is {value}:")
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,9 @@ def test_a_loss_that_is_not_finite_stops_in_one_line_and_leaves_the_old_folder(t
     monkeypatch.setattr(pocket, "LEARNING_RATE", 1e30)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "README.md").touch()
-    with pytest.raises(ValueError, match=r"^pretrain-pocket: the loss of step \d+ is (nan|inf); expected it finite$"):
+    with pytest.raises(
+        ValueError, match=r"^pretrain-pocket: the loss of step \d+ is (nan|inf): expected a finite number$"
+    ):
         pocket.pretrain(tmp_path / "out", steps=20, progress=lambda _: None)
     assert [p.name for p in tmp_path.rglob("*")] == ["out", "README.md"]
 
@@ -185,12 +187,12 @@ def test_a_folder_of_other_files_is_not_replaced(tiny, tmp_path):
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(ValueError, match="holds 'thesis.tex', which would be lost: expected a folder of its own"):
         pocket.pretrain(tmp_path, steps=1)
-    with pytest.raises(ValueError, match="thesis.tex: expected a folder, got a file"):
+    with pytest.raises(ValueError, match="thesis.tex: is a file: expected a folder"):
         pocket.pretrain(tmp_path / "thesis.tex", steps=1)
     assert [p.name for p in tmp_path.rglob("*")] == ["thesis.tex"]
 
 
 @pytest.mark.parametrize(("steps", "seed"), [(0, 0), (1, -1), (1, 2**32)])
 def test_steps_and_seed_out_of_range_are_refused(steps, seed, tmp_path):
-    with pytest.raises(ValueError, match=f"steps {steps}, seed {seed}; expected"):
+    with pytest.raises(ValueError, match=f"steps is {steps}, seed {seed}: expected"):
         pocket.pretrain(tmp_path / "out", steps=steps, seed=seed)

@@ -63,7 +63,7 @@ def test_padding_is_a_token_to_predict_only_when_asked_and_the_left_side_is_coun
         (100, (0.70, 0.20, 0.20), 0, "three positive numbers"),
         (100, (0.70, 0.30), 0, "three positive numbers"),
         (100, (0.70, float("nan"), 0.15), 0, "three positive numbers"),
-        (100, (0.70, 0.15, 0.15), -1, "seed -1"),
+        (100, (0.70, 0.15, 0.15), -1, "seed is -1"),
     ],
 )
 def test_a_split_that_cannot_be_made_is_refused(systems: int, fractions: object, seed: int, problem: str) -> None:

@@ -51,7 +51,7 @@ def shaped(values: ArrayLike, what: str, expected: tuple[int | None, ...]) -> Fl
     array = np.asarray(values, np.float64)
     if len(array.shape) != len(expected) or any(e not in (None, n) for e, n in zip(expected, array.shape, strict=True)):
         shape = tuple("any" if length is None else length for length in expected)
-        raise ValueError(f"{what} must have the shape ({', '.join(map(str, shape))}), got {array.shape}")
+        raise ValueError(f"{what} has the shape {array.shape}: expected ({', '.join(map(str, shape))})")
     return array
 
 

@@ -45,7 +45,7 @@ def bench_bars(cases: Sequence[Mapping[str, Any]], path: str | Path, title: str,
     A case is a line of `bench.json`: `name`, `ours` and perhaps `peer` (`seconds`, `peak_bytes`), perhaps
     `floor_seconds`. Without a peer it is ours that is 1."""
     if not cases:
-        raise ValueError("a bar chart of the benchmark needs at least one case, got none")
+        raise ValueError("cases is empty: expected at least one")
     timed = [case for case in cases if "peer" in case or case.get("floor_seconds") is not None] or cases
     figure, (time, memory) = new_figure(2, [0.7 + 0.42 * len(timed), 0.7 + 0.42 * len(cases)], sharex=False)
     units = [case.get("peer", case["ours"])["seconds"] for case in timed]
@@ -80,7 +80,7 @@ def bench_scaling(points: Sequence[Mapping[str, Any]], path: str | Path, title: 
     A point is a line of `bench.json` with `axis`, what grows, in words, `value`, its size, and `per`, what the time is
     of. Points of one axis share a row."""
     if not points:
-        raise ValueError("a figure of scaling needs at least one point, got none")
+        raise ValueError("points is empty: expected at least one")
     axes_of: dict[str, list[Mapping[str, Any]]] = {}
     for point in points:
         axes_of.setdefault(point["axis"], []).append(point)

@@ -30,7 +30,7 @@ from experiments.plots.base import (
 def flops_bars(by_component: Mapping[str, int], path: str | Path, title: str, label: str = "") -> None:
     """Draw FLOPs by component as horizontal bars, largest first, each with its share of the sum."""
     if not by_component:
-        raise ValueError("a bar chart of FLOPs needs at least one component, got none")
+        raise ValueError("components is empty: expected at least one")
     ordered = sorted(by_component.items(), key=lambda item: -item[1])
     total = sum(by_component.values())
     figure, (axes,) = new_figure(1, 1.0 + 0.3 * len(ordered))
@@ -54,13 +54,13 @@ def budget_bar(
     `stages` maps a stage to its parts ("training", "validation", "inference") and their FLOPs; `budget` is in
     FLOPs too. The colour and hatch of a stage are the same in both panels; the lower is logarithmic."""
     if budget <= 0:
-        raise ValueError(f"the budget must be positive, got {budget}")
+        raise ValueError(f"budget is {budget}: expected a positive number")
     parts = [(stage, part, flops) for stage, of in stages.items() for part, flops in of.items()]
     if not parts:
-        raise ValueError("a budget bar needs at least one stage with a part, got none")
+        raise ValueError("stages is empty: expected at least one, with a part")
     for stage, part, flops in parts:
         if flops < 0:
-            raise ValueError(f"FLOPs must not be negative, got {flops} for {part} of {stage}")
+            raise ValueError(f"{part} of {stage} is {flops} FLOPs: expected 0 or more")
     looks: dict[str, Style] = {
         stage: {"facecolor": colour(i, len(stages)), "edgecolor": "white", "hatch": HATCHES[i % len(HATCHES)]}
         for i, stage in enumerate(stages)

@@ -95,7 +95,7 @@ def phase_plane(
 
     A system is as in `forecast_grid`; there must be two variables."""
     if len(names) != 2:
-        raise ValueError(f"a phase plane has two variables, got {len(names)}")
+        raise ValueError(f"names has {len(names)} variables: expected two")
     all_series = _all(systems, names)
     columns = min(2, len(systems))
     figure, panels = new_figure(len(systems), 2.6, columns, sharex=False)
@@ -136,14 +136,14 @@ class _Series:
         shapes = past.shape, future.shape, guess.shape
         alike = future.shape == guess.shape and past.shape[1:] == future.shape[1:] == (len(names),) and len(future)
         if not alike:
-            rule = f"context, truth and forecast must be (P, V), (h, V), (h, V), V = {len(names)}, h at least 1"
-            raise ValueError(f"{rule}: got {shapes}")
+            rule = f"(P, V), (h, V), (h, V), V = {len(names)}, h at least 1"
+            raise ValueError(f"context, truth and forecast have the shapes {shapes}: expected {rule}")
         if at.shape != (len(past) + len(future),):
-            raise ValueError(f"time must be ({len(past)} + {len(future)},), got {at.shape}")
+            raise ValueError(f"time has the shape {at.shape}: expected ({len(past)} + {len(future)},)")
         quantiles = system.get("quantiles") or {}
         if missing := {level for low, high, *_ in _BANDS for level in (low, high)} - quantiles.keys():
             if quantiles:
-                raise ValueError(f"quantiles must have the levels 0.1, 0.25, 0.75 and 0.9, got none at {min(missing)}")
+                raise ValueError(f"quantiles has no level {min(missing)}: expected 0.1, 0.25, 0.75 and 0.9")
             return cls(at, past, future, guess, [])
         level = {q: shaped(values, f"the quantile {q}", future.shape) for q, values in quantiles.items()}
         return cls(at, past, future, guess, [(level[low], level[high], tint) for low, high, _, tint in _BANDS])
@@ -156,7 +156,7 @@ class _Series:
 
 def _all(systems: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[_Series]:
     if not systems:
-        raise ValueError("a figure of systems needs at least one, got none")
+        raise ValueError("systems is empty: expected at least one")
     return [_Series.of(system, names) for system in systems]
 
 

@@ -44,12 +44,12 @@ def gradient_norms(
     for name, values in norms.items():
         module, _, matrix = name.rpartition(".")
         if matrix not in ("A", "B") or not module:
-            raise ValueError(f'a matrix must be named as "layers.0.q_proj.A" or B, got {name!r}')
+            raise ValueError(f'a matrix is named {name!r}: expected a name such as "layers.0.q_proj.A" or B')
         panels.setdefault(module, {})[matrix] = shaped(values, name, at.shape)
     if not panels:
-        raise ValueError("gradient norms need at least one matrix, got none")
+        raise ValueError("norms is empty: expected at least one matrix")
     if unknown := set(flagged) - norms.keys():
-        raise ValueError(f"flagged must be names of matrices, got {sorted(unknown)[0]!r}")
+        raise ValueError(f"flagged has {sorted(unknown)[0]!r}: expected names of matrices")
     columns = min(len(panels), 4 if len(panels) > 8 else 2)
     figure, axes_of = new_figure(len(panels), 1.15 if columns == 4 else 2.0, columns, sharex=True, sharey=True)
     for axes, module in zip(axes_of, sorted(panels, key=_natural), strict=True):

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.lines import Line2D
 from numpy.typing import ArrayLike
 
-from experiments.plots.base import Style, colour, legend_below, line, new_figure, plain, save
+from experiments.plots.base import Style, colour, legend_below, line, new_figure, plain, save, shaped
 
 
 def round_trip(
@@ -23,11 +23,8 @@ def round_trip(
 
     `time` (P,); `raw` and `decoded` (P, V), in the units of the data."""
     at, before, after = (np.asarray(a, np.float64) for a in (time, raw, decoded))
-    if before.shape != after.shape or before.shape != (len(at), len(names)):
-        shapes = before.shape, after.shape
-        raise ValueError(
-            f"raw and decoded must be ({len(at)}, {len(names)}), a row a time, a column a name: got {shapes}"
-        )
+    for what, values in (("raw", before), ("decoded", after)):
+        shaped(values, what, (len(at), len(names)))
     figure, (series, errors) = new_figure(2, [2.4, 1.6])
     handles = []
     for i, name in enumerate(names):

@@ -43,7 +43,7 @@ def running_rmse(
 
     A system is `title` and `values` (h, V): that root for each variable, NaN where it is not defined."""
     if not systems:
-        raise ValueError("a figure of systems needs at least one, got none")
+        raise ValueError("systems is empty: expected at least one")
     values_of = [shaped(s["values"], f"the values of {s['title']}", (None, len(names))) for s in systems]
     columns = min(2, len(systems))
     figure, panels = new_figure(len(systems), 2.0, columns)
@@ -68,7 +68,7 @@ def horizon_error(lines: Mapping[str, ArrayLike], path: str | Path, ylabel: str,
 
     `lines` maps a forecaster to (h,), NaN where there is none; all of one length."""
     if not lines:
-        raise ValueError("an error by step needs at least one forecaster, got none")
+        raise ValueError("lines is empty: expected at least one forecaster")
     steps = np.asarray(next(iter(lines.values()))).shape[:1]
     errors = {name: shaped(values, f"the error of {name}", steps or (None,)) for name, values in lines.items()}
     figure, (axes,) = new_figure(1, 3.6)
@@ -97,7 +97,7 @@ def token_loss(
     losses = shaped(nats, "nats", (None,))
     steps = shaped(step_of, "step_of", losses.shape)
     if len(texts) != len(losses):
-        raise ValueError(f"texts must be {len(losses)}, one for each token, got {len(texts)}")
+        raise ValueError(f"texts has {len(texts)}: expected {len(losses)}, one for each token")
     at = np.arange(1, len(losses) + 1)
     kinds = np.array([1 if text in (",", ";", ".") else 0 if text.isdecimal() else 2 for text in texts], int)
     figure, (axes,) = new_figure(1, 3.6)
@@ -139,7 +139,7 @@ def score_bars(
 
     `scores` maps a forecaster to (value, low, high); NaN for what is not defined. Those in `strong` stand out."""
     if not scores:
-        raise ValueError("a bar chart of scores needs at least one forecaster, got none")
+        raise ValueError("scores is empty: expected at least one forecaster")
     rows = shaped([list(score) for score in scores.values()], "scores", (None, 3))
     figure, (axes,) = new_figure(1, 0.8 + 0.34 * len(rows))
     places = np.arange(len(rows))

@@ -39,7 +39,7 @@ def loss_curves(cells: Sequence[Mapping[str, Any]], path: str | Path, x: str = "
     differ in something else) get a look and an entry each. Training is drawn raw, faint, and as the mean
     of the last w steps, w a twentieth of the run and at most 100. Losses that are not finite are left out."""
     if x not in ("step", "flops"):
-        raise ValueError(f'x must be "step" or "flops", got {x!r}')
+        raise ValueError(f'x is {x!r}: expected "step" or "flops"')
     figure, (training, validation) = new_figure(2, 2.7)
     styles, handles = _styles(cells)
     drawn: tuple[list[Floats], list[Floats]] = ([], [])
@@ -88,7 +88,7 @@ def heat_map(table: Mapping[tuple[float, int], float | None], path: str | Path, 
 
     `table` maps (learning rate, rank) to a loss in nats per token, or None for a cell without a result."""
     if not table:
-        raise ValueError("a heat map needs at least one cell, got none")
+        raise ValueError("table is empty: expected at least one cell")
     rates, ranks = sorted({lr for lr, _ in table}), sorted({rank for _, rank in table})
     found = [[table.get((lr, rank)) for rank in ranks] for lr in rates]
     losses = np.array(found, np.float64)  # (rates, ranks), None becomes NaN

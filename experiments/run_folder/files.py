@@ -116,7 +116,7 @@ def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
     for row in rows:
         for key, value in row.items():
             if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{path}: not written, {key} is {value}; expected a finite number or nothing")
+                raise ValueError(f"{path}: not written, {key} is {value}: expected a finite number or nothing")
         writer.writerow(row)
     write_text(path, text.getvalue())
 
@@ -168,7 +168,7 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
         for number, line in enumerate(data.split(b"\n")[:-1], 1):
             record = _loads(line, f"{path}: line {number}: ")
             if not isinstance(record, dict):
-                raise ValueError(f"{path}: line {number}: expected an object, got {type(record).__name__}")
+                raise ValueError(f"{path}: line {number}: is a {type(record).__name__}: expected an object")
             records.append(record)
         return records
 
@@ -217,7 +217,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 def _check_folder(path: Path) -> None:
     if path.exists() and not path.is_dir():
-        raise ValueError(f"{path}: expected a folder, got a file")
+        raise ValueError(f"{path}: is a file: expected a folder")
 
 
 def check_own(path: str | Path, names: Collection[str]) -> None:
@@ -286,7 +286,7 @@ def _loads(data: bytes, where: str) -> Any:
     try:
         return json.loads(data.decode(), parse_constant=_finite, parse_float=_finite)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{where}expected UTF-8 text, got byte {data[error.start]:#04x}") from error
+        raise ValueError(f"{where}has the byte {data[error.start]:#04x}: expected UTF-8 text") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}not valid JSON ({error}): expected it as it was written") from error
 
@@ -294,5 +294,5 @@ def _loads(data: bytes, where: str) -> Any:
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):  # "NaN", "Infinity", and 1e999, which `float` takes for infinity
-        raise ValueError(f"expected a finite number, got {text[:20]}")
+        raise ValueError(f"{text[:20]}: expected a finite number")
     return value

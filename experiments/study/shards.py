@@ -144,7 +144,7 @@ def _allow(
         if plan["merged"]:
             raise ValueError(f"{path}: the shards are merged: expected grid without --shard")
         if plan["shards"] != shard.of:
-            raise ValueError(f"{path}: it is dealt to {plan['shards']} shards: expected as many, got --shard {shard}")
+            raise ValueError(f"{path}: it is dealt to {plan['shards']} shards: expected as many, not --shard {shard}")
         with Ledger(shard.folder(out) / "ledger.sqlite") as own:
             needed = own.totals()["spent"]
             for one in shard.part(planned):

@@ -100,7 +100,7 @@ def pretrain(out: Path, steps: int = STEPS, seed: int = 0, progress: Callable[[s
             it was.
     """
     if steps < 1 or not 0 <= seed < 2**32:
-        raise ValueError(f"pretrain-pocket: steps {steps}, seed {seed}; expected 1 or more, and 0 to 2^32 - 1")
+        raise ValueError(f"pretrain-pocket: steps is {steps}, seed {seed}: expected 1 or more, and 0 to 2^32 - 1")
     check_own(out, ("README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"))
     started = time.monotonic()
     tokenizer = byte_tokenizer()
@@ -172,7 +172,7 @@ def _train(model: Qwen, tokenizer: tokenizers.Tokenizer, steps: int, seed: int, 
         total, count = model.loss(ids[:, :-1], ids[:, 1:])
         loss = total / count
         if not math.isfinite(loss.item()):
-            raise ValueError(f"pretrain-pocket: the loss of step {step + 1} is {loss.item()}; expected it finite")
+            raise ValueError(f"pretrain-pocket: the loss of step {step + 1} is {loss.item()}: expected a finite number")
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
