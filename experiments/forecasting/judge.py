@@ -181,9 +181,9 @@ def _forecasts(task: Task, made: Forecasts) -> Iterator[Row]:
     bands = made.quantiles
     for i, v, step in np.ndindex(len(made.systems), len(task.dataset.names), len(time)):
         row: Row = {"unique_id": made.systems[i], "ds": float(time[step]), "variable": task.dataset.names[v]}
-        row |= {"y": float(made.truth[i, step, v]), "y_hat": _number(made.values[i, step, v])}
+        row |= {"y": float(made.truth[i, step, v]), "y_hat": _number(float(made.values[i, step, v]))}
         for q, level in enumerate(scores.QUANTILES):
-            row[f"q{level:g}"] = None if bands is None else _number(bands[q][i, step, v])
+            row[f"q{level:g}"] = None if bands is None else _number(bands[q, i, step, v])
         yield row | {"parsed": int(parsed[i, step])}
 
 
