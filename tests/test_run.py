@@ -109,10 +109,6 @@ def test_a_bad_argument_is_one_line_and_exit_code_2_and_nothing_is_written(argv,
     assert "expected" in said or argv[:1] in ([], ["gird"], ["grid"], ["forecast"]) or argv == ["report"]
 
 
-def damaged_model(tmp_path: Path) -> Path:
-    return Path(shutil.copytree(POCKET, tmp_path / "model"))
-
-
 @pytest.mark.parametrize(
     ("file", "damage", "named"),
     [
@@ -127,7 +123,7 @@ def damaged_model(tmp_path: Path) -> Path:
     ],
 )
 def test_a_damaged_model_is_refused_by_the_name_of_what_is_wrong(tmp_path, capsys, file, damage, named):
-    model = damaged_model(tmp_path)
+    model = Path(shutil.copytree(POCKET, tmp_path / "model"))
     (model / file).write_bytes(damage((model / file).read_bytes()))
     assert named in refused(capsys, "generate", "--model", str(model), "--prompt", "1.00")
 

@@ -124,12 +124,12 @@ class Ledger:
                 raise ValueError(f"{run}/{cell}: done is {kept[stage]:,} FLOPs of {stage}: expected {most}")
         with self._transaction():
             entries = self._read()
-            new = _Entry(None, run, cell)
-            old = next((entry for entry in reversed(entries) if (entry.run, entry.cell) == (run, cell)), new)
+            fresh = _Entry(None, run, cell)
+            old = next((entry for entry in reversed(entries) if (entry.run, entry.cell) == (run, cell)), fresh)
             if old.state == "running":
                 raise AlreadyRunning(f"{self.path}: {run}/{cell} is already running, in process {old.pid}")
             if old.state == "settled" and not any(kept.values()):
-                old = new
+                old = fresh
             wasted = {stage: old.wasted[stage] + max(0, old.spent[stage] - kept[stage]) for stage in STAGES}
             needed = sum(whole.values()) - sum(kept.values())
             left = self._left(entries, but=old) - sum(wasted.values()) - sum(kept.values())

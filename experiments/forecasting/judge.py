@@ -176,26 +176,22 @@ def _horizon(task: Task, part: str, made: Forecasts, guesses) -> Iterator[Row]:
 
 def _forecasts(task: Task, made: Forecasts) -> Iterator[Row]:
     """In the long form of the forecasting ecosystem: unique_id, ds, y, y_hat, and quantiles."""
-    time = task.dataset.time[task.settings.points :]
+    time = task.time[task.settings.points :]  # (h,)
     parsed: NDArray[np.bool_] = ~np.isnan(made.values.sum(axis=2))  # (N, h)
     bands = made.quantiles
-    for i, system in enumerate(made.systems):
-        for v, variable in enumerate(task.dataset.names):
-            for step in range(task.settings.horizon):
-                row: Row = {"unique_id": system, "ds": float(time[step]), "variable": variable}
-                row["y"] = float(made.truth[i, step, v])
-                row["y_hat"] = _number(made.values[i, step, v])
-                for q, level in enumerate(scores.QUANTILES):
-                    row[f"q{level:g}"] = None if bands is None else _number(bands[q, i, step, v])
-                yield row | {"parsed": int(parsed[i, step])}
+    for i, v, step in np.ndindex(len(made.systems), len(task.dataset.names), len(time)):
+        row: Row = {"unique_id": made.systems[i], "ds": float(time[step]), "variable": task.dataset.names[v]}
+        row |= {"y": float(made.truth[i, step, v]), "y_hat": _number(float(made.values[i, step, v]))}
+        for q, level in enumerate(scores.QUANTILES):
+            row[f"q{level:g}"] = None if bands is None else _number(bands[q, i, step, v])
+        yield row | {"parsed": int(parsed[i, step])}
 
 
 def _history(task: Task, made: Forecasts) -> Iterator[Row]:
-    for i, system in enumerate(made.systems):
-        for v, variable in enumerate(task.dataset.names):
-            for point, value in enumerate(made.context[i, :, v]):
-                row = {"unique_id": system, "ds": float(task.dataset.time[point]), "variable": variable}
-                yield row | {"y": float(value)}
+    points, variables = made.context.shape[1:]
+    for i, v, point in np.ndindex(len(made.systems), variables, points):
+        row = {"unique_id": made.systems[i], "ds": float(task.dataset.time[point]), "variable": task.dataset.names[v]}
+        yield row | {"y": float(made.context[i, point, v])}
 
 
 def _tokens(task: Task, made: Forecasts) -> Iterator[Row]:
