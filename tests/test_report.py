@@ -44,9 +44,8 @@ def sketching() -> Iterator[Calls]:
 
     def sketch(name: str) -> Callable[..., None]:
         def draw(*arguments: Any, **options: Any) -> None:
-            next(a for a in arguments if isinstance(a, Path)).write_bytes(DOT)
-            rest = [a for a in arguments if not isinstance(a, Path)]
-            asked.append((name, re.sub(r"\s+", " ", repr((rest, options)))))
+            options.pop("path").write_bytes(DOT)
+            asked.append((name, re.sub(r"\s+", " ", repr((arguments, options)))))
 
         return draw
 
@@ -228,7 +227,7 @@ def test_the_figures_that_a_grid_has_not_are_drawn_from_the_records_of_a_study(s
     kinds = ("mse-test", "gradients-final", "forecasts-final", "running-rmse-final", "phase-final")
     for name in (*kinds, "token-loss-final", "horizon-final-validation"):
         path = tmp_path / f"{name}.png"
-        figures[name].draw(path)
+        figures[name].draw(path=path)
         assert path.read_bytes()[:4] == b"\x89PNG" and path.stat().st_size > 5000
 
 
@@ -466,9 +465,11 @@ def test_running_rmse_ends_at_the_rmse_of_the_horizon_in_both_units(made):
 
 def test_the_forecast_that_is_drawn_is_the_one_that_is_recorded(made, monkeypatch, tmp_path):
     drawn: dict[str, Any] = {}
-    monkeypatch.setattr(plots, "forecast_grid", lambda *a: drawn.update(systems=a[0], names=a[1], label=a[4]))
+    monkeypatch.setattr(
+        plots, "forecast_grid", lambda systems, names, **o: drawn.update(o, systems=systems, names=names)
+    )
     blocks = report.blocks(report.annotated(Study(made.folder)))
-    next(b for b in blocks if isinstance(b, Figure) and b.name == "forecasts-final").draw(tmp_path / "x.png")
+    next(b for b in blocks if isinstance(b, Figure) and b.name == "forecasts-final").draw(path=tmp_path / "x.png")
     assert (drawn["names"], drawn["label"]) == (["prey", "predator"], study_folder.TOY)
     rows = rows_of(made.folder / "final/evaluation/forecasts.csv")
     for system, number in zip(drawn["systems"], study_folder.PARTS["shown"], strict=True):
