@@ -105,7 +105,7 @@ def test_ids_of_single_bytes_are_those_of_the_official_tokenizer(real_checkpoint
     assert tokenizer.encode(series) == official.encode(series)
 
 
-@given(st.text())
+@given(st.text().filter(lambda text: "<|" not in text))  # hypothesis takes up special tokens from our sources
 def test_any_text_comes_back_from_its_bytes_in_normal_form_c(text):
     ids = Tokenizer.from_pretrained(POCKET)
     assert ids.decode(ids.encode(text)) == unicodedata.normalize("NFC", text)

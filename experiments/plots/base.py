@@ -2,7 +2,7 @@
 
 import io
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,12 @@ def shaped(values: ArrayLike, what: str, expected: tuple[int | None, ...]) -> Fl
     return array
 
 
+def not_empty(things: Sized, what: str) -> None:
+    """Raise ValueError where a figure has nothing to show."""
+    if not things:
+        raise ValueError(f"{what} is empty: expected at least one entry")
+
+
 def is_wide(values: ArrayLike) -> bool:
     """Whether positive values span so much that only a logarithmic scale shows the small ones."""
     array = np.asarray(values, np.float64)
@@ -104,15 +110,17 @@ def no_points(axes: Axes) -> None:
 def number(value: float) -> str:
     """Return 0.0001 as 1e-4: as learning rates are written."""
     mantissa, exponent = f"{value:e}".split("e")
-    return f"{value:g}" if value >= 0.1 else f"{float(mantissa):g}e{int(exponent)}"
+    return f"{value:g}" if value == 0 or value >= 0.1 else f"{float(mantissa):g}e{int(exponent)}"
 
 
 def scientific(flops: float) -> str:
-    return short(flops, ".3e")
+    return short(flops, ".3e") if flops else "0"
 
 
 def short(value: float, form: str = ".5g") -> str:
-    return f"{value:{form}}".replace("e+0", "e").replace("e+", "e").replace("e-0", "e-")
+    """Return 1.235e-05 as 1.235e-5."""
+    mantissa, _, exponent = f"{value:{form}}".partition("e")
+    return f"{mantissa}e{int(exponent)}" if exponent else mantissa
 
 
 def plain(text: str) -> str:
@@ -149,10 +157,22 @@ def new_figure(
     return figure, panels[:count]
 
 
-def print_right(axes: Axes, places: ArrayLike, texts: Sequence[str]) -> None:
-    """Print a text at the right of each bar: as tick labels, for which the layout makes room."""
+def panel_title(axes: Axes, text: str, columns: int, more: str = "") -> None:
+    """Title one of the panels that share a row, wrapped to its width, and make the labels of its ticks small."""
+    axes.set_title(wrapped(text, WIDTH / columns - 0.4) + more, fontsize=SMALL, pad=3)
+    axes.tick_params(labelsize=SMALL)
+
+
+def name_bars(axes: Axes, names: Sequence[str], texts: Sequence[str], size: float = SMALL) -> None:
+    """Name horizontal bars, the first on top, and print a text at the right of each.
+
+    These are tick labels, for which the layout makes room."""
+    places = np.arange(len(names))
+    axes.set_yticks(places, names, fontsize=size)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.spines[["top", "right"]].set_visible(False)
     right = axes.secondary_yaxis("right")
-    right.set_yticks(places, list(texts), fontsize=SMALL)
+    right.set_yticks(places, texts, fontsize=SMALL)
     right.tick_params(length=0)
     right.spines["right"].set_visible(False)
 
@@ -186,23 +206,11 @@ def save(figure: Figure, path: str | Path, title: str, label: str) -> None:
 
 
 def _png(pixels: NDArray[np.uint8]) -> bytes:
-    """Return a PNG of 256 colours, or of 96 or 48 where it would still be large: a third of the bytes.
-
-    Half of the colours are the commonest, kept as they are; the others stand for what is left."""
+    """Return a PNG of 256 colours, or of 96 or 48 where it would still be large: a third of the bytes."""
     image = Image.fromarray(pixels)
-    numbers = pixels.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)  # (height, width)
-    found, places, counts = np.unique(numbers, return_inverse=True, return_counts=True)
-    colours = np.stack([found >> 16, found >> 8 & 255, found & 255], axis=1).astype(np.float64)
-    common = colours[np.argsort(-counts, kind="stable")]
-    small = io.BytesIO()
-    for half in (128, 48, 24):
-        rest = (image.quantize(half, Image.Quantize.MAXCOVERAGE).getpalette() or [])[: 3 * half]
-        palette = np.concatenate([common[:half], np.reshape(rest, (-1, 3))])
-        nearest = ((palette**2).sum(axis=1) - 2 * colours @ palette.T).argmin(axis=1)  # of each colour
-        reduced = Image.fromarray(nearest.astype(np.uint8)[places].reshape(numbers.shape))
-        reduced.putpalette(palette.astype(np.uint8).tobytes())
+    for colours in (256, 96, 48):
         small = io.BytesIO()
-        reduced.save(small, format="png", optimize=True)
+        image.quantize(colours, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(small, "png", optimize=True)
         if small.tell() <= _LARGE:
             break
     return small.getvalue()

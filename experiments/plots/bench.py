@@ -11,32 +11,19 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import NullFormatter, NullLocator
 
-from experiments.plots.base import (
-    COLOURS,
-    SMALL,
-    Style,
-    is_wide,
-    legend_below,
-    log_ticks,
-    new_figure,
-    plain,
-    print_right,
-    save,
-    short_ticks,
-    wrapped,
-)
+from experiments.plots import base
 
 SIDES = ("ours", "peer")
-_LOOKS: dict[str, Style] = {
-    "ours": {"facecolor": COLOURS[0], "edgecolor": "white", "linewidth": 0},
+_LOOKS: dict[str, base.Style] = {
+    "ours": {"facecolor": base.COLOURS[0], "edgecolor": "white", "linewidth": 0},
     "peer": {"facecolor": "0.75", "edgecolor": "white", "linewidth": 0, "hatch": "//"},
 }
-_LINES: dict[str, Style] = {
-    "ours": {"color": COLOURS[0], "linestyle": "-", "marker": "o", "markersize": 4},
-    "peer": {"color": COLOURS[1], "linestyle": ":", "marker": "s", "markersize": 4},
+_LINES: dict[str, base.Style] = {
+    "ours": {"color": base.COLOURS[0], "linestyle": "-", "marker": "o", "markersize": 4},
+    "peer": {"color": base.COLOURS[1], "linestyle": ":", "marker": "s", "markersize": 4},
 }
-_WHOLE: Style = {"linestyle": "-.", "markerfacecolor": "white"}
-_FLOOR: Style = {"color": "black", "linestyle": "--", "linewidth": 1.6}
+_WHOLE: base.Style = {"linestyle": "-.", "markerfacecolor": "white"}
+_FLOOR: base.Style = {"color": "black", "linestyle": "--", "linewidth": 1.6}
 
 
 def bench_bars(cases: Sequence[Mapping[str, Any]], path: str | Path, title: str, label: str = "") -> None:
@@ -44,34 +31,30 @@ def bench_bars(cases: Sequence[Mapping[str, Any]], path: str | Path, title: str,
 
     A case is a line of `bench.json`: `name`, `ours` and perhaps `peer` (`seconds`, `peak_bytes`), perhaps
     `floor_seconds`. Without a peer it is ours that is 1."""
-    if not cases:
-        raise ValueError("cases is empty: expected at least one")
+    base.not_empty(cases, "a bar chart of the benchmark")
     timed = [case for case in cases if "peer" in case or case.get("floor_seconds") is not None] or cases
-    figure, (time, memory) = new_figure(2, [0.7 + 0.42 * len(timed), 0.7 + 0.42 * len(cases)], sharex=False)
+    figure, (time, memory) = base.new_figure(2, [0.7 + 0.42 * len(timed), 0.7 + 0.42 * len(cases)], sharex=False)
     units = [case.get("peer", case["ours"])["seconds"] for case in timed]
     for place, (case, unit) in enumerate(zip(timed, units, strict=True)):
         _pair(time, place, {side: case[side]["seconds"] / unit for side in SIDES if side in case})
         if case.get("floor_seconds") is not None:
             time.plot([case["floor_seconds"] / unit] * 2, [place - 0.42, place + 0.42], **_FLOOR, zorder=3)
     time.set_xlabel("time, as a part of the peer's (of ours where no peer ran)")
-    print_right(time, np.arange(len(timed)), [_speed(case) for case in timed])
     for place, case in enumerate(cases):
         _pair(memory, place, {side: _peak(case[side]) for side in SIDES if side in case})
     memory.set_xlabel("peak memory (GB), libraries included")
     peaks = [" / ".join(f"{_peak(case[side]):.2f}" for side in SIDES if side in case) for case in cases]
-    print_right(memory, np.arange(len(cases)), peaks)
-    for axes, drawn in ((time, timed), (memory, cases)):
-        axes.set_yticks(np.arange(len(drawn)), [wrapped(case["name"], 2.5) for case in drawn], fontsize=SMALL)
-        axes.set_ylim(len(drawn) - 0.45, -0.55)
+    speeds = [_speed(case) for case in timed]
+    for axes, drawn, texts in ((time, timed, speeds), (memory, cases, peaks)):
+        base.name_bars(axes, [base.wrapped(case["name"], 2.5) for case in drawn], texts)
         axes.set_xlim(left=0)
-        short_ticks(axes.xaxis)
-        axes.spines[["top", "right"]].set_visible(False)
+        base.short_ticks(axes.xaxis)
     shown = [side for side in SIDES if any(side in case for case in cases)]
     handles: list[Artist] = [Rectangle((0, 0), 1, 1, label=side, **_LOOKS[side]) for side in shown]
     if any(case.get("floor_seconds") is not None for case in cases):
         handles.append(Line2D([], [], **_FLOOR, label="floor at the calibrated rates"))
-    legend_below(figure, handles)
-    save(figure, path, title, label)
+    base.legend_below(figure, handles)
+    base.save(figure, path, title, label)
 
 
 def bench_scaling(points: Sequence[Mapping[str, Any]], path: str | Path, title: str, label: str = "") -> None:
@@ -79,12 +62,11 @@ def bench_scaling(points: Sequence[Mapping[str, Any]], path: str | Path, title: 
 
     A point is a line of `bench.json` with `axis`, what grows, in words, `value`, its size, and `per`, what the time is
     of. Points of one axis share a row."""
-    if not points:
-        raise ValueError("points is empty: expected at least one")
+    base.not_empty(points, "a figure of scaling")
     axes_of: dict[str, list[Mapping[str, Any]]] = {}
     for point in points:
         axes_of.setdefault(point["axis"], []).append(point)
-    figure, panels = new_figure(2 * len(axes_of), 1.9, columns=2, sharex=False)
+    figure, panels = base.new_figure(2 * len(axes_of), 1.9, columns=2, sharex=False)
     for row, (name, of) in enumerate(axes_of.items()):
         time, memory = panels[2 * row : 2 * row + 2]
         for side in SIDES:
@@ -100,20 +82,20 @@ def bench_scaling(points: Sequence[Mapping[str, Any]], path: str | Path, title: 
         floors = [(point["value"], point["floor_seconds"]) for point in of if point.get("floor_seconds") is not None]
         if floors:
             time.plot(*zip(*floors, strict=True), **_FLOOR)
-        time.set_title(wrapped(of[0]["per"], 3.0), fontsize=SMALL)
-        memory.set_title("peak memory", fontsize=SMALL)
-        time.set_ylabel("seconds", fontsize=SMALL)
-        memory.set_ylabel("GB", fontsize=SMALL)
+        time.set_title(base.wrapped(of[0]["per"], 3.0), fontsize=base.SMALL)
+        memory.set_title("peak memory", fontsize=base.SMALL)
+        time.set_ylabel("seconds", fontsize=base.SMALL)
+        memory.set_ylabel("GB", fontsize=base.SMALL)
         for axes in (time, memory):
             _logarithmic(axes, [point["value"] for point in of])
-            axes.set_xlabel(plain(name), fontsize=SMALL)
-            axes.tick_params(labelsize=SMALL)
+            axes.set_xlabel(base.plain(name), fontsize=base.SMALL)
+            axes.tick_params(labelsize=base.SMALL)
     sides = [side for side in SIDES if any(side in point for point in points)]
     handles = [Line2D([], [], **_LINES[side], label=side) for side in sides]
     if any("whole_seconds" in point["ours"] for point in points):
         handles.append(Line2D([], [], **_LINES["ours"] | _WHOLE, label="with the prefill"))
-    legend_below(figure, [*handles, Line2D([], [], **_FLOOR, label="floor at the calibrated rates")])
-    save(figure, path, title, label)
+    base.legend_below(figure, [*handles, Line2D([], [], **_FLOOR, label="floor at the calibrated rates")])
+    base.save(figure, path, title, label)
 
 
 def _pair(axes: Axes, place: int, values: Mapping[str, float]) -> None:
@@ -130,9 +112,9 @@ def _logarithmic(axes: Axes, sizes: Sequence[int]) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.3, linewidth=0.5)
     drawn = np.concatenate([np.asarray(line.get_ydata(), np.float64) for line in axes.lines])
-    if is_wide(drawn):
+    if base.is_wide(drawn):
         axes.set_yscale("log")
-        log_ticks(axes.yaxis, drawn)
+        base.log_ticks(axes.yaxis, drawn)
     else:
         axes.set_ylim(0, 1.15 * drawn.max())
         axes.yaxis.set_minor_formatter(NullFormatter())

@@ -16,25 +16,11 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from numpy.typing import ArrayLike, NDArray
 
-from experiments.plots.base import (
-    COLOURS,
-    SMALL,
-    WIDTH,
-    Floats,
-    Style,
-    colour,
-    legend_below,
-    line,
-    new_figure,
-    plain,
-    save,
-    shaped,
-    wrapped,
-)
+from experiments.plots import base
 
 UNITS = "units of the data"
 _BANDS = ((0.1, 0.9, "80 % band", "#EBD3E1"), (0.25, 0.75, "50 % band", "#D9A3C3"))  # two tints of one colour
-_FORECAST: Style = {"color": "black", "linestyle": "--", "linewidth": 1.4, "markerfacecolor": "white"}
+_FORECAST: base.Style = {"color": "black", "linestyle": "--", "linewidth": 1.4, "markerfacecolor": "white"}
 
 
 def forecast(
@@ -55,14 +41,14 @@ def forecast(
     series = _Series.of(
         {"time": time, "context": context, "truth": truth, "forecast": forecast, "quantiles": quantiles}, names
     )
-    figure, panels = new_figure(len(names), 2.0)
+    figure, panels = base.new_figure(len(names), 2.0)
     for i, (axes, name) in enumerate(zip(panels, names, strict=True)):
         _over_time(axes, series, i)
-        axes.set_ylabel(f"{plain(name)}\n({UNITS})")
+        axes.set_ylabel(f"{base.plain(name)}\n({UNITS})")
     panels[-1].set_xlabel(f"time ({UNITS})")
     figure.align_ylabels(panels)
-    legend_below(figure, _entries(names, bool(series.bands), series.gaps))
-    save(figure, path, title, label)
+    base.legend_below(figure, _entries(names, bool(series.bands), series.gaps))
+    base.save(figure, path, title, label)
 
 
 def forecast_grid(
@@ -73,19 +59,18 @@ def forecast_grid(
     A system is `title`, and `time`, `context`, `truth`, `forecast` and optionally `quantiles` as in `forecast`."""
     all_series = _all(systems, names)
     variables, columns = len(names), min(3, len(names))
-    figure, panels = new_figure(len(systems) * variables, 1.55, columns)
+    figure, panels = base.new_figure(len(systems) * variables, 1.55, columns)
     for i, axes in enumerate(panels):
         system, series = systems[i // variables], all_series[i // variables]
         _over_time(axes, series, i % variables, small=True)
-        _panel_title(axes, f"{system['title']}: {names[i % variables]}", series.gaps, columns)
-        axes.tick_params(labelsize=SMALL)
+        base.panel_title(axes, f"{system['title']}: {names[i % variables]}", columns, series.gaps.replace(" (", "\n("))
     for axes in panels[::columns]:
-        axes.set_ylabel(UNITS, fontsize=SMALL)
+        axes.set_ylabel(UNITS, fontsize=base.SMALL)
     for axes in panels[-columns:]:
         axes.set_xlabel(f"time ({UNITS})")
     figure.align_ylabels(panels[::columns])
-    legend_below(figure, _entries(names, any(series.bands for series in all_series)))
-    save(figure, path, title, label)
+    base.legend_below(figure, _entries(names, any(series.bands for series in all_series)))
+    base.save(figure, path, title, label)
 
 
 def phase_plane(
@@ -95,40 +80,39 @@ def phase_plane(
 
     A system is as in `forecast_grid`; there must be two variables."""
     if len(names) != 2:
-        raise ValueError(f"names has {len(names)} variables: expected two")
+        raise ValueError(f"a phase plane has {len(names)} variables: expected 2")
     all_series = _all(systems, names)
     columns = min(2, len(systems))
-    figure, panels = new_figure(len(systems), 2.6, columns, sharex=False)
-    looks: list[Style] = [
+    figure, panels = base.new_figure(len(systems), 2.6, columns, sharex=False)
+    looks: list[base.Style] = [
         {"color": "0.6", "linewidth": 0.8, "label": "context"},
-        {"color": COLOURS[0], "linewidth": 1.6, "marker": "o", "markersize": 3, "label": "truth"},
+        {"color": base.COLOURS[0], "linewidth": 1.6, "marker": "o", "markersize": 3, "label": "truth"},
         _FORECAST | {"marker": "s", "markersize": 3.5, "label": "forecast"},
-        {"color": COLOURS[1], "linestyle": "none", "marker": "*", "markersize": 11, "label": "start of the forecast"},
+        base.Style(color=base.COLOURS[1], linestyle="none", marker="*", markersize=11, label="start of the forecast"),
     ]
     for axes, system, series in zip(panels, systems, all_series, strict=True):
         parsed = np.flatnonzero(np.isfinite(series.guess).all(axis=1))[:1]
         for values, look in zip((series.past, series.future, series.guess, series.guess[parsed]), looks, strict=True):
             axes.plot(values[:, 0], values[:, 1], **look)
-        _panel_title(axes, system["title"], series.gaps, columns)
-        axes.tick_params(labelsize=SMALL)
+        base.panel_title(axes, system["title"], columns, series.gaps.replace(" (", "\n("))
         axes.grid(alpha=0.3, linewidth=0.5)
     for axes in panels[-columns:]:
-        axes.set_xlabel(f"{plain(names[0])} ({UNITS})")
+        axes.set_xlabel(f"{base.plain(names[0])} ({UNITS})")
     for axes in panels[::columns]:
-        axes.set_ylabel(f"{plain(names[1])} ({UNITS})")
-    legend_below(figure, [Line2D([], [], **look) for look in looks])
-    save(figure, path, title, label)
+        axes.set_ylabel(f"{base.plain(names[1])} ({UNITS})")
+    base.legend_below(figure, [Line2D([], [], **look) for look in looks])
+    base.save(figure, path, title, label)
 
 
 @dataclass(frozen=True)
 class _Series:
     """One system: time (P+h,), past (P, V), future and guess (h, V), and the bands (low, high, colour)."""
 
-    time: Floats
-    past: Floats
-    future: Floats
-    guess: Floats
-    bands: list[tuple[Floats, Floats, str]]
+    time: base.Floats
+    past: base.Floats
+    future: base.Floats
+    guess: base.Floats
+    bands: list[tuple[base.Floats, base.Floats, str]]
 
     @classmethod
     def of(cls, system: Mapping[str, Any], names: Sequence[str]) -> "_Series":
@@ -136,16 +120,16 @@ class _Series:
         shapes = past.shape, future.shape, guess.shape
         alike = future.shape == guess.shape and past.shape[1:] == future.shape[1:] == (len(names),) and len(future)
         if not alike:
-            rule = f"(P, V), (h, V), (h, V), V = {len(names)}, h at least 1"
+            rule = f"(P, V), (h, V), (h, V) with V = {len(names)} and h at least 1"
             raise ValueError(f"context, truth and forecast have the shapes {shapes}: expected {rule}")
         if at.shape != (len(past) + len(future),):
             raise ValueError(f"time has the shape {at.shape}: expected ({len(past)} + {len(future)},)")
         quantiles = system.get("quantiles") or {}
         if missing := {level for low, high, *_ in _BANDS for level in (low, high)} - quantiles.keys():
             if quantiles:
-                raise ValueError(f"quantiles has no level {min(missing)}: expected 0.1, 0.25, 0.75 and 0.9")
+                raise ValueError(f"quantiles: has no level {min(missing)}: expected 0.1, 0.25, 0.75 and 0.9")
             return cls(at, past, future, guess, [])
-        level = {q: shaped(values, f"the quantile {q}", future.shape) for q, values in quantiles.items()}
+        level = {q: base.shaped(values, f"the quantile {q}", future.shape) for q, values in quantiles.items()}
         return cls(at, past, future, guess, [(level[low], level[high], tint) for low, high, _, tint in _BANDS])
 
     @property
@@ -155,8 +139,7 @@ class _Series:
 
 
 def _all(systems: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[_Series]:
-    if not systems:
-        raise ValueError("systems is empty: expected at least one")
+    base.not_empty(systems, "a figure of systems")
     return [_Series.of(system, names) for system in systems]
 
 
@@ -173,21 +156,21 @@ def _over_time(axes: Axes, series: _Series, variable: int, small: bool = False) 
         alone = _alone(bottom + top)
         axes.vlines(ahead[alone], bottom[alone], top[alone], color=tint, linewidth=4, zorder=1)
     size = 2.5 if small else 4
-    truth: Style = _truth(variable) | {"markersize": 0.8 * size, "markevery": 5}
+    truth: base.Style = _truth(variable) | {"markersize": 0.8 * size, "markevery": 5}
     axes.plot(at, np.concatenate([series.past, series.future])[:, variable], **truth)
-    marks: Style = {"marker": line(variable)[1], "markersize": size, "markevery": _alone(guess) if small else 1}
+    marks = base.Style(marker=base.line(variable)[1], markersize=size, markevery=_alone(guess) if small else 1)
     axes.plot(ahead, guess, **_FORECAST, **marks)
     axes.margins(x=0.01)
 
 
-def _alone(values: Floats) -> NDArray[np.bool_]:
+def _alone(values: base.Floats) -> NDArray[np.bool_]:
     """Return which values stand between two gaps: neither a line nor an area would show them."""
     known = np.pad(np.isfinite(values), 1)
     return known[1:-1] & ~known[:-2] & ~known[2:]
 
 
-def _truth(variable: int) -> Style:
-    return {"color": colour(variable), "marker": line(variable)[1], "linewidth": 1.4}
+def _truth(variable: int) -> base.Style:
+    return {"color": base.colour(variable), "marker": base.line(variable)[1], "linewidth": 1.4}
 
 
 def _entries(names: Sequence[str], bands: bool, gaps: str = "") -> list[Artist]:
@@ -195,13 +178,8 @@ def _entries(names: Sequence[str], bands: bool, gaps: str = "") -> list[Artist]:
         Rectangle((0, 0), 1, 1, color="0.92", label="context"),
         Line2D([], [], color="0.35", linewidth=1, label="cut-off"),
     ]
-    handles += [Line2D([], [], **_truth(i), markersize=3, label=f"{plain(n)}, truth") for i, n in enumerate(names)]
+    handles += [Line2D([], [], **_truth(i), markersize=3, label=f"{base.plain(n)}, truth") for i, n in enumerate(names)]
     handles.append(Line2D([], [], **_FORECAST, label=f"forecast{gaps}"))
     if bands:
         handles += [Rectangle((0, 0), 1, 1, color=tint, label=text) for *_, text, tint in _BANDS]
     return handles
-
-
-def _panel_title(axes: Axes, title: str, gaps: str, columns: int) -> None:
-    lines = wrapped(title, WIDTH / columns - 0.4) + gaps.replace(" (", "\n(")
-    axes.set_title(lines, fontsize=SMALL, pad=3)

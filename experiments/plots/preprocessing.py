@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.lines import Line2D
 from numpy.typing import ArrayLike
 
-from experiments.plots.base import Style, colour, legend_below, line, new_figure, plain, save, shaped
+from experiments.plots import base
 
 
 def round_trip(
@@ -23,24 +23,25 @@ def round_trip(
 
     `time` (P,); `raw` and `decoded` (P, V), in the units of the data."""
     at, before, after = (np.asarray(a, np.float64) for a in (time, raw, decoded))
-    for what, values in (("raw", before), ("decoded", after)):
-        shaped(values, what, (len(at), len(names)))
-    figure, (series, errors) = new_figure(2, [2.4, 1.6])
+    if before.shape != after.shape or before.shape != (len(at), len(names)):
+        rule = f"({len(at)}, {len(names)}), a row a time, a column a name"
+        raise ValueError(f"raw and decoded have the shapes {before.shape}, {after.shape}: expected {rule}")
+    figure, (series, errors) = base.new_figure(2, [2.4, 1.6])
     handles = []
     for i, name in enumerate(names):
-        shade, (dashes, marker) = colour(i, len(names)), line(i)
+        shade, (dashes, marker) = base.colour(i, len(names)), base.line(i)
         series.plot(at, before[:, i], color=shade, linestyle=dashes, linewidth=1.4)
-        dots: Style = {"linestyle": "none", "marker": marker, "markersize": 4, "markerfacecolor": "none"}
+        dots: base.Style = {"linestyle": "none", "marker": marker, "markersize": 4, "markerfacecolor": "none"}
         series.plot(at, after[:, i], color=shade, **dots)
         errors.plot(at, np.abs(after[:, i] - before[:, i]), color=shade, linestyle=dashes, marker=marker, markersize=3)
         handles += [
-            Line2D([], [], color=shade, linestyle=dashes, label=f"{plain(name)}, as it is"),
-            Line2D([], [], color=shade, label=f"{plain(name)}, decoded again", **dots),
+            Line2D([], [], color=shade, linestyle=dashes, label=f"{base.plain(name)}, as it is"),
+            Line2D([], [], color=shade, label=f"{base.plain(name)}, decoded again", **dots),
         ]
     series.set_ylabel("units of the data")
     errors.set_ylabel("absolute error\n(units of the data)")
     errors.set_xlabel("time (units of the data)")
     errors.set_ylim(bottom=0)
     figure.align_ylabels([series, errors])
-    legend_below(figure, handles)
-    save(figure, path, title, label)
+    base.legend_below(figure, handles)
+    base.save(figure, path, title, label)

@@ -8,25 +8,7 @@ import numpy as np
 from matplotlib.lines import Line2D
 from numpy.typing import ArrayLike
 
-from experiments.plots.base import (
-    COLOURS,
-    SMALL,
-    WIDTH,
-    Style,
-    colour,
-    is_wide,
-    legend_below,
-    line,
-    log_ticks,
-    new_figure,
-    plain,
-    print_right,
-    save,
-    shaped,
-    step_ticks,
-    value_axis,
-    wrapped,
-)
+from experiments.plots import base
 
 MODEL = "model"  # the forecaster that is drawn strongest
 
@@ -42,49 +24,46 @@ def running_rmse(
     """Draw the root of the mean squared error over the steps up to each step, a panel for each system.
 
     A system is `title` and `values` (h, V): that root for each variable, NaN where it is not defined."""
-    if not systems:
-        raise ValueError("systems is empty: expected at least one")
-    values_of = [shaped(s["values"], f"the values of {s['title']}", (None, len(names))) for s in systems]
+    base.not_empty(systems, "a figure of systems")
+    values_of = [base.shaped(s["values"], f"the values of {s['title']}", (None, len(names))) for s in systems]
     columns = min(2, len(systems))
-    figure, panels = new_figure(len(systems), 2.0, columns)
-    looks = [_look(i) | {"label": plain(name)} for i, name in enumerate(names)]
+    figure, panels = base.new_figure(len(systems), 2.0, columns)
+    looks = [_look(i) | {"label": base.plain(name)} for i, name in enumerate(names)]
     for axes, system, values in zip(panels, systems, values_of, strict=True):
         for variable, look in enumerate(looks):
             axes.plot(np.arange(1, len(values) + 1), values[:, variable], **look, markevery=_every(len(values)))
-        value_axis(axes, values)
-        axes.set_title(wrapped(system["title"], WIDTH / columns - 0.4), fontsize=SMALL, pad=3)
-        axes.tick_params(labelsize=SMALL)
-        step_ticks(axes.xaxis, 6)
+        base.value_axis(axes, values)
+        base.panel_title(axes, system["title"], columns)
+        base.step_ticks(axes.xaxis, 6)
         axes.set_xlim(0.5, max(map(len, values_of)) + 0.5)
     for axes in panels[-columns:]:
         axes.set_xlabel("step of the horizon")
     figure.supylabel(ylabel, fontsize=10)
-    legend_below(figure, [Line2D([], [], **look) for look in looks])
-    save(figure, path, title, label)
+    base.legend_below(figure, [Line2D([], [], **look) for look in looks])
+    base.save(figure, path, title, label)
 
 
 def horizon_error(lines: Mapping[str, ArrayLike], path: str | Path, ylabel: str, title: str, label: str = "") -> None:
     """Draw an error at each step of the horizon for each forecaster, the one named "model" strongest.
 
     `lines` maps a forecaster to (h,), NaN where there is none; all of one length."""
-    if not lines:
-        raise ValueError("lines is empty: expected at least one forecaster")
+    base.not_empty(lines, "an error by step")
     steps = np.asarray(next(iter(lines.values()))).shape[:1]
-    errors = {name: shaped(values, f"the error of {name}", steps or (None,)) for name, values in lines.items()}
-    figure, (axes,) = new_figure(1, 3.6)
+    errors = {name: base.shaped(values, f"the error of {name}", steps or (None,)) for name, values in lines.items()}
+    figure, (axes,) = base.new_figure(1, 3.6)
     others, handles = [name for name in errors if name != MODEL], []
     for name, values in errors.items():
         look = _STRONG if name == MODEL else _look(others.index(name))
         handles += axes.plot(
-            np.arange(1, len(values) + 1), values, **look, markevery=_every(len(values)), label=plain(name)
+            np.arange(1, len(values) + 1), values, **look, markevery=_every(len(values)), label=base.plain(name)
         )
-    value_axis(axes, np.concatenate(list(errors.values())))
-    step_ticks(axes.xaxis, 10)
+    base.value_axis(axes, np.concatenate(list(errors.values())))
+    base.step_ticks(axes.xaxis, 10)
     axes.set_xlim(0.5, len(next(iter(errors.values()))) + 0.5)
     axes.set_xlabel("step of the horizon")
-    axes.set_ylabel(plain(ylabel))
-    legend_below(figure, handles)
-    save(figure, path, title, label)
+    axes.set_ylabel(base.plain(ylabel))
+    base.legend_below(figure, handles)
+    base.save(figure, path, title, label)
 
 
 def token_loss(
@@ -94,13 +73,13 @@ def token_loss(
 
     `nats` (n,); `step_of` (n,), the step of the horizon that a token belongs to; `texts`, of n: digits and
     the separators "," ";" "." are distinguished."""
-    losses = shaped(nats, "nats", (None,))
-    steps = shaped(step_of, "step_of", losses.shape)
+    losses = base.shaped(nats, "nats", (None,))
+    steps = base.shaped(step_of, "step_of", losses.shape)
     if len(texts) != len(losses):
-        raise ValueError(f"texts has {len(texts)}: expected {len(losses)}, one for each token")
+        raise ValueError(f"texts has {len(texts)} entries: expected {len(losses)}, one for each token")
     at = np.arange(1, len(losses) + 1)
     kinds = np.array([1 if text in (",", ";", ".") else 0 if text.isdecimal() else 2 for text in texts], int)
-    figure, (axes,) = new_figure(1, 3.6)
+    figure, (axes,) = base.new_figure(1, 3.6)
     for border in np.flatnonzero(np.diff(steps)) + 1.5:
         axes.axvline(border, color="0.85", linewidth=0.8, zorder=0)
     axes.plot(at, losses, color="0.6", linewidth=0.6, zorder=1)
@@ -110,21 +89,21 @@ def token_loss(
         known = losses[of & np.isfinite(losses)]
         if of.any():
             mean = f", mean {known.mean():.3g}" if known.size else ""
-            look: Style = {"color": COLOURS[kind], "marker": "osx"[kind], "markersize": 3.5, "linestyle": "none"}
+            look = base.Style(color=base.COLOURS[kind], marker="osx"[kind], markersize=3.5, linestyle="none")
             handles += axes.plot(at[of], losses[of], **look, label=name + mean)
     known = losses[np.isfinite(losses)]
     if known.size:
         axes.axhline(known.mean(), color="black", linestyle="--", linewidth=1.2)
         handles.append(Line2D([], [], color="black", linestyle="--", label=f"mean of all {known.mean():.3g}"))
     else:
-        value_axis(axes, known)
+        base.value_axis(axes, known)
     handles.append(Line2D([], [], color="0.85", linewidth=0.8, label="between two steps"))
-    step_ticks(axes.xaxis, 8)
+    base.step_ticks(axes.xaxis, 8)
     axes.set_xlim(0, len(losses) + 1)
     axes.set_xlabel("token of the horizon")
     axes.set_ylabel("loss (nats)")
-    legend_below(figure, handles)
-    save(figure, path, title, label)
+    base.legend_below(figure, handles)
+    base.save(figure, path, title, label)
 
 
 def score_bars(
@@ -138,38 +117,35 @@ def score_bars(
     """Draw a mean and its interval for each forecaster as a horizontal bar, and print the numbers beside it.
 
     `scores` maps a forecaster to (value, low, high); NaN for what is not defined. Those in `strong` stand out."""
-    if not scores:
-        raise ValueError("scores is empty: expected at least one forecaster")
-    rows = shaped([list(score) for score in scores.values()], "scores", (None, 3))
-    figure, (axes,) = new_figure(1, 0.8 + 0.34 * len(rows))
-    places = np.arange(len(rows))
-    shades = [COLOURS[0] if name in strong else "0.7" for name in scores]
+    base.not_empty(scores, "a bar chart of scores")
+    rows = base.shaped([list(score) for score in scores.values()], "scores", (None, 3))
+    figure, (axes,) = base.new_figure(1, 0.8 + 0.34 * len(rows))
+    shades = [base.COLOURS[0] if name in strong else "0.7" for name in scores]
     hatches = ["" if name in strong else "//" for name in scores]
-    axes.barh(places, rows[:, 0], height=0.62, facecolor=shades, hatch=hatches, edgecolor="0.5", linewidth=0)
+    axes.barh(
+        np.arange(len(rows)), rows[:, 0], height=0.62, facecolor=shades, hatch=hatches, edgecolor="0.5", linewidth=0
+    )
     for place, (_, low, high) in enumerate(rows):
         axes.plot([low, high], [place, place], color="black", linewidth=1.3, marker="|", markersize=8)
-    if is_wide(rows):
+    if base.is_wide(rows):
         axes.set_xscale("log")
-        log_ticks(axes.xaxis, rows[np.isfinite(rows)])
+        base.log_ticks(axes.xaxis, rows[np.isfinite(rows)])
         axes.set_xlim(np.nanmin(rows) / 1.5, np.nanmax(rows) * 1.15)
     elif np.isfinite(rows).any():
         axes.axvline(0, color="black", linewidth=0.8)
     else:
         axes.set_xticks([])
-    axes.set_yticks(places, [plain(name) for name in scores])
-    axes.set_ylim(len(rows) - 0.4, -0.6)
-    print_right(axes, places, [_with_interval(*row) for row in rows])
-    axes.set_xlabel(plain(xlabel))
-    axes.spines[["top", "right"]].set_visible(False)
-    save(figure, path, title, label)
+    base.name_bars(axes, [base.plain(name) for name in scores], [_with_interval(*row) for row in rows], 10)
+    axes.set_xlabel(base.plain(xlabel))
+    base.save(figure, path, title, label)
 
 
-_STRONG: Style = {"color": "black", "linestyle": "-", "marker": "*", "markersize": 7, "linewidth": 2.6, "zorder": 5}
+_STRONG = base.Style(color="black", linestyle="-", marker="*", markersize=7, linewidth=2.6, zorder=5)
 
 
-def _look(index: int) -> Style:
-    dashes, marker = line(index)
-    return {"color": colour(index), "linestyle": dashes, "marker": marker, "markersize": 4, "linewidth": 1.4}
+def _look(index: int) -> base.Style:
+    dashes, marker = base.line(index)
+    return {"color": base.colour(index), "linestyle": dashes, "marker": marker, "markersize": 4, "linewidth": 1.4}
 
 
 def _every(count: int) -> int:

@@ -11,23 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, MaxNLocator
 
-from experiments.plots.base import (
-    COLOURS,
-    Floats,
-    Style,
-    colour,
-    is_wide,
-    legend_below,
-    line,
-    log_ticks,
-    new_figure,
-    number,
-    plain,
-    save,
-    short_ticks,
-    step_ticks,
-    value_axis,
-)
+from experiments.plots import base
 
 
 def loss_curves(cells: Sequence[Mapping[str, Any]], path: str | Path, x: str = "step", label: str = "") -> None:
@@ -40,9 +24,9 @@ def loss_curves(cells: Sequence[Mapping[str, Any]], path: str | Path, x: str = "
     of the last w steps, w a twentieth of the run and at most 100. Losses that are not finite are left out."""
     if x not in ("step", "flops"):
         raise ValueError(f'x is {x!r}: expected "step" or "flops"')
-    figure, (training, validation) = new_figure(2, 2.7)
+    figure, (training, validation) = base.new_figure(2, 2.7)
     styles, handles = _styles(cells)
-    drawn: tuple[list[Floats], list[Floats]] = ([], [])
+    drawn: tuple[list[base.Floats], list[base.Floats]] = ([], [])
     windows: set[int] = set()
     starts: list[float] = []
     ends: list[float] = []
@@ -52,7 +36,7 @@ def loss_curves(cells: Sequence[Mapping[str, Any]], path: str | Path, x: str = "
         at, loss = _points(cell["train"], x)
         smooth = _trailing_mean(loss, window)
         training.plot(at, loss, color=shade, linewidth=0.6, alpha=0.22)
-        look: Style = {"color": shade, "linestyle": dashes, "marker": marker, "markersize": 4}
+        look: base.Style = {"color": shade, "linestyle": dashes, "marker": marker, "markersize": 4}
         training.plot(at, smooth, **look, linewidth=1.3, markevery=max(1, len(at) // 7))
         drawn[0].append(smooth)
         starts.extend(at[:1])
@@ -67,19 +51,19 @@ def loss_curves(cells: Sequence[Mapping[str, Any]], path: str | Path, x: str = "
         axes.set_title(title, fontsize=10)
         axes.set_ylabel("loss (nats per token)")
         axes.tick_params(labelbottom=True)
-        value_axis(axes, np.concatenate(losses) if losses else [])
+        base.value_axis(axes, np.concatenate(losses) if losses else [])
     validation.set_xlabel("training FLOPs (coursework)" if x == "flops" else "training step")
-    if is_wide(ends) and min(starts) > 0:  # else the short runs would be a line at the edge
+    if base.is_wide(ends) and min(starts) > 0:  # else the short runs would be a line at the edge
         validation.set_xscale("log")
         validation.xaxis.set_major_locator(LogLocator(numticks=9))
-        short_ticks(validation.xaxis)
+        base.short_ticks(validation.xaxis)
     elif x == "flops":
         validation.xaxis.set_major_locator(MaxNLocator(6, min_n_ticks=1))
-        short_ticks(validation.xaxis)
+        base.short_ticks(validation.xaxis)
     else:
-        step_ticks(validation.xaxis, 8)
-    legend_below(figure, handles)
-    save(figure, path, "Loss of one run" if len(cells) == 1 else f"Loss of {len(cells)} runs", label)
+        base.step_ticks(validation.xaxis, 8)
+    base.legend_below(figure, handles)
+    base.save(figure, path, "Loss of one run" if len(cells) == 1 else f"Loss of {len(cells)} runs", label)
 
 
 def heat_map(table: Mapping[tuple[float, int], float | None], path: str | Path, label: str = "") -> None:
@@ -87,22 +71,21 @@ def heat_map(table: Mapping[tuple[float, int], float | None], path: str | Path, 
     framed.
 
     `table` maps (learning rate, rank) to a loss in nats per token, or None for a cell without a result."""
-    if not table:
-        raise ValueError("table is empty: expected at least one cell")
+    base.not_empty(table, "a heat map")
     rates, ranks = sorted({lr for lr, _ in table}), sorted({rank for _, rank in table})
     found = [[table.get((lr, rank)) for rank in ranks] for lr in rates]
     losses = np.array(found, np.float64)  # (rates, ranks), None becomes NaN
     finite = losses[np.isfinite(losses)]
-    figure, (axes,) = new_figure(1, 1.3 + 0.6 * len(rates))
+    figure, (axes,) = base.new_figure(1, 1.3 + 0.6 * len(rates))
     low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
     if high == low:  # one shade for all
         low, high = low - 0.5, high + 0.5
-    norm = LogNorm(low, high) if is_wide(finite) else Normalize(low, high)
+    norm = LogNorm(low, high) if base.is_wide(finite) else Normalize(low, high)
     colours = colormaps["cividis_r"].with_extremes(bad="white")
     image = axes.imshow(np.ma.masked_invalid(losses), cmap=colours, norm=norm, aspect="auto")
     for (row, column), loss in np.ndenumerate(losses):
         if not np.isfinite(loss):
-            box: Style = {"fill": False, "hatch": "///", "edgecolor": "0.75", "linewidth": 0}
+            box: base.Style = {"fill": False, "hatch": "///", "edgecolor": "0.75", "linewidth": 0}
             axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, **box))
             axes.text(column, row, "no result", ha="center", va="center", color="0.25", fontsize=9)
             continue
@@ -112,17 +95,17 @@ def heat_map(table: Mapping[tuple[float, int], float | None], path: str | Path, 
         text = f"{loss:.4f}\nlowest" if best else f"{loss:.4f}"
         axes.text(column, row, text, ha="center", va="center", color=ink, fontweight="bold" if best else None)
         if best:
-            box = {"fill": False, "edgecolor": COLOURS[1], "linewidth": 3, "zorder": 3}
+            box = {"fill": False, "edgecolor": base.COLOURS[1], "linewidth": 3, "zorder": 3}
             axes.add_patch(Rectangle((column - 0.46, row - 0.46), 0.92, 0.92, **box))
     axes.set_xticks(range(len(ranks)), [str(rank) for rank in ranks])
-    axes.set_yticks(range(len(rates)), [number(lr) for lr in rates])
+    axes.set_yticks(range(len(rates)), [base.number(lr) for lr in rates])
     axes.set_xlabel("LoRA rank")
     axes.set_ylabel("learning rate")
     if finite.size and finite.max() > finite.min():
         bar = figure.colorbar(image, ax=axes, label="validation loss (nats per token)")
-        if is_wide(finite):
-            log_ticks(bar.ax.yaxis, finite)
-    save(figure, path, "Validation loss after training", label)
+        if base.is_wide(finite):
+            base.log_ticks(bar.ax.yaxis, finite)
+    base.save(figure, path, "Validation loss after training", label)
 
 
 def _styles(cells: Sequence[Mapping[str, Any]]) -> tuple[list[tuple[Any, Any, str]], list[Line2D]]:
@@ -144,26 +127,28 @@ def _styles(cells: Sequence[Mapping[str, Any]]) -> tuple[list[tuple[Any, Any, st
         if not crossed[group]:
             for i in members:
                 name = cells[i]["name"]
-                styles[i] = (colour(slot, slots), *line(slot))
+                styles[i] = (base.colour(slot, slots), *base.line(slot))
                 handles.append(_entry(name if name.startswith(group) else start + name, *styles[i]))
                 slot += 1
             continue
         ranks = sorted({cells[i]["rank"] for i in members})
-        looks = {rate: (colour(slot + j, slots), line(slot + j)[1]) for j, rate in enumerate(rates_of[group])}
+        looks = {rate: (base.colour(slot + j, slots), base.line(slot + j)[1]) for j, rate in enumerate(rates_of[group])}
         slot += len(looks)
         for i in members:
             shade, marker = looks[cells[i]["lr"]]
-            styles[i] = (shade, line(ranks.index(cells[i]["rank"]))[0], marker)
-        handles += [_entry(f"{start}lr {number(rate)}", shade, "-", marker) for rate, (shade, marker) in looks.items()]
-        handles += [_entry(f"{start}rank {rank}", "0.3", line(j)[0], "") for j, rank in enumerate(ranks)]
+            styles[i] = (shade, base.line(ranks.index(cells[i]["rank"]))[0], marker)
+        handles += [
+            _entry(f"{start}lr {base.number(rate)}", shade, "-", marker) for rate, (shade, marker) in looks.items()
+        ]
+        handles += [_entry(f"{start}rank {rank}", "0.3", base.line(j)[0], "") for j, rank in enumerate(ranks)]
     return [styles[i] for i in range(len(cells))], handles
 
 
 def _entry(name: str, shade: Any, dashes: Any, marker: str) -> Line2D:
-    return Line2D([], [], color=shade, linestyle=dashes, marker=marker, markersize=4, label=plain(name))
+    return Line2D([], [], color=shade, linestyle=dashes, marker=marker, markersize=4, label=base.plain(name))
 
 
-def _points(history: Sequence[tuple[int, int, float]], x: str) -> tuple[Floats, Floats]:
+def _points(history: Sequence[tuple[int, int, float]], x: str) -> tuple[base.Floats, base.Floats]:
     """Return where (step or FLOPs) and loss of the finite points, in order."""
     values = np.array([(flops if x == "flops" else step, loss) for step, flops, loss in history], np.float64)
     values = values.reshape(-1, 2)
@@ -171,7 +156,7 @@ def _points(history: Sequence[tuple[int, int, float]], x: str) -> tuple[Floats, 
     return values[:, 0], values[:, 1]
 
 
-def _trailing_mean(values: Floats, window: int) -> Floats:
+def _trailing_mean(values: base.Floats, window: int) -> base.Floats:
     """Return the mean of each value and up to window - 1 before it."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
     ends = np.arange(1, len(values) + 1)

@@ -97,7 +97,7 @@ def drawn(sections: list[Section], progress: Counted) -> dict[str, bytes]:
         for figure in figures:
             progress(len(images), len(figures))
             path = Path(folder, "figure.png")
-            figure.draw(path)
+            figure.draw(path=path)
             images[figure.name] = path.read_bytes()
     progress(len(images), len(figures))
     return images

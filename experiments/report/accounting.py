@@ -1,6 +1,7 @@
 """What it cost: FLOPs by stage beside the prediction and the budget, and a report's own totals beside the exact."""
 
 from collections import defaultdict
+from functools import partial
 
 from experiments import plots
 from experiments.report.document import (
@@ -15,7 +16,6 @@ from experiments.report.document import (
     Text,
     not_run,
     paragraph,
-    without_empty,
 )
 from experiments.report.records import Row
 from experiments.report.study import PARTS, Study
@@ -43,14 +43,10 @@ def budget_bar(study: Study) -> Figure:
     for row in study.flops:
         if row["stage"] != "all" and row["part"] in PARTS:
             stages[row["stage"]][row["part"]] = row["flops"]
-    budget, label, title = study.budget, study.label, "FLOPs by stage beside the budget"
-    return Figure(
-        "budget",
-        "FLOPs spent by stage on training, validation and inference, beside the budget.",
-        lambda path: plots.budget_bar(dict(stages), budget, path, title, label),
-        [study.flops_file, *(["study.json"] if study.plan else ["config.toml"])],
-        list(stages),
-    )
+    title, caption = "FLOPs by stage beside the budget", "FLOPs spent by stage on training, validation and inference"
+    draw = partial(plots.budget_bar, dict(stages), study.budget, title=title, label=study.label)
+    files = [study.flops_file, "study.json" if study.plan else "config.toml"]
+    return Figure("budget", f"{caption}, beside the budget.", draw, files, list(stages))
 
 
 def _spent(study: Study) -> Table:
@@ -95,9 +91,10 @@ def _claimed(study: Study) -> list[Block]:
     caption = f"{said[0].upper()}{said[1:].rstrip('.')}."
     notes: list[Block] = [paragraph(about.text("note"))] if about.values.get("note") else []
     rows = [row | {"called": row["label"]} for row in rows]  # a column "label" is the page's own
-    columns, values = without_empty(columns, [[row[column.name] for column in columns] for row in rows])
-    heads = 3 if any(column.name == "called" for column in columns) else 2
-    table = Table("accounting", caption, columns, values, ["accounting.csv", "accounting.json"], heads=heads)
+    values = [[row[column.name] for column in columns] for row in rows]
+    table = Table(
+        "accounting", caption, columns, values, ["accounting.csv", "accounting.json"], heads=3
+    ).without_empty()
     mistakes: list[Inline] = [[mistake] for mistake in about.texts("mistakes")]
     heading = Text(["Claimed beside exact"], "heading")
     return [heading, *notes, table, paragraph("Mistakes of that accounting:"), Items(mistakes)]

@@ -6,9 +6,10 @@ A number keeps its exact value beside the digits that are shown: 4 significant o
 import csv
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
+
+from experiments.plots import base
 
 Kind = Literal["text", "code", "number", "integer", "flops", "share", "rate", "interval"]
 NOTHING = "–"
@@ -72,6 +73,21 @@ class Table:
     def cells(self) -> list[list[Number]]:
         return [[Number(v, c.kind) for v, c in zip(row, self.columns, strict=True)] for row in self.rows]
 
+    def without_empty(self) -> "Table":
+        """The table without the columns that no row has a value in."""
+        kept = [
+            i
+            for i, column in enumerate(self.columns)
+            if not self.rows or any(Number(row[i], column.kind).exact for row in self.rows)
+        ]
+        return replace(
+            self,
+            columns=[self.columns[i] for i in kept],
+            rows=[[row[i] for i in kept] for row in self.rows],
+            marks={(row, kept.index(i)): mark for (row, i), mark in self.marks.items()},
+            heads=sum(i < self.heads for i in kept),
+        )
+
     def csv(self, label: str = "") -> str:
         """The table as CSV: every value exact, an undefined one empty, and the label, if any, in every row."""
         text = io.StringIO()
@@ -92,11 +108,11 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawing, figures/`name`.png, that `draw` writes to the path it is given; `model` as of a `Table`."""
+    """A drawing, figures/`name`.png, that `draw` writes to the `path` it is given; `model` as of a `Table`."""
 
     name: str
     caption: str
-    draw: Callable[[Path], None]
+    draw: Callable[..., None]
     sources: Sequence[str]
     stages: Sequence[str] = ()
     model: bool = True
@@ -139,16 +155,6 @@ class Section:
     footnotes: Sequence[tuple[int, str]] = ()
 
 
-def without_empty(columns: Sequence[Column], rows: Sequence[Sequence[Any]]) -> tuple[list[Column], list[list[Any]]]:
-    """The columns that any row has a value in, and the rows without the others."""
-    kept = [
-        i
-        for i, column in enumerate(columns)
-        if not rows or any((row[i][0] if column.kind == "interval" else row[i]) not in (None, "") for row in rows)
-    ]
-    return [columns[i] for i in kept], [[row[i] for i in kept] for row in rows]
-
-
 def paragraph(*parts: str | Number) -> Text:
     return Text(parts)
 
@@ -172,12 +178,11 @@ def shown(value: Any, kind: Kind = "number") -> str:
     if kind == "integer":
         return f"{value:,}"
     if kind == "flops":
-        return _powers(f"{value:.3e}") if value else "0"
+        return base.scientific(value)
     if kind == "share":
         return f"{_significant(100 * value)}\N{NO-BREAK SPACE}%"
-    if kind == "rate":  # 0.0001 as 1e-4, as learning rates are written
-        mantissa, _, exponent = f"{value:e}".partition("e")
-        return f"{value:g}" if value == 0 or value >= 0.1 else f"{float(mantissa):g}e{int(exponent)}"
+    if kind == "rate":
+        return base.number(value)
     return _significant(value)
 
 
@@ -187,12 +192,4 @@ def plain(value: Any) -> str:
 
 
 def _significant(value: float) -> str:
-    if value == 0:
-        return "0"
-    return _powers(f"{value:#.4g}").removesuffix(".")
-
-
-def _powers(text: str) -> str:
-    """1.235e-05 as 1.235e-5."""
-    mantissa, _, exponent = text.partition("e")
-    return f"{mantissa}e{int(exponent)}" if exponent else text
+    return base.short(value, "#.4g").removesuffix(".") if value else "0"

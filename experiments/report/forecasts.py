@@ -1,6 +1,7 @@
 """The systems that are shown: their forecasts, phase plane, running RMSE, and the loss of every token of one."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,47 +35,28 @@ def forecasts(study: Study) -> Section:
 
 
 def _of_run(study: Study, run: Run, evaluation: Evaluation) -> list[Block]:
-    names, systems, label = evaluation.names, evaluation.forecasts, study.label
+    names, systems, said = evaluation.names, evaluation.forecasts, {"label": study.label}
     files = [evaluation.file(name) for name in ("forecasts.csv", "history.csv", "systems.csv")]
     drawn = [_mapping(system) for system in systems]
     running = {system.id: _running(system) for system in systems}
     lines = [{"title": system.title, "values": running[system.id]} for system in systems]
     bands = ", with the bands of its samples" if any(system.quantiles for system in systems) else ""
     title = run.title
-    blocks: list[Block] = [
-        Text([title.capitalize()], "heading"),
-        *_names(evaluation, systems),
-        Figure(
-            f"forecasts-{run.stage}",
-            f"Forecasts of the {title}{bands}, with the class that is computed for each system.",
-            lambda path: plots.forecast_grid(drawn, names, path, f"Forecasts, {title}", label),
-            files,
-            [run.stage],
-        ),
-        _systems(run, evaluation, "raw"),
-        _systems(run, evaluation, "scaled"),
-        Figure(
-            f"running-rmse-{run.stage}",
-            f"Root of the mean squared error up to each step, {title}, raw units; a step that did not parse counts as "
-            "persistence.",
-            lambda path: plots.running_rmse(lines, names, path, f"Running RMSE, {title}", label),
-            files,
-            [run.stage],
-        ),
-        _running_table(run, evaluation, running, {}),
-    ]
+    blocks: list[Block] = [Text([title.capitalize()], "heading"), *_names(evaluation, systems)]
+    caption = f"Forecasts of the {title}{bands}, with the class that is computed for each system."
+    draw = partial(plots.forecast_grid, drawn, names, title=f"Forecasts, {title}", **said)
+    blocks.append(Figure(f"forecasts-{run.stage}", caption, draw, files, [run.stage]))
+    blocks += [_systems(run, evaluation, "raw"), _systems(run, evaluation, "scaled")]
+    caption = f"Root of the mean squared error up to each step, {title}, raw units; a step that did not parse counts"
+    draw = partial(plots.running_rmse, lines, names, title=f"Running RMSE, {title}", **said)
+    blocks.append(Figure(f"running-rmse-{run.stage}", f"{caption} as persistence.", draw, files, [run.stage]))
+    blocks.append(_running_table(run, evaluation, running, {}))
     if scales := _scales(evaluation):
         blocks.append(_running_table(run, evaluation, running, scales))
     if len(names) == 2:
-        blocks.append(
-            Figure(
-                f"phase-{run.stage}",
-                f"Phase plane of the shown systems, {title}: {names[0]} against {names[1]}.",
-                lambda path: plots.phase_plane(drawn, names, path, f"Phase plane, {title}", label),
-                files,
-                [run.stage],
-            )
-        )
+        caption = f"Phase plane of the shown systems, {title}: {names[0]} against {names[1]}."
+        draw = partial(plots.phase_plane, drawn, names, title=f"Phase plane, {title}", **said)
+        blocks.append(Figure(f"phase-{run.stage}", caption, draw, files, [run.stage]))
     return blocks + _tokens(study, run, evaluation)
 
 
@@ -101,19 +83,15 @@ def _systems(run: Run, evaluation: Evaluation, kind: str) -> Table:
         if row["unique_id"] in evaluation.shown and (row["forecaster"] == MODEL) != (kind == "naive")
     ]
     rows.sort(key=lambda row: evaluation.shown.index(row[0]))
-    unit = "scaled units, as the reports have them" if kind == "scaled" else "raw units"
-    who = "forecasts without a model" if kind == "naive" else run.title
-    return Table(
-        "systems-naive" if kind == "naive" else f"systems-{run.stage}{'-scaled' if kind == 'scaled' else ''}",
-        f"Errors of each shown system over its horizon, {who}, {unit}.",
-        columns,
-        rows,
-        [evaluation.file("systems_scaled.csv" if kind == "scaled" else "systems.csv")],
-        [run.stage],
-        heads=3,
-        folded=kind == "naive",
-        model=kind != "naive",
-    )
+    about = "Errors of each shown system over its horizon"
+    if kind == "naive":
+        name, caption = "systems-naive", f"{about}, forecasts without a model, raw units."
+    elif kind == "scaled":
+        name, caption = f"systems-{run.stage}-scaled", f"{about}, {run.title}, scaled units, as the reports have them."
+    else:
+        name, caption = f"systems-{run.stage}", f"{about}, {run.title}, raw units."
+    files, unaided = [evaluation.file("systems_scaled.csv" if kind == "scaled" else "systems.csv")], kind == "naive"
+    return Table(name, caption, columns, rows, files, [run.stage], heads=3, folded=unaided, model=not unaided)
 
 
 def _running(system: System) -> Floats:
@@ -150,17 +128,11 @@ def _running_table(
             values.append(raw * scales.get(system, 1.0))
     steps = min(map(len, values), default=0)
     rows = [[step + 1, *(float(x) for one in values for x in one[step])] for step in range(steps)]
-    files = ["forecasts.csv", "history.csv"] + (["systems.csv", "systems_scaled.csv"] if scales else [])
+    records = ["forecasts.csv", "history.csv"] + (["systems.csv", "systems_scaled.csv"] if scales else [])
+    files, name = [evaluation.file(record) for record in records], f"running-rmse-{run.stage}"
     unit = "scaled units, by the ratio of the RMSE in both units" if scales else "raw units"
-    return Table(
-        f"running-rmse-{run.stage}{'-scaled' if scales else ''}",
-        f"Running RMSE of each shown system and species by step, {run.title}, {unit}.",
-        columns,
-        rows,
-        [evaluation.file(name) for name in files],
-        [run.stage],
-        folded=True,
-    )
+    caption = f"Running RMSE of each shown system and species by step, {run.title}, {unit}."
+    return Table(f"{name}-scaled" if scales else name, caption, columns, rows, files, [run.stage], folded=True)
 
 
 def _tokens(study: Study, run: Run, evaluation: Evaluation) -> list[Block]:
@@ -171,15 +143,9 @@ def _tokens(study: Study, run: Run, evaluation: Evaluation) -> list[Block]:
     rows = sorted((r for r in evaluation.tokens if r["unique_id"] == system), key=lambda row: row["position"])
     nats, steps, texts = ([row[name] for row in rows] for name in ("nats", "step", "text"))
     caption = f"Loss of each token of system {system}'s true horizon under the {run.title}, in nats"
-    title = f"Loss by token, system {system}, {run.title}"
-    file = [evaluation.file("tokens.csv")]
-    figure = Figure(
-        f"token-loss-{run.stage}",
-        f"{caption}, along the horizon.",
-        lambda path: plots.token_loss(nats, steps, texts, path, title, study.label),
-        file,
-        [run.stage],
-    )
+    title, file = f"Loss by token, system {system}, {run.title}", [evaluation.file("tokens.csv")]
+    draw = partial(plots.token_loss, nats, steps, texts, title=title, label=study.label)
+    figure = Figure(f"token-loss-{run.stage}", f"{caption}, along the horizon.", draw, file, [run.stage])
     columns = [
         *(Column("position", "position", "integer"), Column("step", "step", "integer")),
         *(Column("token", "token id", "text"), Column("text", "text", "code"), Column("nats", "nats")),
@@ -194,21 +160,11 @@ def _naive(study: Study, run: Run, evaluation: Evaluation) -> list[Block]:
         if not (systems := evaluation.naive(name)):
             blocks.append(not_run(f"Forecasts by {name}"))
             continue
-        blocks.append(
-            Figure(
-                f"forecasts-{name.replace(' ', '-')}",
-                f"The same systems by {name}, without a model.",
-                _draw_naive([_mapping(system) for system in systems], evaluation.names, name),
-                [NAIVE, evaluation.file("history.csv")],
-                [run.stage],
-                model=False,
-            )
-        )
+        drawn, caption = [_mapping(system) for system in systems], f"The same systems by {name}, without a model."
+        draw = partial(plots.forecast_grid, drawn, evaluation.names, title=f"Forecasts, {name}")
+        files, kebab = [NAIVE, evaluation.file("history.csv")], name.replace(" ", "-")
+        blocks.append(Figure(f"forecasts-{kebab}", caption, draw, files, [run.stage], model=False))
     return blocks
-
-
-def _draw_naive(drawn: Sequence[Mapping[str, Any]], names: Sequence[str], name: str):
-    return lambda path: plots.forecast_grid(drawn, names, path, f"Forecasts, {name}")
 
 
 def _mapping(system: System) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The first and the last parts of the page: the summary, worked examples of preprocessing, and the settings."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -131,17 +132,12 @@ def _round_trip(study: Study) -> Table:
 
 def _check(study: Study) -> Figure:
     """One series beside what its tokens read back to."""
-    check, label = study.records.json("preprocessing.json").fields("check"), study.label
-    time, raw, decoded = (
-        np.array(check.matrix(key) if key != "time" else check.numbers(key)) for key in ("time", "raw", "decoded")
-    )
-    system, names = check.count("system"), check.texts("names")
-    return Figure(
-        "round-trip-check",
-        f"System {system} beside what its tokens read back to, and the absolute error, in raw units.",
-        lambda path: plots.round_trip(time, raw, decoded, names, path, f"System {system}, encoded and decoded", label),
-        ["preprocessing.json"],
-    )
+    check = study.records.json("preprocessing.json").fields("check")
+    values = np.array(check.numbers("time")), np.array(check.matrix("raw")), np.array(check.matrix("decoded"))
+    title = f"System {check.count('system')}"
+    draw = partial(plots.round_trip, *values, check.texts("names"), title=f"{title}, encoded and decoded")
+    caption = f"{title} beside what its tokens read back to, and the absolute error, in raw units."
+    return Figure("round-trip-check", caption, partial(draw, label=study.label), ["preprocessing.json"])
 
 
 def settings(study: Study) -> Section:

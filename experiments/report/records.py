@@ -59,10 +59,6 @@ class Fields:
             key, "a list of lists of numbers", lambda v: isinstance(v, list) and all(type(x) in (int, float) for x in v)
         )
 
-    def value(self, key: str) -> Any:
-        """A single value of any kind."""
-        return self._of(key, "a value", lambda v: not isinstance(v, (dict, list)))
-
     def _list(self, key: str, wanted: str, holds: Callable[[Any], bool]) -> list[Any]:
         return self._of(key, wanted, lambda v: isinstance(v, list) and all(map(holds, v)))
 

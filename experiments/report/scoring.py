@@ -2,24 +2,16 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 from experiments import plots
 from experiments.forecasting.baselines import SEASONAL
-from experiments.report.document import (
-    Block,
-    Column,
-    Figure,
-    Inline,
-    Items,
-    Section,
-    Table,
-    Text,
-    not_run,
-    without_empty,
-)
+from experiments.report.document import Block, Column, Figure, Inline, Items, Section, Table, Text, not_run
 from experiments.report.evaluation import MODEL, Evaluation
 from experiments.report.records import Row
 from experiments.report.study import TITLES, Run, Study
+
+SQUARED = "MSE (raw units squared)"
 
 
 def by_stage(study: Study) -> Section:
@@ -62,11 +54,8 @@ def by_stage(study: Study) -> Section:
 
 def scores(study: Study) -> Section:
     """Every measure of every forecaster, by part, species and unit; and the error by horizon step."""
-    blocks: list[Block] = []
-    main = study.main()
-    if not main:
-        return Section("scores", "Scores of all forecasters", [not_run("The evaluation")])
-    for run, evaluation in reversed(main):
+    blocks: list[Block] = [] if study.main() else [not_run("The evaluation")]
+    for run, evaluation in reversed(study.main()):
         blocks.append(Text([run.title.capitalize()], "heading"))
         both = [row for row in evaluation.scores if row["unit"] == "raw" and row["variable"] == "all"]
         blocks.append(_scores(run, evaluation, both, "", "all species, raw units", folded=False))
@@ -104,10 +93,8 @@ def _scores(
         ends = {name: (own[name], own[f"{name}_low"], own[f"{name}_high"]) for name in intervals}
         values.append([ends[c.name] if c.name in ends else own[c.name] for c in columns])
     caption = f"Scores over the horizon, {run.title}, {what}; intervals by a bootstrap over series."
-    file = evaluation.file("scores.csv")
-    columns, values = without_empty(columns, values)
-    name, heads = f"scores-{run.stage}{suffix}", 3 if suffix else 2
-    return Table(name, caption, columns, values, [file], [run.stage], heads=heads, folded=folded)
+    files, name, heads = [evaluation.file("scores.csv")], f"scores-{run.stage}{suffix}", 3 if suffix else 2
+    return Table(name, caption, columns, values, files, [run.stage], heads=heads, folded=folded).without_empty()
 
 
 def _key(row: Row) -> tuple[str, str, str]:
@@ -127,16 +114,14 @@ def _bars(study: Study, main: Sequence[tuple[Run, Evaluation]], part: str) -> Fi
     for name, row in sorted(found, key=lambda one: one[1]["forecaster"] != MODEL):
         low, high = (math.nan if row[f"mse_{end}"] is None else row[f"mse_{end}"] for end in ("low", "high"))
         bars[name] = row["mse"], low, high
-    label, title = study.label, f"MSE over the {part} series, 95 % interval"
-    stages = [run.title for run, _ in main]
-    return Figure(
-        f"mse-{part}",
+    said = {"xlabel": SQUARED, "title": f"MSE over the {part} series, 95 % interval", "label": study.label}
+    draw = partial(plots.score_bars, bars, strong=[run.title for run, _ in main], **said)
+    caption = (
         f"MSE over the horizon of every {part} series, raw units, with its 95 % interval: the model by stage, and "
-        "forecasts without a model.",
-        lambda path: plots.score_bars(bars, path, "MSE (raw units squared)", title, label, strong=stages),
-        [evaluation.file("scores.csv") for _, evaluation in main],
-        [run.stage for run, _ in main],
+        "forecasts without a model."
     )
+    files = [evaluation.file("scores.csv") for _, evaluation in main]
+    return Figure(f"mse-{part}", caption, draw, files, [run.stage for run, _ in main])
 
 
 def _losses(main: Sequence[tuple[Run, Evaluation]]) -> Table:
@@ -155,13 +140,12 @@ def _losses(main: Sequence[tuple[Run, Evaluation]]) -> Table:
     for part in parts:
         columns += [Column(f"horizon_loss_{part}", f"horizon loss, {part}")]
         columns += [Column(f"horizon_perplexity_{part}", f"horizon perplexity, {part}")]
-    columns, rows = without_empty(columns, rows)
     caption = (
         "Token cross-entropy in nats per real token, and perplexity, its exponential: over the validation windows, and "
         "over the tokens of the true horizon after its context."
     )
     files = [evaluation.file("evaluation.json") for _, evaluation in main]
-    return Table("losses", caption, columns, rows, files, [run.stage for run, _ in main])
+    return Table("losses", caption, columns, rows, files, [run.stage for run, _ in main]).without_empty()
 
 
 def _unparsed(main: Sequence[tuple[Run, Evaluation]]) -> Table:
@@ -213,15 +197,10 @@ def _horizon(study: Study, run: Run, evaluation: Evaluation, part: str) -> list[
     except KeyError as missing:
         where = study.root / evaluation.file("horizon.csv")
         raise ValueError(f"{where}: part {part} has no row of {missing}: expected each step of each") from None
-    label, title = study.label, f"Error by horizon step, {run.title}, {part}"
-    file = [evaluation.file("horizon.csv")]
-    figure = Figure(
-        f"horizon-{run.stage}-{part}",
-        f"MSE at each step of the horizon over the {part} series, {run.title}, raw units.",
-        lambda path: plots.horizon_error(lines, path, "MSE (raw units squared)", title, label),
-        file,
-        [run.stage],
-    )
+    name, file = f"horizon-{run.stage}-{part}", [evaluation.file("horizon.csv")]
+    said = {"ylabel": SQUARED, "title": f"Error by horizon step, {run.title}, {part}", "label": study.label}
+    caption = f"MSE at each step of the horizon over the {part} series, {run.title}, raw units."
+    figure = Figure(name, caption, partial(plots.horizon_error, lines, **said), file, [run.stage])
     columns = [Column("step", "step", "integer")]
     columns += [Column(f"mse_{name.replace(' ', '_')}", f"MSE, {name}") for name in names]
     columns += [Column("mae_model", "MAE, model")]
@@ -231,5 +210,4 @@ def _horizon(study: Study, run: Run, evaluation: Evaluation, part: str) -> list[
         for i, step in enumerate(steps)
     ]
     caption = f"Error by horizon step over the {part} series, {run.title}, raw units."
-    table = Table(f"horizon-{run.stage}-{part}", caption, columns, values, file, [run.stage], folded=True)
-    return [figure, table]
+    return [figure, Table(name, caption, columns, values, file, [run.stage], folded=True)]

@@ -7,19 +7,9 @@ from typing import Any
 import numpy as np
 
 from experiments import plots
+from experiments.plots.gradients import by_layer
 from experiments.report.claims import sweep
-from experiments.report.document import (
-    Block,
-    Column,
-    Figure,
-    Number,
-    Section,
-    Table,
-    Text,
-    not_run,
-    paragraph,
-    without_empty,
-)
+from experiments.report.document import Block, Column, Figure, Number, Section, Table, Text, not_run, paragraph
 from experiments.report.evaluation import Floats
 from experiments.report.study import STAGES, Run, Study
 
@@ -56,12 +46,12 @@ def curves(study: Study) -> Section:
         for x in ("step", "flops"):
             over = "steps" if x == "step" else "training FLOPs"
             caption = f"Training loss, raw and smoothed, and validation loss of {what} over {over}."
-            draw = partial(_loss, drawn, x, study.label)
+            draw = partial(plots.loss_curves, drawn, x=x, label=study.label)
             blocks.append(Figure(f"loss-{name}-by-{x}", caption, draw, files, ran))
     for run in study.of("final"):
         half = [_second_half(_curve(study, run))]
         caption = "Loss of the final run over the second half of its steps."
-        draw = partial(_loss, half, "step", study.label)
+        draw = partial(plots.loss_curves, half, label=study.label)
         blocks.append(Figure("loss-final-second-half", caption, draw, [_metrics(run)], ["final"]))
     if study.runs:
         blocks.append(_validations(study))
@@ -76,22 +66,13 @@ def grid(study: Study) -> Section:
     losses = {(run.lr, run.rank): run.row["validation_loss"] for run in runs}
     rates, ranks = sorted({lr for lr, _ in losses}), sorted({rank for _, rank in losses})
     at = min(losses, key=lambda cell: losses[cell])
-    matrix = Table(
-        "grid",
-        "Validation loss (nats per real token) by learning rate and LoRA rank.",
-        [Column("lr", "learning rate", "rate"), *(Column(f"rank_{rank}", f"rank {rank}") for rank in ranks)],
-        [[lr, *(losses.get((lr, rank)) for rank in ranks)] for lr in rates],
-        ["results.csv"],
-        ["grid"],
-        marks={(rates.index(at[0]), 1 + ranks.index(at[1])): "lowest"},
-    )
-    heat = Figure(
-        "grid",
-        "Validation loss over learning rate and rank, the lowest framed.",
-        lambda path: plots.heat_map(losses, path, label=study.label),
-        ["results.csv"],
-        ["grid"],
-    )
+    columns = [Column("lr", "learning rate", "rate"), *(Column(f"rank_{rank}", f"rank {rank}") for rank in ranks)]
+    rows = [[lr, *(losses.get((lr, rank)) for rank in ranks)] for lr in rates]
+    marks = {(rates.index(at[0]), 1 + ranks.index(at[1])): "lowest"}
+    caption = "Validation loss (nats per real token) by learning rate and LoRA rank."
+    matrix = Table("grid", caption, columns, rows, ["results.csv"], ["grid"], marks)
+    caption, draw = "Validation loss over learning rate and rank, the lowest framed.", partial(plots.heat_map, losses)
+    heat = Figure("grid", caption, partial(draw, label=study.label), ["results.csv"], ["grid"])
     blocks: list[Block] = [matrix, heat, *sweep(study, "grid"), _runs("grid", "Every cell of the grid.", runs)]
     return Section("grid", "Learning rate and rank", [*blocks, *_errors(study, runs, "grid")])
 
@@ -136,7 +117,7 @@ def _finite(value: float) -> float | None:
 def _gradients(study: Study, run: Run) -> list[Block]:
     file = f"{run.folder}/gradients.jsonl"
     lines = study.records.jsonl(file)
-    names = sorted(lines[0].fields("norms").values if lines else [], key=_by_layer)
+    names = sorted(lines[0].fields("norms").values if lines else [], key=by_layer)
     if not names:
         raise ValueError(f"{study.root / file}: holds no norms: expected a line for each recorded step")
     steps = np.array([line.count("step") for line in lines])
@@ -149,29 +130,20 @@ def _gradients(study: Study, run: Run) -> list[Block]:
     after = steps > 1 if (steps > 1).any() else steps > 0
     found = {name: verdict(values[after]) for name, values in norms.items()}
     flagged = [name for name, (_, _, what) in found.items() if what]
-    label, title = study.label, f"Gradient norm of every A and B, {run.title}"
-    figure = Figure(
-        f"gradients-{run.stage}",
-        f"Gradient norm of every LoRA matrix in the {run.title}, by layer and projection.",
-        lambda path: plots.gradient_norms(steps, norms, path, title, label, flagged=flagged),
-        [file],
-        [run.stage],
-    )
-    table = Table(
-        f"gradients-{run.stage}",
-        f"Gradient norms of the {run.title}: medians of the first and the last tenth, and the rule's verdict.",
-        [
-            *(Column("matrix", "matrix", "code"), Column("first", "first tenth"), Column("last", "last tenth")),
-            *(Column("ratio", "last / first"), Column("verdict", "verdict", "text")),
-        ],
-        [
-            [name, first, last, last / first if first and last is not None else None, what or "neither"]
-            for name, (first, last, what) in found.items()
-        ],
-        [file],
-        [run.stage],
-        folded=True,
-    )
+    name, title = f"gradients-{run.stage}", f"Gradient norm of every A and B, {run.title}"
+    caption = f"Gradient norm of every LoRA matrix in the {run.title}, by layer and projection."
+    draw = partial(plots.gradient_norms, steps, norms, title=title, label=study.label, flagged=flagged)
+    figure = Figure(name, caption, draw, [file], [run.stage])
+    columns = [
+        *(Column("matrix", "matrix", "code"), Column("first", "first tenth"), Column("last", "last tenth")),
+        *(Column("ratio", "last / first"), Column("verdict", "verdict", "text")),
+    ]
+    values = [
+        [matrix, first, last, last / first if first and last is not None else None, what or "neither"]
+        for matrix, (first, last, what) in found.items()
+    ]
+    caption = f"Gradient norms of the {run.title}: medians of the first and the last tenth, and the rule's verdict."
+    table = Table(name, caption, columns, values, [file], [run.stage], folded=True)
     said: list[Block] = []
     for what in ("explodes", "vanishes"):
         if these := [name for name in flagged if found[name][2] == what]:
@@ -180,11 +152,6 @@ def _gradients(study: Study, run: Run) -> list[Block]:
             said.append(Text([start, many, " of ", of, f" matrices: {', '.join(these)}."], "warning"))
     none = paragraph(f"In the {run.title} no gradient vanishes or explodes.")
     return [Text([run.title.capitalize()], "heading"), *(said or [none]), figure, table]
-
-
-def _by_layer(name: str) -> list[tuple[int, str]]:
-    """The order of names in which layer 2 is before layer 10."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
 
 
 def _metrics(run: Run) -> str:
@@ -200,10 +167,6 @@ def _curve(study: Study, run: Run) -> dict[str, Any]:
             (line.count("step"), line.count("training"), line.number(key)) for line in lines if key in line.values
         ]
     return found
-
-
-def _loss(drawn: Sequence[dict[str, Any]], x: str, label: str, path) -> None:
-    plots.loss_curves(drawn, path, x=x, label=label)
 
 
 def _second_half(curve: dict[str, Any]) -> dict[str, Any]:
@@ -223,11 +186,10 @@ def _validations(study: Study) -> Table:
         *(Column("run", "run", "text"), Column("step", "step", "integer"), Column("flops", "training FLOPs", "flops")),
         *(Column("validation_loss", "validation loss"), Column("with_padding", "with padding counted")),
     ]
-    columns, rows = without_empty(columns, rows)
     files = list(dict.fromkeys(_metrics(run) for run in study.runs))
     stages = list(dict.fromkeys(run.stage for run in study.runs))
     caption = "Validation loss (nats per real token) of every run at every step where it was taken."
-    return Table("validation-loss", caption, columns, rows, files, stages, folded=True)
+    return Table("validation-loss", caption, columns, rows, files, stages, folded=True).without_empty()
 
 
 def _runs(name: str, caption: str, runs: Sequence[Run]) -> Table:
@@ -241,12 +203,11 @@ def _runs(name: str, caption: str, runs: Sequence[Run]) -> Table:
     ]
     rows = [[run.context if c.name == "context" else run.row.get(c.name) for c in columns] for run in runs]
     rows = [[run.title, *row[1:]] for run, row in zip(runs, rows, strict=True)]
-    columns, rows = without_empty(columns, rows)
     at = [column.name for column in columns].index("validation_loss")
     losses = [run.row["validation_loss"] for run in runs]
     caption += " Losses in nats per real token."
     marks = {(losses.index(min(losses)), at): "lowest"}
-    return Table(f"{name}-runs", caption, columns, rows, ["results.csv"], [name], marks=marks)
+    return Table(f"{name}-runs", caption, columns, rows, ["results.csv"], [name], marks).without_empty()
 
 
 def _errors(study: Study, runs: Sequence[Run], stage: str) -> list[Table]:
