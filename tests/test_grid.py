@@ -213,7 +213,7 @@ def test_evaluate_scores_the_horizon_beside_naive_forecasts_and_charges_what_it_
     assert run.main(["evaluate", "--json", "--out", "e", *flags]) == 0
     report = json.loads(capsys.readouterr().out)
     scores = {row["forecaster"]: row for row in report["scores"] if row["variable"] == "all"}
-    assert set(scores) == {"model", "persistence", "context mean", "seasonal repeat", "law fit"}
+    assert set(scores) == {"model", "persistence", "context mean", "seasonal repeat", "context parroting", "law fit"}
     assert report["predicted_flops"] == report["flops"] | {"training": 0}
     assert report["forecast_steps"]["validation"] == 15 and report["parts"]["validation"] == [14, 15, 16]
     assert report["unparsed_steps"]["validation"] == 0  # constrained

@@ -241,7 +241,9 @@ CHANGED = {
     **{"default_lr": 1e-3, "default_rank": 2, "default_steps": 3, "contexts": (64, 96), "context_steps": 3},
     **{"final_steps": 9, "points": 4, "horizon": 2, "forecast_series": 2, "forecast_cells": True, "shown": (15,)},
     **{"shown_series": 1, "constrained": False, "num_samples": 3, "temperature": 0.5, "top_k": 3, "top_p": 0.5},
-    **{"repetition_penalty": 1.5, "shortened": 0.5},
+    **{"repetition_penalty": 1.5, "shortened": 0.5, "targets": ("q_proj",), "lora_alpha": 4.0, "rank_stabilised": True},
+    **{"schedule": "cosine", "warmup": 1.0, "decay": 0.5, "final_lr": 0.1, "betas": (0.8, 0.9), "weight_decay": 0.1},
+    **{"clip": 1.0},
     **{"model": "model", "offline": True, "device": "cuda", "dtype": "float32", "budget": 10**16, "data": "data.h5"},
     **{"best_lr": 1e-3, "best_rank": 4, "best_context": 64, "compile": True},
 }
