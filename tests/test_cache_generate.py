@@ -1,6 +1,5 @@
 """One code path for full, chunked, one-token and padded passes; and generation on top of it."""
 
-import itertools
 import random
 import re
 from collections.abc import Callable
@@ -45,21 +44,10 @@ def in_chunks(model, ids: Tensor, sizes: list[int], padding: Tensor | None = Non
 @pytest.mark.parametrize("sizes", [[17], [1] * 17, [7, 1, 9], [1, 15, 1], [2, 3, 12], [16, 1]], ids=str)
 @torch.inference_mode()
 def test_a_chunked_pass_equals_the_full_one(sizes, way, random_model):
+    """The kernel's own `is_causal` aligns the triangle to the top left: a token of a chunk would see too little."""
     model = random_model()
     ids = torch.tensor(prompts([17, 17]))
     close(in_chunks(model, ids, sizes), model(ids))
-
-
-@torch.inference_mode()
-def test_the_mask_of_a_chunk_is_aligned_to_the_bottom_right(way, random_model):
-    """The kernel's own `is_causal` aligns the triangle to the top left: a token of a chunk would see too little."""
-    model = random_model()
-    ids = torch.tensor(prompts([12]))
-    changed = ids.clone()
-    changed[0, 8] = (changed[0, 8] + 1) % 97
-    before, after = in_chunks(model, ids, [5, 7]), in_chunks(model, changed, [5, 7])
-    assert torch.equal(before[0, :8], after[0, :8])  # no token sees a later one
-    assert ((before - after)[0, 8:].abs().amax(-1) > 1e-3).all()  # each later token sees it
 
 
 @pytest.mark.parametrize("sizes", [[17], [1] * 17, [7, 1, 9], [15, 2]], ids=str)
@@ -71,15 +59,6 @@ def test_a_left_padded_batch_equals_each_row_alone(sizes, way, random_model):
     logits = in_chunks(model, ids, sizes, padding)
     for row, tokens in enumerate(rows):
         close(logits[row, -len(tokens) :], model(torch.tensor([tokens]))[0])
-
-
-@torch.inference_mode()
-def test_padding_is_never_looked_at_and_gives_no_nan(random_model):
-    model = random_model()
-    rows = prompts([3, 9])
-    (one, padding), (other, _) = left_padded(rows, pad_id=5), left_padded(rows, pad_id=60)
-    assert torch.equal(model(one, padding=padding)[0, -3:], model(other, padding=padding)[0, -3:])
-    assert model(one, padding=padding).isfinite().all()
 
 
 @torch.inference_mode()
@@ -277,13 +256,6 @@ def test_a_context_beyond_the_positions_of_the_model_is_refused(random_model):
     assert len(model.generate([[1, 2, 3]], max_new_tokens=6)[0]) == 9  # the last token is not read, so it fits
 
 
-def test_a_padded_batch_generates_what_each_prompt_does_alone(way, random_model):
-    model = random_model()
-    rows = prompts(LENGTHS)
-    together = model.generate(rows, max_new_tokens=15)
-    assert together == [model.generate([row], max_new_tokens=15)[0] for row in rows]
-
-
 @torch.inference_mode()
 def test_50_prompts_have_the_same_logits_and_tokens_without_a_cache_with_one_and_in_padded_batches_of_8(
     way, random_model
@@ -318,16 +290,6 @@ def test_50_prompts_have_the_same_logits_and_tokens_without_a_cache_with_one_and
             assert logits.argmax(-1).tolist() == tokens[i]
         got = model.generate([rows[i] for i in batch], max_new_tokens=8)
         assert got == [rows[i] + tokens[i] for i in batch]
-
-
-def test_generation_equals_argmax_over_full_passes(random_model):
-    model = random_model()
-    ids = torch.tensor(prompts([6, 6]))
-    expected = ids
-    with torch.inference_mode():
-        for _ in range(10):
-            expected = torch.cat([expected, model(expected)[:, -1].argmax(-1, keepdim=True)], dim=1)
-    assert torch.equal(model.generate(ids, max_new_tokens=10), expected)
 
 
 def test_new_tokens_cost_one_forward_each(random_model):
@@ -375,7 +337,7 @@ def test_a_stop_token_ends_its_own_prompt_and_is_kept(random_model):
     for row, whole, cut in zip(rows, free, stopped, strict=True):
         new = whole[len(row) :]
         assert cut == row + (new[: new.index(stop) + 1] if stop in new else new)
-    assert len(stopped[0]) <= 10
+    assert len(stopped[0]) <= 10 and [len(row) for row in free] == [17, 15, 18]  # nothing stops unless it is passed
 
 
 def test_a_stopped_row_of_a_tensor_is_filled_up_and_all_stopped_ends_early(random_model):
@@ -388,11 +350,6 @@ def test_a_stopped_row_of_a_tensor_is_filled_up_and_all_stopped_ends_early(rando
     assert got.shape == (2, 5 + max(ends) + 1)
     for row, end in enumerate(ends):
         assert torch.equal(got[row, : 6 + end], free[row, : 6 + end]) and (got[row, 6 + end :] == 33).all()
-
-
-def test_nothing_stops_unless_it_is_passed(random_model):
-    model = random_model()
-    assert all(len(row) == len(p) + 40 for p in prompts([2, 6]) for row in model.generate([p], max_new_tokens=40))
 
 
 def test_a_seed_repeats_a_sample_and_another_seed_does_not(random_model):
@@ -462,7 +419,7 @@ def test_top_p_acts_after_the_temperature():
         ([[1]], {"top_p": 0.0}, "top_p is 0.0: expected more than 0"),
         ([[1]], {"top_p": 1.01}, "top_p is 1.01: expected more than 0, at most 1"),
         ([[1]], {"top_k": -1}, "top_k is -1: expected a whole number, 0"),
-        ([[1]], {"top_k": 2.5}, "top_k is 2.5: expected a whole number, 0"),
+        ([[1]], {"max_new_tokens": -1}, "max_new_tokens is -1: expected 0 or more"),
         ([1, 2], {}, "prompts are empty or not"),
         ("ab", {}, "prompts are empty or not"),
         ([[1.0]], {}, "ids are torch.float32"),
@@ -479,7 +436,7 @@ def test_top_p_acts_after_the_temperature():
 )
 def test_a_bad_prompt_or_option_is_refused_with_what_was_expected(ids, options, message, random_model):
     with pytest.raises(ValueError, match=message):
-        random_model().generate(ids, max_new_tokens=2, **options)
+        random_model().generate(ids, **({"max_new_tokens": 2} | options))
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.9, "top_k": 5}], ids=str)
@@ -491,19 +448,6 @@ def test_logits_that_are_no_numbers_make_no_token(options, random_model):
     torch.nn.init.constant_(model.model.embed_tokens.weight[3], torch.nan)
     with pytest.raises(ValueError, match=r"the highest logits are \[\d.*, nan\]: expected finite ones"):
         model.generate([[1], [3]], max_new_tokens=1, **options)
-
-
-def test_a_negative_number_of_tokens_is_refused(random_model):
-    with pytest.raises(ValueError, match="max_new_tokens is -1: expected 0 or more"):
-        random_model().generate([[1]], max_new_tokens=-1)
-
-
-def test_every_length_around_a_chunk_boundary_gives_the_same_tokens(random_model):
-    """Prefill and decode meet at every prompt length: none is off by one."""
-    model = random_model()
-    whole = model.generate([[4]], max_new_tokens=24)[0]
-    for cut in itertools.chain(range(1, 10), (16, 24)):
-        assert model.generate([whole[:cut]], max_new_tokens=25 - cut)[0] == whole
 
 
 TREE = [-1, 0, 0, 1, 1, -1, 4, 2, 5, 6]
@@ -529,15 +473,6 @@ def test_each_node_of_a_tree_has_the_logits_of_its_branch_alone(padded, cached, 
     for node in range(len(TREE)):
         branch = [tokens[n] for n in line(TREE, node)]
         close(got[:, node], model(torch.tensor([before + branch]))[:, -1])
-
-
-@torch.inference_mode()
-def test_a_tree_that_is_a_chain_is_a_chunk(random_model):
-    model, ids = random_model(), torch.tensor(prompts([9, 9]))
-    cache = KVCache(model.config, batch=2, capacity=9)
-    model(ids[:, :4], cache)
-    got = model.head(forward(model.model, ids[:, 4:], cache, range(-1, 4)))
-    close(got, model(ids)[:, 4:])
 
 
 @pytest.mark.parametrize("parents", [[-1], [-1, 0, 2], [-1, 1, 0], [-1, -2, 0]], ids=str)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import lora.layer
 from lora import LoRALinear, add_logit_bias, add_lora, load_adapter, merge, save_adapter, unmerge
-from qwen_min import Qwen
+from qwen_min import FlopMeter, Qwen
 
 # PEFT still asks transformers 5 by the old name of a property.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -24,6 +24,10 @@ TOLERANCE = 1e-5
 IDS = torch.arange(26).view(2, 13) * 3
 KEY = "base_model.model.model.layers.{}.self_attn.{}.lora_{}.weight"
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+MATRICES = [
+    f"model.layers.{i}.self_attn.{name}.lora_{half}" for i in (0, 1) for name in ("q_proj", "v_proj") for half in "ab"
+]
+"""What LoRA adds to q and v, its targets by default, of `random_model()`."""
 
 
 def trained(model: Qwen, seed: int = 1) -> Qwen:
@@ -172,14 +176,12 @@ def test_a_new_adapter_changes_nothing_until_it_is_trained(random_model):
 
 
 def test_only_the_lora_matrices_require_a_gradient(random_model):
-    model = add_lora(random_model(), 4, seed=0)
+    base = random_model()
+    weights = list(base.parameters())
+    model = add_lora(base, 4, seed=0)
+    assert {id(weight) for weight in weights} < {id(p) for p in model.parameters()}  # shared, not copied
     names = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert names == {
-        f"model.layers.{i}.self_attn.{proj}.lora_{half}"
-        for i in range(2)
-        for proj in ("q_proj", "v_proj")
-        for half in "ab"
-    }
+    assert names == set(MATRICES)
     before = {name: p.clone() for name, p in model.named_parameters()}
     optimiser = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=0.1)
     for _ in range(2):
@@ -228,17 +230,12 @@ def test_dropout_is_active_in_training_alone_and_repeats_with_the_seed(random_mo
 
 
 def test_dropout_keeps_the_mean_of_the_input_of_a(random_model):
-    model = trained(add_lora(random_model(), 4, dropout=0.5, seed=0)).train()
-    layer, x = q_proj(model), torch.randn(48)
+    layer, x = q_proj(trained(add_lora(random_model().train(), 4, dropout=0.5, seed=0))), torch.randn(48)
+    assert layer.training  # as the model was
     with torch.inference_mode():
         mean = layer(x.expand(20000, 48)).mean(0)
         # 20,000 draws of a sum of spread ~1: the standard error is .007, and this is five of them
         torch.testing.assert_close(mean, layer.eval()(x), atol=0.04, rtol=0)
-
-
-def test_layers_added_to_a_model_in_training_are_in_training(random_model):
-    assert q_proj(add_lora(random_model().train(), 2)).training
-    assert not q_proj(add_lora(random_model(), 2)).training
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ALL], ids=" ".join)
@@ -253,17 +250,6 @@ def test_merge_gives_the_same_outputs_and_unmerge_the_weights_back(targets, rand
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter, before[name], atol=1e-6, rtol=0)
     torch.testing.assert_close(logits(model), apart, atol=TOLERANCE, rtol=0)
-
-
-def test_a_merged_model_costs_what_the_base_does(random_model):
-    from qwen_min import FlopMeter
-
-    counts = []
-    for model in (random_model(), merge(add_lora(random_model(), 4, seed=0))):
-        with FlopMeter() as meter:
-            model(IDS)
-        counts.append(meter.by_module())
-    assert counts[0] == counts[1]
 
 
 def test_merging_twice_or_nothing_is_an_error(random_model):
@@ -286,12 +272,16 @@ def test_the_weights_of_a_wider_type_come_back_to_that_type(random_model):
     assert (q_proj(model).weight - before).abs().max() < 1e-15  # by float32 it was 3e-8
 
 
-def test_the_state_of_a_merged_model_is_that_of_a_base_model_and_it_takes_no_other(random_model):
+def test_a_merged_model_has_the_state_and_the_cost_of_a_base_model_and_takes_no_other_state(random_model):
     """Else the update would be added twice, or taken out of weights that it was never in."""
     model = merge(trained(add_lora(random_model(), 4, seed=0)))
     state, base = model.state_dict(), random_model(seed=1)
     base.load_state_dict(state)
-    assert torch.equal(logits(base), logits(model))
+    with FlopMeter() as of_base:
+        expected = logits(base)
+    with FlopMeter() as of_merged:
+        assert torch.equal(logits(model), expected)
+    assert of_merged.by_module() == of_base.by_module()
     with pytest.raises(RuntimeError, match="Missing key.*lora_a"):
         add_lora(random_model(), 4).load_state_dict(state)
     with pytest.raises(ValueError, match="q_proj is merged: expected unmerge before other weights are loaded"):
@@ -319,22 +309,8 @@ def test_a_merged_adapter_is_not_saved(random_model, tmp_path):
 def test_a_base_checkpoint_loads_with_exactly_the_lora_matrices_missing(random_model):
     model = add_lora(random_model(seed=5), 4)
     result = model.load_state_dict(random_model(seed=6).state_dict(), strict=False)
-    assert result.unexpected_keys == []
-    assert result.missing_keys == [
-        f"model.layers.{i}.self_attn.{proj}.lora_{half}"
-        for i in range(2)
-        for proj in ("q_proj", "v_proj")
-        for half in "ab"
-    ]
+    assert result.unexpected_keys == [] and result.missing_keys == MATRICES
     assert torch.equal(logits(model), logits(random_model(seed=6)))
-
-
-def test_the_base_parameters_are_shared_and_not_copied(random_model):
-    model = random_model()
-    name = "model.layers.0.self_attn.q_proj"
-    weight, bias = model.get_parameter(f"{name}.weight"), model.get_parameter(f"{name}.bias")
-    layer = q_proj(add_lora(model, 4))
-    assert isinstance(layer, LoRALinear) and layer.weight is weight and layer.bias is bias
 
 
 def test_generation_with_an_adapter_equals_argmax_over_full_passes(random_model):
@@ -349,8 +325,7 @@ def test_generation_with_an_adapter_equals_argmax_over_full_passes(random_model)
     ("options", "message"),
     [
         ({"targets": ["q_projection"]}, "target 'q_projection' matches no linear layer: expected one of down_proj, "),
-        ({"targets": ["q_proj", "x"]}, "target 'x' matches no linear layer"),
-        ({"targets": ["lm_head"]}, "target 'lm_head' matches no linear layer"),
+        ({"targets": ["q_proj", "lm_head"]}, "target 'lm_head' matches no linear layer"),
         ({"targets": ["input_layernorm"]}, "target 'input_layernorm' matches no linear layer"),
         ({"targets": ["proj"]}, "target 'proj' matches no linear layer"),
         ({"targets": []}, "target '' matches no linear layer"),
@@ -387,40 +362,6 @@ def refused(model: Qwen, folder: Path) -> str:
     assert torch.equal(logits(model), before) and not list(lora.layer.lora_layers(model))
     assert model.logit_bias is None and all(p.requires_grad for p in model.parameters())
     return message
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("use_dora", True),
-        ("use_rslora", "yes"),
-        ("rank_pattern", {"q_proj": 4}),
-        ("alpha_pattern", {"q_proj": 4}),
-        ("modules_to_save", ["lm_head"]),
-        ("bias", "all"),
-        ("bias", "lora_only"),
-        ("fan_in_fan_out", True),
-        ("peft_type", "IA3"),
-        ("lora_bias", True),
-        ("layers_to_transform", [0]),
-        ("layers_to_transform", 1),
-        ("exclude_modules", "v_proj"),
-        ("layer_replication", [[0, 2]]),
-        ("use_qalora", True),
-        ("target_parameters", ["mlp.experts"]),
-        ("trainable_token_indices", [1]),
-        ("megatron_config", {"a": 1}),
-        ("init_lora_weights", "pissa"),
-        ("init_lora_weights", "olora"),
-        ("alora_invocation_tokens", [1]),
-        ("velora_config", {"a": 1}),
-        ("a_field_of_the_future", True),
-    ],
-)
-def test_a_field_that_changes_the_maths_is_refused_by_name(field, value, adapter, random_model):
-    path = adapter / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
-    assert f"adapter_config.json: {field} is {value!r}: expected" in refused(random_model(), adapter)
 
 
 @pytest.mark.parametrize(
@@ -461,11 +402,20 @@ def test_an_adapter_of_peft_for_the_table_or_the_head_is_refused_by_its_target(t
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"use_rslora": "yes"}, "use_rslora is 'yes'"),
+        ({"bias": "lora_only"}, "bias is 'lora_only'"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out is True"),
+        ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
+        ({"lora_bias": True}, "lora_bias is True"),
+        ({"layers_to_transform": 1}, "layers_to_transform is 1"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication is [[0, 2]]"),
+        ({"megatron_config": {"a": 1}}, "megatron_config is {'a': 1}"),
+        ({"velora_config": {"a": 1}}, "velora_config is {'a': 1}"),
+        ({"a_field_of_the_future": True}, "a_field_of_the_future is True"),
         ({"r": None}, "r is None: expected a number"),
         ({"r": "3"}, "r is '3': expected a number"),
         ({"r": True}, "r is True"),
         ({"r": 0}, "rank is 0"),
-        ({"r": -1}, "rank is -1"),
         ({"r": 4}, "is [3, 48], not [4, 48]"),
         ({"r": 10**12}, "is [3, 48], not [1000000000000, 48]"),
         ({"lora_alpha": "7"}, "lora_alpha is '7'"),
@@ -484,7 +434,7 @@ def test_an_adapter_of_peft_for_the_table_or_the_head_is_refused_by_its_target(t
     ],
     ids=str,
 )
-def test_a_field_that_does_not_fit_is_refused_by_name(change, message, adapter, random_model):
+def test_a_field_that_does_not_fit_or_changes_the_maths_is_refused_by_name(change, message, adapter, random_model):
     path = adapter / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     assert message in refused(random_model(), adapter)
@@ -518,11 +468,6 @@ def test_a_missing_or_damaged_file_is_named(file, content, adapter, random_model
     else:
         (adapter / file).write_bytes(content)
     assert file in refused(random_model(), adapter)
-
-
-def test_an_adapter_of_another_model_is_refused(adapter, random_model):
-    assert "is [3, 48], not [3, 60]" in refused(random_model(hidden_size=60), adapter)
-    assert "missing" in refused(random_model(num_hidden_layers=3), adapter)
 
 
 def test_the_logit_bias_is_a_separate_tensor_saved_and_loaded_apart(tmp_path, random_model, reference):

@@ -9,10 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from experiments.accounting.predict import predict
 from experiments.task.task import Task
 from lora import add_lora
-from qwen_min import FlopMeter, Qwen, QwenConfig, Tokenizer
+from qwen_min import FlopMeter, Qwen, QwenConfig, Tokenizer, fast
 from qwen_min.loss import IGNORED
 
 NEW = 64
@@ -61,7 +63,7 @@ def test_it_is_the_half_billion_model(ours):
     assert sum(p.numel() for p in ours.parameters()) == 494_032_768
 
 
-def test_logits_equal_those_of_transformers(ours, theirs):
+def test_logits_equal_those_of_transformers(way, ours, theirs):
     """To 1e-3 of values up to 30, after 24 layers in float32."""
     with torch.inference_mode():
         logits = ours(theirs.text)
@@ -69,7 +71,7 @@ def test_logits_equal_those_of_transformers(ours, theirs):
     assert theirs.logits.abs().max() > 10
 
 
-def test_64_greedy_tokens_equal_those_of_transformers(ours, theirs):
+def test_64_greedy_tokens_equal_those_of_transformers(way, ours, theirs):
     assert torch.equal(ours.generate(theirs.prompt, max_new_tokens=NEW), theirs.tokens)
 
 
@@ -91,20 +93,35 @@ def test_weights_kept_in_bfloat16_give_the_same_logits(ours, theirs, real_checkp
         torch.testing.assert_close(kept(theirs.text), theirs.logits, atol=1e-3, rtol=0)
 
 
-def test_a_few_steps_of_lora_lower_the_loss_and_cost_what_is_predicted(real_checkpoint, theirs):
+def test_a_step_of_lora_costs_the_figures_of_the_documents(way, ours):
+    meter = predict(ours.config, 4, 512, rank=8, training=True)
+    assert (meter.total, meter.training) == (2258760259584, 6776280778752)
+
+
+def test_a_few_steps_of_lora_lower_the_loss_at_the_predicted_cost_and_the_plain_model_has_the_same_gradients(
+    real_checkpoint, theirs, fast_again
+):
     model = add_lora(Qwen.from_pretrained(real_checkpoint), 8, seed=0)
-    optimiser = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=1e-3)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.Adam(trained, lr=1e-3)
     ids, losses = theirs.text[:, :33], []
-    with FlopMeter() as meter:
-        for _ in range(3):
+    predicted = list(predict(model.config, 1, 32, rank=8, training=True).charges())
+
+    def gradients() -> list[Tensor]:
+        optimiser.zero_grad()
+        with FlopMeter() as meter:
             total, count = model.loss(ids[:, :-1], ids[:, 1:])
-            (total / count).backward()
-            optimiser.step()
-            optimiser.zero_grad()
-            losses.append(total.item() / count)
-    assert losses[0] > losses[1] > losses[2]
-    with torch.device("meta"):
-        predicted = add_lora(Qwen(model.config), 8)
-        with FlopMeter() as step:
-            predicted(torch.empty(1, 32, dtype=torch.int64))
-    assert meter.training == 3 * step.training
+        (total / count).backward()
+        losses.append(total.item() / count)
+        assert list(meter.charges()) == predicted
+        return [p.grad.clone() for p in trained if p.grad is not None]
+
+    for _ in range(3):
+        gradients()
+        optimiser.step()
+    fused = gradients()
+    fast.off()
+    for got, expected in zip(fused, gradients(), strict=True):
+        # relative to the largest of its tensor, as in test_lora
+        torch.testing.assert_close(got, expected, atol=1e-4 * expected.abs().max().item(), rtol=0)
+    assert losses[0] > losses[1] > losses[2] > losses[3] and len(fused) == len(trained)
