@@ -94,7 +94,7 @@ def batch_indices(count: int, batch_size: int, step: int, seed: int) -> NDArray[
     """The windows of batch `step`, (batch_size,) int64, in an endless order: permutation after permutation.
 
     A function of its arguments alone, so a run resumes with its step number. A batch that reaches the end of
-    a permutation goes on in the next. seed: 0 .. 2^32 - 1. Raises ValueError for numbers out of range.
+    a permutation continues in the next. seed: 0 .. 2^32 - 1. Raises ValueError for numbers out of range.
     """
     if count < 1 or batch_size < 1 or step < 0 or not 0 <= seed < 2**32:
         raise ValueError(

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt as e:
         if first:
-            say(str(e) or "interrupted; the same command goes on where it stopped")
+            say(str(e) or "interrupted; the same command continues where it stopped")
         return 130
     except BrokenPipeError:  # the reader of stdout has gone, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -201,7 +201,7 @@ def _process(argv: list[str], folder: Path, prepare: Callable[..., Any] | None, 
 class Running:
     """A command line that runs in `folder`, in a process of its own.
 
-    `prepare(*arguments)` is called in it first; if it returns `Calls`, those are told in the end."""
+    `prepare(*arguments)` is called in it first; if it returns `Calls`, those are reported at the end."""
 
     def __init__(self, argv: list[str], folder: Path, prepare: Callable[..., Any] | None = None, *arguments):
         self.folder = folder

@@ -96,7 +96,7 @@ def test_mistakes_carry_their_computed_size():
     assert ["293 times"] in sizes["rai"]  # "a KV cache", at a whole forward for each token
 
 
-def test_the_last_draft_counts_and_the_page_is_told_what_the_other_says():
+def test_the_last_draft_counts_and_the_page_says_what_the_other_says():
     assert stages("rai") == stages("rai", 2)
     final = row("rai", "final", "training")
     assert (final.claimed, final.stage) == (51_700_000_000_000_000, "final")

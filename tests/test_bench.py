@@ -152,7 +152,7 @@ def test_a_target_is_met_from_its_bound_on(target, value, met):
     assert target.met(value) == met
 
 
-def test_decoding_is_told_apart_from_the_prefill():
+def test_decoding_is_measured_apart_from_the_prefill():
     tokens = [[1, 2, 3], [4, 5, 6]]
     peer = generated(tokens) | {"seconds": [4.0], "whole": [9.0]}
     line = compare.judge(TOKENS, {"ours": [generated(tokens)], "peer": [peer]}, "float32")

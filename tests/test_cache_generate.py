@@ -491,16 +491,16 @@ def test_a_tree_takes_as_many_positions_as_it_is_deep(random_model):
 
 
 class Scripted:
-    """A draft that knows what will be chosen, and makes of it whatever tree it is told to."""
+    """A draft that knows what will be chosen, and makes of it the tree that is asked for."""
 
     def __init__(self, future: list[int], tree: Callable[[list[int]], list[tuple[int, int]]]):
-        self.future, self.tree, self.told = future, tree, []  # type: ignore[var-annotated]
+        self.future, self.tree, self.seen = future, tree, []  # type: ignore[var-annotated]
 
     def guess(self) -> list[tuple[int, int]]:
-        return self.tree(self.future[len(self.told) :])
+        return self.tree(self.future[len(self.seen) :])
 
     def advance(self, token: int) -> None:
-        self.told.append(token)
+        self.seen.append(token)
 
 
 def chain(tokens: list[int]) -> list[tuple[int, int]]:
@@ -543,7 +543,7 @@ def test_a_draft_changes_no_token_whatever_it_guesses(tree, room, options, rando
         plain = [int(new) for new in decode(model, read, 25, **options)]
         draft = Scripted(plain, TREES[tree])
         got = [int(new) for new in decode(model, read, 25, draft=draft, **options)]
-        assert got == plain and draft.told == plain[: len(draft.told)] and len(draft.told) >= 24
+        assert got == plain and draft.seen == plain[: len(draft.seen)] and len(draft.seen) >= 24
 
 
 @torch.inference_mode()

@@ -256,7 +256,7 @@ def the_line(ended: Ended, reason: str) -> str:
 
 
 def load_checkpoints(folder: Path) -> int:
-    """Read every checkpoint, at its place or aside of it, as a run that goes on would; returns how many there are."""
+    """Read every checkpoint, at its place or aside of it, as a resumed run would; returns how many there are."""
     found = {path.parent.parent: path for path in sorted(folder.glob("g/cells/*/.checkpoint.old/state.safetensors"))}
     found |= {path.parent.parent: path for path in folder.glob("g/cells/*/checkpoint/state.safetensors")}
     for path in found.values():
@@ -464,7 +464,7 @@ def test_ctrl_c_and_sigterm_end_after_the_current_step_with_a_checkpoint_and_exi
     folder = stand(tmp_path)
     ended = ends(GRID, folder, signalled, module, name, at, how)
     assert (ended.code, len(ended.calls)) == (130, steps), ended.err
-    assert ended.err.splitlines()[-1] == "interrupted; the same command goes on where it stopped"
+    assert ended.err.splitlines()[-1] == "interrupted; the same command continues where it stopped"
     assert {row["state"] for row in entries(folder)} <= {"settled", "interrupted"}
     finishes(GRID, folder)
     assert assert_as_never_stopped(folder, whole) == 0  # no step ran twice

@@ -95,7 +95,7 @@ def test_of_any_text_exactly_what_could_have_been_written_is_accepted(text: str,
     assert accepts(grammar, text) == fits(text, grammar.codec, grammar.variables, grammar.widest, grammar.signed)
 
 
-def test_two_variables_are_told_apart_and_a_step_has_as_many_as_it_should() -> None:
+def test_two_variables_are_kept_apart_and_a_step_has_as_many_as_it_should() -> None:
     grammar = Grammar(Codec(1), 2)
     assert accepts(grammar, "1.0,2.0;3.5,0.0;") and accepts(grammar, "")
     for text in "1.0; 1.0,2.0,3.0; 1.0,2.0 1.0,2.0;3 ,1.0; 1.0,; 1.0,2.0;; -1.0,2.0; 10.0,2.0;".split():

@@ -191,7 +191,7 @@ def test_only_the_lora_matrices_require_a_gradient(random_model):
     assert {name for name, p in model.named_parameters() if not torch.equal(p, before[name])} == names
 
 
-def test_the_scale_is_alpha_over_r_and_one_unless_told(random_model):
+def test_the_scale_is_alpha_over_r_and_one_by_default(random_model):
     scales = [q_proj(add_lora(random_model(), 4, alpha)).scale for alpha in (None, 2, 8.0)]
     assert scales == [1, 0.5, 2]
 

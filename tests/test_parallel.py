@@ -88,7 +88,7 @@ def process(number: int, argv: list[str], environment: dict[str, str], folder: s
 
 
 class Processes:
-    """Several processes in one folder: of one group, each with its rank, unless told `apart`."""
+    """Several processes in one folder: of one group, each with its rank, unless `apart`."""
 
     def __init__(
         self,
@@ -145,7 +145,7 @@ def torchrun(argv: list[str], fault: Callable | None = None) -> Ended:
 
 
 def last_line(ended: Ended) -> str:
-    """The line of error: the last of the first process, behind its progress; the others say nothing."""
+    """The line of error: the last of the first process, after its progress; the others say nothing."""
     assert ended.err[1] == "" and ended.out[1] == "" and "Traceback" not in ended.err[0], ended.err
     return ended.err[0].splitlines()[-1]
 

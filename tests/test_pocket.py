@@ -81,12 +81,12 @@ def test_greedy_forecasts_keep_the_format_and_the_range(model, tokenizer):
 
 def test_the_readme_tells_the_held_out_loss_of_the_committed_weights(model):
     """A thousandth: other threads sum in another order."""
-    (told,) = re.findall(r"Held-out loss: ([0-9.]+) nats", (POCKET / "README.md").read_text())
-    assert pocket.held_out_loss(model, pocket.byte_tokenizer(), 0) == pytest.approx(float(told), abs=1e-3)
+    (stated,) = re.findall(r"Held-out loss: ([0-9.]+) nats", (POCKET / "README.md").read_text())
+    assert pocket.held_out_loss(model, pocket.byte_tokenizer(), 0) == pytest.approx(float(stated), abs=1e-3)
 
 
 def test_committed_ids_of_single_bytes_are_gpt2s_order(tokenizer):
-    """The order of Radford et al.'s `encoder.py`, which Qwen keeps, told a second time by transformers."""
+    """The order of Radford et al.'s `encoder.py`, which Qwen keeps, as transformers has it."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     for number, letter in enumerate(bytes_to_unicode().values()):

@@ -236,7 +236,7 @@ def test_the_page_stands_alone_and_is_sound_html(made, sampled):
         assert len(page.all("caption")) == len(page.all("table"))
         assert built.html.count('<div class="scroll"') == len(page.all("table"))
         shadows = re.search(r"\.scroll {[^}]* local,[^}]* local,[^}]*--edge[^}]*--edge", built.html)
-        assert shadows  # which say that a table goes on
+        assert shadows  # which say that there is more of a table
         viewport = next(meta["content"] for meta in page.all("meta") if meta.get("name") == "viewport")
         assert viewport == "width=device-width, initial-scale=1"
 

@@ -1,4 +1,4 @@
-"""A run that was stopped goes on to the bits of one that was not; in other settings or elsewhere it is refused.
+"""A run that was stopped continues to the bits of one that was not; in other settings or elsewhere it is refused.
 
 The data set has 14 training windows and a batch has 4 of them: steps 4 and 11 straddle two epochs, and step 7 ends the
 second.
@@ -342,7 +342,7 @@ def test_a_resume_where_one_of_10_things_is_another_is_refused_by_its_name_and_g
     now = environment(Settings())[name]
     rewrite(begun, **{name: ENVIRONMENT[name]})
     line = refused(capsys, GRID)
-    expected = "expected the same, or --allow-drift, which goes on with bits that may differ"
+    expected = "expected the same, or --allow-drift, which continues with bits that may differ"
     assert line == f"run/manifest.json: {name} was {ENVIRONMENT[name]}, is {now}: {expected}\n"
     train_cell(Settings.from_toml("settings.toml"), allow_drift=True)
     assert (begun / CELL / "result.json").is_file()

@@ -234,7 +234,7 @@ def test_bad_targets_are_refused_with_what_was_expected(targets, message, random
 
 
 class Cycle:
-    """A constraint that lets each row choose in turn among given tokens, and notes what it is told."""
+    """A constraint that lets each row choose in turn among given tokens, and notes what it is given."""
 
     tokens = None
 
@@ -259,7 +259,7 @@ TURNS = [[5, 6, 7], [11], [40, 41, 42, 96]]
     "options", [{}, {"repetition_penalty": 5.0}, OPTIONS[-2] | {"seed": 1}, {"temperature": 9.0, "seed": 2}], ids=str
 )
 @torch.inference_mode()
-def test_a_constraint_is_kept_and_is_told_the_mass_of_the_models_own_distribution(options, samples, random_model):
+def test_a_constraint_is_kept_and_is_given_the_mass_of_the_models_own_distribution(options, samples, random_model):
     model = random_model()
     ids, padding = left_padded(ROWS)
     constraint = Cycle(TURNS, len(ROWS) * samples)

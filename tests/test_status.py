@@ -66,7 +66,7 @@ def states(folder: str = "g") -> dict[str, str]:
     return {row.name: row.state for row in status(Path(folder)).runs}
 
 
-def test_a_run_that_goes_on_is_told_while_it_is_at_work_and_nothing_is_written(place, capsys):
+def test_a_run_that_is_running_is_reported_while_it_is_at_work_and_nothing_is_written(place, capsys):
     running = Running(GRID, place, pausing, 4 + 3)  # two steps of the second cell are done
     wait_for("paused")
     metrics = Path("g") / CELL / "metrics.jsonl"
@@ -145,7 +145,7 @@ def test_a_run_that_failed_says_why_until_it_is_started_again(place):
     assert set(states().values()) == {"done"} and not (Path("g") / CELL / "failure.json").exists()
 
 
-def test_two_shards_at_work_are_both_told(place):
+def test_two_shards_at_work_are_both_reported(place):
     running = [Running([*GRID, "--shard", f"{i}/2"], place, pausing, 3) for i in (1, 2)]
     until = time.monotonic() + PATIENCE
     while not all((Path("g/cells") / name / "checkpoint").is_dir() for name in ("lr0.001-r2", "lr0.01-r2")):
@@ -160,7 +160,7 @@ def test_two_shards_at_work_are_both_told(place):
     assert set(states().values()) == {"done"}
 
 
-def test_a_study_is_told_by_stages_also_those_whose_runs_are_not_chosen_yet(place):
+def test_a_study_is_reported_by_stages_also_those_whose_runs_are_not_chosen_yet(place):
     Path("study.toml").write_text(Path("small.toml").read_text() + SIZES)
     assert ends(STUDY, place, signalled, "training.cell", "load_model", 5, 15).code == 130  # of the context stage
     found = status(Path("g"))
@@ -180,7 +180,7 @@ def test_a_study_is_told_by_stages_also_those_whose_runs_are_not_chosen_yet(plac
     assert [run["lr"] for run in planned["context"]] == [best, best] == [0.01, 0.01]  # the last rate stood for it
 
 
-def test_the_folder_of_a_process_of_another_machine_is_told_by_its_own_word(place):
+def test_the_folder_of_a_process_of_another_machine_is_named_by_its_own_record(place):
     assert ends(GRID, place, signalled, "training.cell", "training_step", 2, 2).code == 130
     Owner(1, "elsewhere", "", ("untrained", "cells/lr0.001-r2"), 0).write(Path("g"))
     assert states()["lr0.001-r2"] == "running"
@@ -273,5 +273,5 @@ def test_status_needs_no_torch(stopped):
         (8_640_000, "minutes", "100 days"),
     ],
 )
-def test_a_duration_is_told_in_the_largest_unit_that_it_is_more_than_two_of(seconds, smallest, said):
+def test_a_duration_is_reported_in_the_largest_unit_that_it_is_more_than_two_of(seconds, smallest, said):
     assert duration(seconds, smallest) == said

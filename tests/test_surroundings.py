@@ -39,7 +39,7 @@ def shell(command: str, **environment: str) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("command", "environment", "code", "said"),
     [
-        ("budget", ASCII, 0, r"r\xfcn"),  # it was the end, behind half of the table
+        ("budget", ASCII, 0, r"r\xfcn"),  # it was the end, after half of the table
         ("status \xfc", ASCII, 2, r"'\udcc3\udcbc' on the command line: expected text in ascii"),
         (
             "status \"$(printf '\\377')\"",
@@ -63,7 +63,7 @@ def test_a_verb_ends_as_its_exit_code_says_whatever_its_streams_and_its_locale_a
 
 
 def test_a_run_whose_standard_streams_are_all_closed_ends_in_the_bytes_of_another():
-    """Bug: without stderr it ended in the middle, and without stdout behind its end with a traceback."""
+    """Bug: without stderr it ended in the middle, and without stdout after its end with a traceback."""
     assert run.main(TRAIN) == 0
     Path("t").rename("whole")
     code, printed = shell(f"{shlex.join(TRAIN)} --ledger other.sqlite <&- >&- 2>&-")

@@ -5,7 +5,7 @@ where SQLite's integers end. Sums are taken in Python, whose integers do not end
 
 An entry is the work on one cell of one run. Reserving sets its prediction aside before anything runs, so runs
 that race cannot pass the budget together; each step is debited as it is done; settling releases what was not
-needed. A cell that stopped goes on in its old entry: that keeps what the last checkpoint stands for, and the
+needed. A cell that stopped continues in its old entry: that keeps what the last checkpoint stands for, and the
 rest of what it had spent is wasted. So the settled numbers of a run do not depend on how often it was
 stopped.
 """

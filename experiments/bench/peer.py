@@ -128,7 +128,7 @@ class _Allowed(LogitsProcessor):
 
 
 class _Ticks(BaseStreamer):
-    """Told the prompt first, then each token: the time between the first two is the prefill's."""
+    """Given the prompt first, then each token: the time between the first two is the prefill's."""
 
     def __init__(self, tick: Callable[[], None]):
         self.seen, self.tick = 0, tick

@@ -82,7 +82,7 @@ class RunFolder:
         return all(held.get(part) == list(systems) for part, systems in parts.items())
 
     def kept(self) -> dict[str, int]:
-        """FLOPs by ledger stage that its training goes on from: those of its result or of its last checkpoint."""
+        """FLOPs by ledger stage that its training continues from: those of its result or of its last checkpoint."""
         records = (Record(path) for path in (self.result, self.checkpoint / "state.json"))
         return next((record.flops for record in records if record.there), {})
 

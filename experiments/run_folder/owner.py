@@ -42,7 +42,7 @@ class Owner:
 
     @property
     def alive(self) -> bool | None:
-        """Whether the process lives; None for one of another machine, of which nothing can be told here."""
+        """Whether the process lives; None for one of another machine, which cannot be asked from here."""
         if self.host != platform.node():
             return None
         return bool(self.started) and start_marker(self.process) == self.started
@@ -69,7 +69,9 @@ def owner_of(out: Path) -> Owner | None:
         ):
             raise TypeError
     except (TypeError, KeyError):
-        raise ValueError(f"{path}: expected process, host, started, runs and flops, as a run writes them") from None
+        raise ValueError(
+            f"{path}: is not as a run writes it: expected process, host, started, runs and flops"
+        ) from None
     return owner
 
 

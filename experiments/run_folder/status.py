@@ -1,4 +1,4 @@
-"""What is running, done, failed, how far, and the time left: from the files of a run's folder, while it goes on.
+"""What is running, done, failed, how far, and the time left: from the files of a run's folder, while it runs.
 
 RUN/plan.json (see `study.py`) says what was asked for; metrics.jsonl, result.json and evaluation.json of each run, how
 far it is; failure.json, why it failed; .owner, which process works at it. Nothing is written and no lock is tried.
@@ -178,7 +178,9 @@ def stages_of(path: Path) -> dict[str, list[dict[str, Any]]]:
             if not all(type(flops) is int for flops in run["predicted"].values()):
                 raise TypeError
     except (KeyError, TypeError):
-        raise ValueError(f"{path}: expected stages, each with runs that have {', '.join(kinds)}") from None
+        raise ValueError(
+            f"{path}: is not as a run writes it: expected stages, each with runs that have {', '.join(kinds)}"
+        ) from None
     return stages
 
 

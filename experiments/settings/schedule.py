@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step alone, so that a resumed run goes on with the same one."""
+"""The learning rate as a function of the step alone, so that a resumed run has the same one."""
 
 import math
 

@@ -70,7 +70,7 @@ def begin(task: Task, out: Path) -> None:
 
 
 def check_drift(settings: Settings, out: Path, allowed: bool) -> None:
-    """Look whether the work in a folder goes on in the environment in which it stopped; else add it to the manifest.
+    """Look whether the work in a folder continues in the environment in which it stopped; else add it to the manifest.
 
     There `environment` is that of the beginning, and `drift` lists every change since: what, was, now, begun.
 
@@ -88,7 +88,7 @@ def check_drift(settings: Settings, out: Path, allowed: bool) -> None:
     if changed and not allowed:
         said = ", ".join(f"{name} was {was.get(name, 'not recorded')!s:.70}, is {now.get(name)}" for name in changed)
         raise ValueError(
-            f"{path}: {said}: expected the same, or --allow-drift, which goes on with bits that may differ"
+            f"{path}: {said}: expected the same, or --allow-drift, which continues with bits that may differ"
         )
     if changed:
         drift += [{"what": name, "was": was.get(name), "now": now.get(name), "begun": _time()} for name in changed]

@@ -34,8 +34,8 @@ PATIENCE = timedelta(days=1)
 
 def world() -> int:
     """How many processes torchrun started; 1 without it."""
-    told = all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
-    return _number("WORLD_SIZE", 1, 2**20) if told else 1
+    given = all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    return _number("WORLD_SIZE", 1, 2**20) if given else 1
 
 
 def rank() -> int:
@@ -101,9 +101,9 @@ class Alone:
         return manager(*args)
 
     def together(self) -> AbstractContextManager:
-        """Around what one rank may fail at: what one raises inside, all raise behind it.
+        """Around what one rank may fail at: if one rank raises inside, every rank raises on exit.
 
-        What is inside may not wait for other ranks behind the line that can fail on some of them alone.
+        Inside, no rank may wait for others after a line that can fail on some of them alone.
         """
         return nullcontext()
 

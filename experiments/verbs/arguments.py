@@ -202,7 +202,7 @@ def _settings(p: argparse.ArgumentParser, *groups: str) -> None:
         add("--betas", type=float, nargs=2, help="of AdamW (0.9 0.999)")
         add("--weight-decay", type=float, help="of AdamW (0)")
         add("--clip", type=float, help="longest gradient of an update, by its norm; 0 for any (0)")
-        drift = "go on with another torch, device, dtype, processor, number of threads or processes: bits may differ"
+        drift = "continue with another torch, device, dtype, processor, number of threads or processes: bits may differ"
         add("--allow-drift", action="store_true", help=f"{drift}; the manifest lists it")
         add("--vocabulary", help="of the loss: full, or symbols: over the text's own alone, another loss (full)")
         add("--preset", help="learning rates by name: reports or pocket")
