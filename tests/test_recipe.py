@@ -93,6 +93,38 @@ def begun(rank: int = 2, **changes) -> tuple[Task, train._State]:
     return task, train._State(model, Cell(1e-2, rank), task.settings)
 
 
+def test_the_best_adapter_is_kept_through_stops_and_is_that_of_a_run_which_ended_there(monkeypatch):
+    """At this rate the loss rises again: the best validation is not the last."""
+    wild = [*RUN[:-2], "--data", "waves.h5", "--lr", "0.3", "--val-every", "1"]
+    assert main([*wild, "--keep", "best", "--out", "best"]) == 0
+    result = json.loads(Path("best/cells/lr0.3-r2/result.json").read_text())
+    assert result["best_step"] < 6 and result["validation_loss"] == result["best_validation_loss"]
+    assert main([*wild, "--steps", str(result["best_step"]), "--out", "ended"]) == 0
+    adapters = [Path(out, "cells/lr0.3-r2/adapter/adapter_model.safetensors").read_bytes() for out in ("best", "ended")]
+    assert adapters[0] == adapters[1]
+    assert main([*wild, "--keep", "best", "--out", "best"]) == 0  # read back, and left as it is
+
+    true = train._State.save
+
+    def dying(self, folder):
+        if self.step == result["best_step"] and not stopped:
+            stopped.append(self.step)
+            raise Killed  # between the adapter and the checkpoint
+        true(self, folder)
+
+    stopped: list[int] = []
+    monkeypatch.setattr(train._State, "save", dying)
+    with pytest.raises(Killed):
+        main([*wild, "--keep", "best", "--out", "killed"])
+    assert main([*wild, "--keep", "best", "--out", "killed"]) == 0
+    for name in ("result.json", "metrics.jsonl", "adapter/adapter_model.safetensors"):
+        assert Path("killed/cells/lr0.3-r2", name).read_bytes() == Path("best/cells/lr0.3-r2", name).read_bytes()
+
+
+class Killed(BaseException):
+    pass
+
+
 def test_an_update_is_adamws_at_the_steps_rate_with_a_gradient_cut_to_the_clip():
     recipe = {"schedule": "linear", "steps": 4, "clip": 1e-3, "weight_decay": 0.5, "betas": (0.8, 0.9)}
     task, ours = begun(**recipe)
@@ -155,6 +187,7 @@ def test_lora_sits_on_the_targets_and_the_prices_are_those_of_what_runs(capsys):
             "decay is 4 steps: expected at most 3",
         ),
         (["--schedule", "up"], "schedule is 'up': expected one of constant"),
+        (["--keep", "all"], "keep is 'all': expected one of last, best"),
         (["--clip", "-1"], "clip is -1.0: expected 0 or more"),
         (["--final-lr", "2"], "final_lr is 2.0: expected 0 to 1"),
         (["--betas", "1", "0.9"], "betas is [1.0, 0.9]: expected two numbers"),

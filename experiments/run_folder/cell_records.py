@@ -28,15 +28,19 @@ _RESULT: dict[str, Any] = {
 }
 
 
-def summary(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The part of `result.json` that follows from `metrics.jsonl`, the last line of which is a validation."""
+def summary(metrics: Sequence[Mapping[str, Any]], keep: str = "last") -> dict[str, Any]:
+    """The part of `result.json` that follows from `metrics.jsonl`, the last line of which is a validation.
+
+    `validation_loss` is that of the adapter that is kept: the "last", or the "best" by that loss, of which the first.
+    """
     losses = [m["loss"] for m in metrics if "loss" in m]
     validation = [m for m in metrics if "validation_loss" in m]
     best, last = min(validation, key=lambda m: m["validation_loss"]), validation[-1]
+    kept = best if keep == "best" else last
     return {
         "steps": len(losses),
-        "validation_loss": last["validation_loss"],
-        "validation_loss_with_padding": last.get("validation_loss_with_padding"),
+        "validation_loss": kept["validation_loss"],
+        "validation_loss_with_padding": kept.get("validation_loss_with_padding"),
         "best_validation_loss": best["validation_loss"],
         "best_step": best["step"],
         "first_loss": losses[0] if losses else None,
@@ -100,12 +104,12 @@ def read_result(folder: RunFolder) -> dict[str, Any]:
     for name in ("flops", "predicted_flops"):
         _check(f"{path}: {name}", result[name], _FLOPS)
     _check(f"{path}", {"adapter_sha256": {}} | result, {"adapter_sha256": dict})
-    if unknown := sorted(result.keys() - {*_RESULT, "adapter_sha256", "metrics_sha256"}):
+    if unknown := sorted(result.keys() - {*_RESULT, "adapter_sha256", "metrics_sha256", "keep"}):
         raise ValueError(f"{path}: has {unknown[0]!r:.60}: expected {', '.join(_RESULT)}")
     metrics = read_metrics(folder.metrics)
     if not metrics or "validation_loss" not in metrics[-1]:
         raise ValueError(f"{folder.metrics}: ends without a validation: expected all of a finished run")
-    for name, value in summary(metrics).items():
+    for name, value in summary(metrics, result.get("keep", "last")).items():
         same = result[name] == value
         if name == "last_losses_mean" and value is not None:  # Python 3.12 adds up in another way
             same = math.isclose(result[name] or 0.0, value, rel_tol=1e-12)

@@ -89,6 +89,7 @@ class Settings:
     logit_bias: bool = False  # train a bias on the logits too
     val_every: int = 30  # steps between validations; 0 for one after training
     checkpoint_every: int = 100  # steps between checkpoints, besides those of the validations
+    keep: str = "last"  # the adapter of the last validation, or of the "best" by its loss
     val_series: int = 20  # series of the validation part whose loss is taken; 0 for all
 
     # the other stages of a study
@@ -268,6 +269,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("decimals", lambda v: 0 <= v <= 6, "0 to 6"),
     ("targets", lambda v: bool(v) and all(v), "names of linear layers"),
     ("schedule", schedule.SCHEDULES.__contains__, f"one of {', '.join(schedule.SCHEDULES)}"),
+    ("keep", ("last", "best").__contains__, "one of last, best"),
     ("final_lr", lambda v: 0 <= v <= 1, "0 to 1, a part of the learning rate"),
     ("betas", lambda v: len(v) == 2 and all(0 <= one < 1 for one in v), "two numbers of at least 0, less than 1"),
     ("dropout", lambda v: 0 <= v < 1, "at least 0, less than 1"),

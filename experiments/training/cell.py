@@ -101,8 +101,8 @@ def run_cell(
     def finish() -> dict[str, Any]:
         summary = _summary(task, cell, model, metrics, state.flops, expected)
         if cell.rank:
-            with files.atomic_folder(folder.adapter) as adapter:
-                save_adapter(model, adapter, base=settings.model)
+            if settings.keep == "last":
+                state.keep(folder)
             summary["adapter_sha256"] = {p.name: files.file_digest(p) for p in sorted(folder.adapter.iterdir())}
         files.write_json(folder.result, summary)
         ledger.settle(entry)
@@ -120,6 +120,8 @@ def run_cell(
                 if last or (settings.val_every and state.step % settings.val_every == 0):
                     with group.together():
                         note(state.validate(windows, ledger, entry))
+                        if settings.keep == "best" and state.best:
+                            group.first(state.keep, folder)
                         group.first(state.save, folder)
                 elif state.step % settings.checkpoint_every == 0:
                     group.tell(state.save, folder)
@@ -224,6 +226,17 @@ class _State:
         self.validated_at = self.step
         return {"step": self.step} | losses | self.flops
 
+    @property
+    def best(self) -> bool:
+        """Whether no earlier validation was as good as the last one; the untrained model has no adapter to keep."""
+        *before, last = (line["validation_loss"] for line in self.metrics if "validation_loss" in line)
+        return bool(self.steps) and all(last < loss for loss in before)
+
+    def keep(self, folder: RunFolder) -> None:
+        """Write the adapter as it is now."""
+        with files.atomic_folder(folder.adapter) as adapter:
+            save_adapter(self.model, adapter, base=self.settings.model)
+
     def gradient_norms(self) -> dict[str, Any]:
         """The norm of the last gradient of every LoRA matrix: a line of `gradients.jsonl`."""
         norms = {}
@@ -320,7 +333,7 @@ def _unreadable(path: Path, why: str) -> ValueError:
 
 def _summary(task: Task, cell: Cell, model: Qwen, metrics, flops, expected) -> dict[str, Any]:
     """`result.json`: nothing in it depends on the clock, so a resumed run writes the same bytes."""
-    return cell_records.summary(metrics) | {
+    return cell_records.summary(metrics, task.settings.keep) | {
         "cell": cell.name,
         "lr": cell.lr,
         "rank": cell.rank,
@@ -335,4 +348,5 @@ def _summary(task: Task, cell: Cell, model: Qwen, metrics, flops, expected) -> d
         "validation_tokens": task.validation_windows.real_tokens,
         "data_sha256": task.dataset.digest,
         "metrics_sha256": cell_records.digest(metrics),
+        **({} if task.settings.keep == "last" else {"keep": task.settings.keep}),
     }
