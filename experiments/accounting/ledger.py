@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.run_folder.owner import start_marker
+from experiments.run_folder.table import aligned
 
 BUDGET = 10**17
 STAGES = ("training", "validation", "inference")
@@ -412,12 +413,9 @@ def table(ledger: Ledger) -> str:
         amounts = (_short(row[key]) for key in lines[0][3:-1])
         share = f"{100 * row['total'] / ledger.budget:.4f} %"
         lines.append((row["run"], row["cell"], row["state"], *amounts, share))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    pads = [str.ljust] * 3 + [str.rjust] * (len(widths) - 3)
-    text = ["  ".join(p(c, w) for p, c, w in zip(pads, line, widths, strict=True)) for line in lines]
     width = len(f"{ledger.budget:,}")
     exact = [f"{key:8}  {totals[key]:>{width},} FLOPs" for key in ("spent", "reserved", "left", "budget")]
-    return "\n".join([*text, "", *exact])
+    return "\n".join([*aligned(lines, left=3), "", *exact])
 
 
 def bar(ledger: Ledger, width: int = 40) -> str:

@@ -1,7 +1,8 @@
 """The benchmark as a table: aligned for a terminal, in Markdown for a page."""
 
-from collections.abc import Sequence
 from typing import Any
+
+from experiments.run_folder import table
 
 HEADS = ("case", "ours", "peer", "faster", "of the floor", "peak memory", "same result", "targets")
 SCALING_HEADS = ("axis", "value", "ours", "peer", "faster", "of the floor", "peak memory")
@@ -10,13 +11,13 @@ SCALING_HEADS = ("axis", "value", "ours", "peer", "faster", "of the floor", "pea
 def text(report: dict[str, Any]) -> str:
     """What the command prints: the machine, the table with a line a case, the notes."""
     rows = [HEADS, *map(cells, report["cases"])]
-    return "\n".join([*header(report), "", *aligned(rows), "", *notes(report)])
+    return "\n".join([*header(report), "", *table.aligned(rows, len(rows[0])), "", *notes(report)])
 
 
 def markdown(report: dict[str, Any]) -> str:
     """`bench.md`."""
     lines = ["# Benchmark", "", *(f"- {line}" for line in header(report)), ""]
-    lines += _piped([HEADS, *map(cells, report["cases"])])
+    lines += table.markdown([HEADS, *map(cells, report["cases"])])
     return "\n".join([*lines, "", *(f"- {line}" for line in notes(report)), ""])
 
 
@@ -26,7 +27,7 @@ def scaling_text(report: dict[str, Any]) -> str:
     for point in report["points"]:
         _, *rest = cells(point)
         rows.append((point["axis"], str(point["value"]), *rest[:5]))
-    return "\n".join([*header(report), "", *aligned(rows)])
+    return "\n".join([*header(report), "", *table.aligned(rows, len(rows[0]))])
 
 
 def header(report: dict[str, Any]) -> list[str]:
@@ -101,18 +102,6 @@ def notes(report: dict[str, Any]) -> list[str]:
 def percent(part: float) -> str:
     """Whole, but for the smallest."""
     return f"{100 * part:.{0 if part >= 0.01 else 1}f} %"
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns as wide as their widest cell."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-    return [line.rstrip() for line in lines]
-
-
-def _piped(rows: Sequence[Sequence[str]]) -> list[str]:
-    head, *body = ("| " + " | ".join(row) + " |" for row in rows)
-    return [head, "|" + "---|" * len(rows[0]), *body]
 
 
 def _measure(unit: str, side: dict[str, Any]) -> str:

@@ -16,16 +16,17 @@ from experiments.run_folder.folder import RunFolder
 _FLOPS = {"training": int, "validation": int}
 _STEP = {"step": int, "loss": float, "gradient_norm": float} | _FLOPS
 _VALIDATION = {"step": int, "validation_loss": float} | _FLOPS
-_STATE = {"step": int, "validated_at": int, "flops": dict}
+_STATE = {"step": int, "validated_at": int, "flops": _FLOPS}
 _NUMBER_OR_NULL = (float, type(None))
 _RESULT: dict[str, Any] = {
     **{"cell": str, "lr": float, "rank": int, "steps": int, "context": int, "label": str},
     **{"validation_loss": float, "validation_loss_with_padding": _NUMBER_OR_NULL},
     **{"best_validation_loss": float, "best_step": int},
     **{"first_loss": _NUMBER_OR_NULL, "last_losses_mean": _NUMBER_OR_NULL},
-    **{"flops": dict, "predicted_flops": dict, "convention": str, "trainable_parameters": int},
+    **{"flops": _FLOPS, "predicted_flops": _FLOPS, "convention": str, "trainable_parameters": int},
     **{"train_windows": int, "validation_windows": int, "validation_tokens": int, "data_sha256": str},
 }
+_OPTIONAL = {"adapter_sha256": dict, "metrics_sha256": str, "keep": str}
 
 
 def summary(metrics: Sequence[Mapping[str, Any]], keep: str = "last") -> dict[str, Any]:
@@ -72,7 +73,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         where = f"{path}: line {number}"
         trains = "loss" in line
-        _check(where, line, _STEP if trains else _VALIDATION)
+        files.check(where, line, _STEP if trains else _VALIDATION)
         step += trains
         if line["step"] != step:
             raise ValueError(f"{where}: step is {line['step']}: expected {step}")
@@ -87,8 +88,8 @@ def read_gradients(path: Path) -> list[dict[str, Any]]:
     """The lines of `gradients.jsonl`; ValueError where one is not as a run writes it."""
     lines = files.read_jsonl(path)
     for number, line in enumerate(lines, 1):
-        _check(f"{path}: line {number}", line, {"step": int, "norms": dict})
-        _check(f"{path}: line {number}", line["norms"], dict.fromkeys(line["norms"], float))
+        files.check(f"{path}: line {number}", line, {"step": int, "norms": dict})
+        files.check(f"{path}: line {number}", line["norms"], dict.fromkeys(line["norms"], float))
     return lines
 
 
@@ -100,12 +101,7 @@ def read_result(folder: RunFolder) -> dict[str, Any]:
     """
     path = folder.result
     result = files.read_json(path)
-    _check(f"{path}", result, _RESULT)
-    for name in ("flops", "predicted_flops"):
-        _check(f"{path}: {name}", result[name], _FLOPS)
-    _check(f"{path}", {"adapter_sha256": {}} | result, {"adapter_sha256": dict})
-    if unknown := sorted(result.keys() - {*_RESULT, "adapter_sha256", "metrics_sha256", "keep"}):
-        raise ValueError(f"{path}: has {unknown[0]!r:.60}: expected {', '.join(_RESULT)}")
+    files.check(path, result, _RESULT, _OPTIONAL)
     metrics = read_metrics(folder.metrics)
     if not metrics or "validation_loss" not in metrics[-1]:
         raise ValueError(f"{folder.metrics}: ends without a validation: expected all of a finished run")
@@ -122,8 +118,7 @@ def read_result(folder: RunFolder) -> dict[str, Any]:
 def read_state(path: Path, steps: int, cell: str) -> dict[str, Any]:
     """The `state.json` of a checkpoint of a cell of `steps` steps; ValueError where it is not as a run writes it."""
     state = files.read_json(path)
-    _check(f"{path}", state, _STATE)
-    _check(f"{path}: flops", state["flops"], _FLOPS)
+    files.check(path, state, _STATE)
     if (found := state.get("cell", cell)) != cell:
         raise ValueError(f"{path}: cell is {found!r:.60}: expected {cell!r}, in whose folder it is")
     for name, least, most in (("step", 1, steps), ("validated_at", -1, state["step"])):
@@ -148,17 +143,3 @@ def upto(state: Mapping[str, Any], folder: RunFolder) -> list[dict[str, Any]]:
             raise ValueError(f"{path}: {name} is {value!r} there: expected {state[name]!r}, as the checkpoint says")
     _check_digest(path, metrics, state.get("metrics_sha256"), "checkpoint/state.json")
     return metrics
-
-
-def _check(where: str, found: Any, kinds: Mapping[str, Any]) -> None:
-    """Raise ValueError unless `found` is an object with all of these, each of its kind; numbers of FLOPs are whole."""
-    if not isinstance(found, dict):
-        raise ValueError(f"{where}: is a {type(found).__name__}: expected an object")
-    for name, kind in kinds.items():
-        if name not in found:
-            raise ValueError(f"{where}: has no {name}: expected {', '.join(kinds)}")
-        value, allowed = found[name], kind if isinstance(kind, tuple) else (kind,)
-        holds = type(value) in allowed or (float in allowed and type(value) is int)
-        if not holds or (type(value) is int and not -1 <= value < 2**63):
-            wanted = "text" if kind is str else "an object" if kind is dict else "a number as a run writes it"
-            raise ValueError(f"{where}: {name} is {value!r:.60}: expected {wanted}")

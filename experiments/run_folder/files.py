@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import tomllib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -123,56 +123,66 @@ def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def read_json(path: str | Path) -> Any:
     """Return the value in a JSON file. Raises a one-line ValueError naming file and fault (NaN is one)."""
-    return _read(path, lambda data: _loads(data, f"{path}: "))
+    return _loads(_read(path), f"{path}: ")
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
     """Return the tables of a TOML file. Raises a one-line ValueError that starts with its name."""
-
-    def parse(data: bytes) -> dict[str, Any]:
-        try:
-            return tomllib.loads(data.decode())
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: {' '.join(str(error).split())}: expected a TOML file") from None
-
-    return _read(path, parse)
+    text = _text(_read(path), f"{path}: ")
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}: expected a TOML file") from None
 
 
 def read_csv(path: str | Path) -> tuple[list[str], list[dict[str, str]]]:
     """Return the columns and the rows of a CSV file, all as text. Raises a one-line ValueError naming the file."""
-
-    def parse(data: bytes) -> tuple[list[str], list[dict[str, str]]]:
-        try:
-            lines = list(csv.reader(io.StringIO(data.decode(), newline=""), strict=True))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: byte {error.start} is not UTF-8: expected UTF-8 text") from None
-        except csv.Error as error:
-            raise ValueError(f"{path}: {error}: expected comma-separated values") from None
-        if not lines or len(set(lines[0])) < len(lines[0]):
-            raise ValueError(f"{path}: expected a first line that names each column once")
-        for at, line in enumerate(lines[1:], 2):
-            if len(line) != len(lines[0]):
-                raise ValueError(f"{path}: line {at} has {len(line)} values: expected {len(lines[0])}, as columns")
-        return lines[0], [dict(zip(lines[0], line, strict=True)) for line in lines[1:]]
-
-    return _read(path, parse)
+    text = _text(_read(path), f"{path}: ")
+    try:
+        lines = list(csv.reader(io.StringIO(text, newline=""), strict=True))
+    except csv.Error as error:
+        raise ValueError(f"{path}: {error}: expected comma-separated values") from None
+    if not lines or len(set(lines[0])) < len(lines[0]):
+        raise ValueError(f"{path}: expected a first line that names each column once")
+    for at, line in enumerate(lines[1:], 2):
+        if len(line) != len(lines[0]):
+            raise ValueError(f"{path}: line {at} has {len(line)} values: expected {len(lines[0])}, as columns")
+    return lines[0], [dict(zip(lines[0], line, strict=True)) for line in lines[1:]]
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     """Return the records of a JSON-lines file, less a last line that a kill left without its newline.
 
     Raises a one-line ValueError naming file, line and fault."""
+    records = [_loads(line, f"{path}: line {n}: ") for n, line in enumerate(_read(path).split(b"\n")[:-1], 1)]
+    for number, record in enumerate(records, 1):
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}: line {number}: is a {type(record).__name__}: expected an object")
+    return records
 
-    def parse(data: bytes) -> list[dict[str, Any]]:
-        records = []
-        for number, line in enumerate(data.split(b"\n")[:-1], 1):
-            record = _loads(line, f"{path}: line {number}: ")
-            if not isinstance(record, dict):
-                raise ValueError(f"{path}: line {number}: is a {type(record).__name__}: expected an object")
-            records.append(record)
-        return records
 
-    return _read(path, parse)
+def check(where: object, found: Any, kinds: Mapping[str, Any], others: Mapping[str, Any] | None = None) -> None:
+    """Raise ValueError unless a value from JSON is an object with all of these names, each of its kind.
+
+    A kind is a type, several of them, or the kinds of an object's names. A whole number is from -1 to 2^63 - 1, and may
+    stand for a float. `others` may be there too, and nothing else; by default anything may.
+    """
+    if not isinstance(found, dict):
+        raise ValueError(f"{where}: is a {type(found).__name__}: expected an object")
+    if missing := [name for name in kinds if name not in found]:
+        raise ValueError(f"{where}: has no {missing[0]}: expected {', '.join(kinds)}")
+    for name, value in found.items():
+        kind = kinds.get(name) or (others or {}).get(name)
+        if isinstance(kind, Mapping):
+            check(f"{where}: {name}", value, kind)
+        elif kind is None and others is not None:
+            raise ValueError(f"{where}: has {name!r:.60}: expected {', '.join(kinds)}")
+        elif kind is not None:
+            allowed = kind if isinstance(kind, tuple) else (kind,)
+            holds = type(value) in allowed or (float in allowed and type(value) is int)
+            if not holds or (type(value) is int and not -1 <= value < 2**63):
+                wanted = {str: "text", list: "a list", dict: "an object"}.get(kind, "a number as a run writes it")
+                raise ValueError(f"{where}: {name} is {value!r:.60}: expected {wanted}")
 
 
 def file_digest(path: str | Path) -> str:
@@ -274,19 +284,24 @@ def _dumps(path: str | Path, value: Any, indent: int | None = None) -> str:
         raise ValueError(f"{path}: not written, JSON has no NaN and no infinity ({error})") from error
 
 
-def _read(path: str | Path, parse: Callable[[bytes], Any]) -> Any:
+def _read(path: str | Path) -> bytes:
     try:
-        data = Path(path).read_bytes()
+        return Path(path).read_bytes()
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error}): expected a file") from error
-    return parse(data)
+
+
+def _text(data: bytes, where: str) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}has the byte {data[error.start]:#04x}: expected UTF-8 text") from error
 
 
 def _loads(data: bytes, where: str) -> Any:
+    text = _text(data, where)
     try:
-        return json.loads(data.decode(), parse_constant=_finite, parse_float=_finite)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where}has the byte {data[error.start]:#04x}: expected UTF-8 text") from error
+        return json.loads(text, parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}not valid JSON ({error}): expected it as it was written") from error
 

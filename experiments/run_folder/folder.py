@@ -1,7 +1,6 @@
 """The folder of one run: the one place that spells its files, and tells how far the run is."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,45 +26,25 @@ class Record:
     @property
     def flops(self) -> dict[str, int]:
         """By ledger stage; empty if there is no file."""
-        amounts = self.held.get("flops", None if self.there else {})
-        if not isinstance(amounts, dict) or not all(type(n) is int for n in amounts.values()):
-            raise ValueError(f"{self.path}: flops is {amounts!r}: expected whole numbers by stage")
-        return amounts
+        if not self.there:
+            return {}
+        files.check(self.path, self.held, {"flops": dict})
+        files.check(f"{self.path}: flops", self.held["flops"], dict.fromkeys(self.held["flops"], int))
+        return self.held["flops"]
 
 
-@dataclass(frozen=True)
 class RunFolder:
     """metrics.jsonl  gradients.jsonl  result.json  failure.json  adapter/  checkpoint/  evaluation/"""
 
-    path: Path
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def gradients(self) -> Path:
-        return self.path / "gradients.jsonl"
-
-    @property
-    def result(self) -> Path:
-        return self.path / "result.json"
-
-    @property
-    def failure(self) -> Path:
-        return self.path / FAILURE
-
-    @property
-    def adapter(self) -> Path:
-        return self.path / "adapter"
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.path / "checkpoint"
-
-    @property
-    def evaluation(self) -> Path:
-        return self.path / "evaluation"
+    def __init__(self, path: Path):
+        self.path = path
+        self.metrics = path / "metrics.jsonl"
+        self.gradients = path / "gradients.jsonl"
+        self.result = path / "result.json"
+        self.failure = path / FAILURE
+        self.adapter = path / "adapter"
+        self.checkpoint = path / "checkpoint"
+        self.evaluation = path / "evaluation"
 
     @property
     def finished(self) -> bool:

@@ -14,8 +14,10 @@ from pathlib import Path
 import filelock
 
 from experiments.run_folder import files
+from experiments.run_folder.folder import Record
 
 NAME = ".owner"
+_KINDS = {"process": int, "host": str, "started": str, "runs": list, "flops": int}
 RECORDS = (
     *("config.toml", "protocol.toml", "plan.json", "study.json", "preprocessing.json", "results.csv", "results.md"),
     *("flops.csv", "accounting.csv", "accounting.json", "report.html", "report.md"),
@@ -55,24 +57,13 @@ def owner_of(out: Path) -> Owner | None:
     """Who is in a folder, or was when it was killed; None for nobody. Raises a one-line ValueError for a damaged file.
 
     Only the file is read: to try the lock could refuse a run that comes in that moment."""
-    path = out / NAME
-    try:
-        held = files.read_json(path)
-    except ValueError:
-        if not path.exists():
-            return None
-        raise
-    try:
-        owner = Owner(**held | {"runs": tuple(held["runs"])})
-        if not all(type(n) is int and n >= 0 for n in (owner.process, owner.flops)) or not all(
-            isinstance(text, str) for text in (owner.host, owner.started, *owner.runs)
-        ):
-            raise TypeError
-    except (TypeError, KeyError):
-        raise ValueError(
-            f"{path}: is not as a run writes it: expected process, host, started, runs and flops"
-        ) from None
-    return owner
+    record = Record(out / NAME)
+    if not record.there:
+        return None
+    files.check(record.path, record.held, _KINDS, {})
+    runs = {f"run {number}": run for number, run in enumerate(record.held["runs"], 1)}
+    files.check(record.path, runs, dict.fromkeys(runs, str))
+    return Owner(**record.held | {"runs": tuple(runs.values())})
 
 
 class Claim:

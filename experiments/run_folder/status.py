@@ -13,6 +13,7 @@ from typing import Any
 from experiments.run_folder import files
 from experiments.run_folder.folder import Record, RunFolder
 from experiments.run_folder.owner import NAME, Owner, owner_of
+from experiments.run_folder.table import aligned
 
 PLAN = "plan.json"
 _SECONDS_IN = {"days": 86400, "hours": 3600, "minutes": 60, "seconds": 1}
@@ -95,9 +96,6 @@ def text(found: Status) -> str:
         loss, validation = ("-" if n is None else f"{n:.4f}" for n in (row.loss, row.validation_loss))
         amounts = f"{row.flops:.3e}", f"{row.predicted_flops:.3e}"
         lines.append((row.name, row.state, f"{row.step}/{row.steps}", loss, validation, *amounts))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    pads = [str.ljust] * 2 + [str.rjust] * 5
-    table = ["  ".join(p(c, w) for p, c, w in zip(pads, line, widths, strict=True)).rstrip() for line in lines]
     errors = [f"{row.name} failed: {row.error}" for row in found.runs if row.error]
     total = found.totals()
     share = total["flops"] / max(1, total["predicted_flops"])
@@ -109,7 +107,7 @@ def text(found: Status) -> str:
         + ("at work: " + "; ".join(found.at_work) if found.at_work else "no process at work")
         + ("" if done else f"; time left: {left}")
     )
-    return "\n".join([*table, "", *errors, whole])
+    return "\n".join([*aligned(lines, left=2), "", *errors, whole])
 
 
 def duration(seconds: float, smallest: str = "seconds") -> str:
@@ -173,14 +171,10 @@ def stages_of(path: Path) -> dict[str, list[dict[str, Any]]]:
     try:
         stages = {stage["stage"]: stage["runs"] for stage in Record(path).held["stages"]}
         for run in (run for runs in stages.values() for run in runs):
-            if not all(type(run[name]) is kind for name, kind in kinds.items()):
-                raise TypeError
-            if not all(type(flops) is int for flops in run["predicted"].values()):
-                raise TypeError
+            files.check(path, run, kinds)
+            files.check(path, run["predicted"], dict.fromkeys(run["predicted"], int))
     except (KeyError, TypeError):
-        raise ValueError(
-            f"{path}: is not as a run writes it: expected stages, each with runs that have {', '.join(kinds)}"
-        ) from None
+        raise ValueError(f"{path}: is not as a run writes it: expected stages, each with its runs") from None
     return stages
 
 

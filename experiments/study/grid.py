@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import plots
-from experiments.run_folder import files
+from experiments.run_folder import files, table
 from experiments.run_folder.folder import RunFolder
 from experiments.settings.record import Settings
 from experiments.study.plan import runs_of
@@ -25,8 +25,8 @@ def write_results(settings: Settings, out: Path) -> list[dict[str, Any]]:
     curves = [_curve(folder, result) for folder, result in zip(folders[1:], results[1:], strict=True)]
     for x in ("step", "flops"):
         plots.loss_curves(curves, figures / f"loss-cells-by-{x}.png", x=x, label=settings.label)
-    table = {(r["lr"], r["rank"]): r["validation_loss"] for r in results[1:]}
-    plots.heat_map(table, figures / "grid.png", label=settings.label)
+    losses = {(r["lr"], r["rank"]): r["validation_loss"] for r in results[1:]}
+    plots.heat_map(losses, figures / "grid.png", label=settings.label)
     return results
 
 
@@ -51,28 +51,22 @@ def markdown(settings: Settings, results: Sequence[dict[str, Any]], out: Path) -
         "",
     ]
     if not settings.lr:
-        lines += [
-            f"Learning rates: the preset `{settings.preset_name}`"
-            + (
-                ", a hundred times the reports' 1e-5 to 1e-4, which teach so small a model next to nothing."
-                if settings.preset_name == "pocket"
-                else "."
-            ),
-            "",
-        ]
-    lines += [
-        "| learning rate | " + " | ".join(f"rank {r}" for r in settings.ranks) + " |",
-        "|---|" + "---|" * len(settings.ranks),
-    ]
+        why = ", a hundred times the reports' 1e-5 to 1e-4, which teach so small a model next to nothing"
+        of_pocket = why if settings.preset_name == "pocket" else ""
+        lines += [f"Learning rates: the preset `{settings.preset_name}`{of_pocket}.", ""]
+    rows = [["learning rate", *(f"rank {r}" for r in settings.ranks)]]
     for lr in settings.learning_rates:
         shown = [f"{losses[lr, r]:.4f}" if (lr, r) in losses else "left out" for r in settings.ranks]
         if lr == best["lr"]:
             column = settings.ranks.index(best["rank"])
             shown[column] = f"**{shown[column]}**"
-        lines.append(f"| {lr:g} | " + " | ".join(shown) + " |")
+        rows.append([f"{lr:g}", *shown])
     stages = {stage: sum(r["flops"].get(stage, 0) for r in results) for stage in ("training", "validation")}
     total = sum(stages.values())
+    evaluate = ["python", "-m", "experiments.run", "evaluate", "--config", str(out / "config.toml")]
+    evaluate += ["--adapter", str(out / "cells" / best["cell"] / "adapter")]
     lines += [
+        *table.markdown(rows),
         "",
         f"Best: `{best['cell']}`, {best['validation_loss']:.4f}.",
         "",
@@ -81,11 +75,7 @@ def markdown(settings: Settings, results: Sequence[dict[str, Any]], out: Path) -
         "",
         "Forecasts of the best cell:",
         "",
-        "    "
-        + shlex.join(
-            ["python", "-m", "experiments.run", "evaluate", "--config", str(out / "config.toml")]
-            + ["--adapter", str(out / "cells" / best["cell"] / "adapter")]
-        ),
+        f"    {shlex.join(evaluate)}",
         "",
     ]
     return "\n".join(lines)

@@ -140,12 +140,12 @@ def environment(settings: Settings) -> dict[str, Any]:
         "threads": torch.get_num_threads(),  # of each process
         "processes": parallel.world(),
         "machine": platform.machine(),
-        "processor": _processor(),
+        "processor": processor(),
         "bfloat16_kernel": on_cpu and fast.enabled() and product.available(),
     } | ({} if fast.enabled() else {"plain": True})
 
 
-def _processor() -> str:
+def processor() -> str:
     """The model of the CPU; a product may run other instructions on another."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -100,30 +100,15 @@ def _study(plan: Plan, runs: list[Run], best: Best | None) -> dict[str, Any]:
 
 def _flops(settings: Settings, finished: Mapping[str, Run], results, out: Path) -> list[dict[str, Any]]:
     """What each stage cost, by kind, beside its prediction; every folder counts in the first stage that it is of."""
-    amounts: dict[str, dict[str, list[int]]] = {}
-    for folder, run in finished.items():
-        spent, expected = [results[folder]["flops"]], [results[folder]["predicted_flops"]]
-        if (evaluated := RunFolder(out / folder).evaluated).there:
-            spent.append(evaluated.flops)
-            expected.append(evaluated.held["predicted_flops"])
-        of_stage = amounts.setdefault(run.stage, {kind: [0, 0] for kind in (*LEDGER_STAGES, "total")})
-        for i, parts in enumerate((spent, expected)):
-            for kind in LEDGER_STAGES:
-                flops = sum(part.get(kind, 0) for part in parts)
-                of_stage[kind][i] += flops
-                of_stage["total"][i] += flops
-    amounts["all"] = {
-        kind: [sum(of_stage[kind][i] for of_stage in amounts.values()) for i in (0, 1)]
-        for kind in (*LEDGER_STAGES, "total")
-    }
-    return [
-        {
-            "stage": stage,
-            "part": kind,
-            "flops": flops,
-            "predicted": expected,
-            "share_of_budget": flops / settings.budget,
-        }
-        for stage, of_stage in amounts.items()
-        for kind, (flops, expected) in of_stage.items()
-    ]
+    rows = []
+    for stage in (*dict.fromkeys(run.stage for run in finished.values()), "all"):
+        folders = [folder for folder, run in finished.items() if stage in (run.stage, "all")]
+        records = [results[folder] for folder in folders]
+        records += [found.held for folder in folders if (found := RunFolder(out / folder).evaluated).flops]
+        for kind in (*LEDGER_STAGES, "total"):
+            stages = LEDGER_STAGES if kind == "total" else (kind,)
+            row: dict[str, Any] = {"stage": stage, "part": kind}
+            for name, amounts in (("flops", "flops"), ("predicted", "predicted_flops")):
+                row[name] = sum(record[amounts].get(one, 0) for record in records for one in stages)
+            rows.append(row | {"share_of_budget": row["flops"] / settings.budget})
+    return rows
