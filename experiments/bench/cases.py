@@ -67,6 +67,7 @@ def cases(quick: bool, series: int, draft: int, gpu: bool = False) -> list[Case]
         gpu: also shapes that keep a GPU busy.
     """
     batch, contexts = (2, (64,)) if quick else (4, (512, 768))
+    few = min(series, PEER_SERIES)
     prompt, new, short = (40, 21, 20) if quick else (800, 100, 200)
     points, horizon = (8, 2) if quick else (80, 20)
     speed = {512: (Target("ratio", 1.7), Target("share", 0.8)), 768: (Target("ratio", 1.6),)}
@@ -93,16 +94,10 @@ def cases(quick: bool, series: int, draft: int, gpu: bool = False) -> list[Case]
         Case(
             "generate",
             f"forecast {series} series, {points} to {horizon}",
-            {
-                "job": "series",
-                "series": series,
-                "compared": min(series, PEER_SERIES),
-                "points": points,
-                "horizon": horizon,
-            },
+            {"job": "series", "series": series, "compared": few, "points": points, "horizon": horizon},
             (Target("ratio", 25),),
             note="ours all in one call, as `evaluate` does, which also takes the losses of the true horizon; the peer "
-            f"one by one, {min(series, PEER_SERIES)} of them, and their time scaled up; each side once",
+            f"one by one, {few} of them, and their time scaled up; each side once",
             turns=1,
         ),
         Case(

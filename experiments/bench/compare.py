@@ -160,13 +160,9 @@ def _side(case: Case, runs: Sequence[Run]) -> dict[str, Any]:
         if forwards:
             side["tokens_per_forward"] = (new - 1) / statistics.median(forwards)
     if case.unit == "%":
-        side |= {
-            "overhead": statistics.median(run["overhead"] for run in runs),
-            "overhead_spread": [
-                min(run["overhead_spread"][0] for run in runs),
-                max(run["overhead_spread"][1] for run in runs),
-            ],
-        }
+        least, most = zip(*(run["overhead_spread"] for run in runs), strict=True)
+        side["overhead"] = statistics.median(run["overhead"] for run in runs)
+        side["overhead_spread"] = [min(least), max(most)]
     return side
 
 
@@ -179,5 +175,5 @@ def calibrated(runs: Sequence[Run]) -> dict[str, Any]:
     best: dict[str, Any] = {"runs": [dict(run) for run in runs]}
     for rate in ("flops_per_second", "bytes_per_second"):
         values = [run[rate] for run in runs]
-        best |= {rate: max(values), f"{rate}_spread": [min(values), max(values)]}
+        best |= _median(rate, values) | {rate: max(values)}
     return best

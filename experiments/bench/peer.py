@@ -95,8 +95,8 @@ def exact_loss(logits: Tensor, targets: Tensor, symbols: Tensor | None, gradient
     the 0.5B model), more than the two sides are apart.
     """
     rows, wanted = logits.flatten(0, 1), targets.flatten()[:, None]
-    if symbols is not None:
-        wanted = places(wanted, symbols)
+    if symbols is not None:  # where among them each stands
+        wanted = (wanted == symbols).long().argmax(-1, keepdim=True)
     total = 0.0
     for start in range(0, len(rows), 32):
         part = slice(start, start + 32)
@@ -108,11 +108,6 @@ def exact_loss(logits: Tensor, targets: Tensor, symbols: Tensor | None, gradient
             columns = slice(None) if symbols is None else symbols
             gradient.flatten(0, 1)[part][:, columns] = (slope / len(rows)).to(gradient.dtype)
     return total / len(rows)
-
-
-def places(tokens: Tensor, symbols: Tensor) -> Tensor:
-    """Where among the `symbols` each token stands."""
-    return (tokens[..., None] == symbols).long().argmax(-1)
 
 
 class _Allowed(LogitsProcessor):

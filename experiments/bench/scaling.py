@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import plots
-from experiments.bench import cases, compare
+from experiments.bench import cases
 from experiments.bench.cases import Case
 from experiments.bench.session import Options, Session
 from experiments.run_folder import files
@@ -44,22 +44,16 @@ def scale(options: Options, folder: Path, say: Callable[[str], None] = lambda li
             fitting.append(point)
         else:
             say(f"{point[0]}, {point[1]}: left out, the model reads {longest} tokens at most")
-    measured: list[dict[str, Any]] = []
 
-    def write() -> dict[str, Any]:
-        lines = [
-            compare.against(case, line, session.floor(case, line)) | {"axis": axis, "value": value, "per": case.note}
-            for (axis, value, case), line in zip(fitting, measured, strict=False)
-        ]
+    def write(lines: list[dict[str, Any]]) -> dict[str, Any]:
+        placed = zip(fitting, lines, strict=False)
+        lines = [line | {"axis": axis, "value": value, "per": case.note} for (axis, value, case), line in placed]
         report = session.head() | {"points": lines}
         files.write_json(folder / "scaling.json", report)
         files.write_csv(folder / "scaling.csv", [_row(line) for line in lines])
         return report
 
-    for _, line in session.measured([case for _, _, case in fitting], folder):
-        measured.append(line)
-        write()
-    report = write()
+    report = session.run([case for _, _, case in fitting], folder, write)
     plots.bench_scaling(report["points"], folder / "scaling.png", "Time and memory by size", report["label"])
     return report
 

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata, util
@@ -21,12 +21,14 @@ from experiments.bench.texts import Texts
 from experiments.run_folder import files
 from experiments.run_folder.errors import RunFailed
 from experiments.settings.record import Settings
+from experiments.study.manifest import processor
 from qwen_min import Qwen, QwenConfig
 from qwen_min.fast import product
 from qwen_min.load import weight_files
 
 PEERS = ("transformers", "none")
 LIBRARIES = ("torch", "transformers", "peft")
+Report = dict[str, Any]  # what a command returns and writes as JSON
 
 
 @dataclass(frozen=True)
@@ -92,19 +94,14 @@ def bench(options: Options, folder: Path, say: Callable[[str], None] = lambda li
     targets = cases.has_targets(session.config, options.device, options.quick)
     series = min(options.series, len(session.texts.systems))
     every = cases.cases(options.quick, series, options.draft, gpu=options.device != "cpu")
-    measured: list[tuple[Case, dict[str, Any]]] = []
 
-    def write() -> dict[str, Any]:
-        lines = [compare.against(case, line, session.floor(case, line), targets) for case, line in measured]
+    def write(lines: list[dict[str, Any]]) -> dict[str, Any]:
         report = session.head() | {"cases": lines}
         files.write_json(folder / "bench.json", report)
         files.write_text(folder / "bench.md", table.markdown(report))
         return report
 
-    for pair in session.measured(cases.chosen(every, options.whats), folder):
-        measured.append(pair)
-        write()
-    report = write()
+    report = session.run(cases.chosen(every, options.whats), folder, write, targets)
     plots.bench_bars(report["cases"], folder / "bench.png", "Ours beside the peer", report["label"])
     return report
 
@@ -120,33 +117,38 @@ class Session:
         self.kernels = "C++" if serves and product.available() else "torch"  # compiled here, not under a clock
         if options.compile:
             self.kernels = "torch's compiler"
-        self.common = {
-            "model": str(options.model.resolve()),
-            "dtype": options.dtype,
-            "compute": options.compute,
-            "device": options.device,
-            "compile": options.compile,
-        }
+        self.common = {name: getattr(options, name) for name in ("dtype", "compute", "device", "compile")}
+        self.common["model"] = str(options.model.resolve())
 
-    def measured(self, of: Iterable[Case], kept: Path) -> Iterator[tuple[Case, dict[str, Any]]]:
+    def run(self, of: Iterable[Case], folder: Path, write: Callable[..., Report], targets: bool = False) -> Report:
         """Measure one case after the other, and the machine in between (quick: before and after all).
 
+        Args:
+            write: is given all lines so far after each case, and at the end, when what it returns is returned.
+            targets: whether those of the cases were set for this model and machine.
+
         Raises:
-            KeyboardInterrupt: stopped; the message says where what was measured is `kept`.
+            KeyboardInterrupt: stopped; the message says that what was measured is in `folder`.
         """
+        measured: list[tuple[Case, dict[str, Any]]] = []
+
+        def written() -> Report:
+            return write([compare.against(case, line, self.floor(case, line), targets) for case, line in measured])
+
         try:
             with tempfile.TemporaryDirectory() as arrays:
                 self.arrays = Path(arrays)  # the tensors that are compared
                 self.calibrate()
                 for case in of:
-                    line = self.measure(case)
+                    measured.append((case, self.measure(case)))
                     if not self.options.quick:
                         self.calibrate()
-                    yield case, line
+                    written()
                 if self.options.quick:
                     self.calibrate()
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"interrupted; what was measured until then is in {kept}") from None
+            raise KeyboardInterrupt(f"interrupted; what was measured until then is in {folder}") from None
+        return written()
 
     def measure(self, case: Case) -> dict[str, Any]:
         """Both sides of a case in turns, compared: a line of the report, without floor and targets."""
@@ -214,34 +216,26 @@ class Session:
 
     def head(self) -> dict[str, Any]:
         """What a report says of itself."""
-        options = self.options
-        return {
+        options, on_cpu = self.options, self.options.device == "cpu"
+        asked = {name: getattr(options, name) for name in ("device", "dtype", "compute", "repeats", "quick", "peer")}
+        libraries = LIBRARIES if options.peer != "none" else LIBRARIES[:1]
+        return asked | {
             "model": str(options.model),
             "label": Settings(model=str(options.model)).label,
-            "device": options.device,
-            "dtype": options.dtype,
-            "compute": options.compute,
             "kernels": self.kernels,
-            "repeats": options.repeats,
-            "quick": options.quick,
-            "peer": options.peer,
             "calibration": compare.calibrated(self.calibrations),
             "machine": {
-                "processor": _processor(options.device),
+                "processor": processor() if on_cpu else torch.cuda.get_device_name(options.device),
                 "threads": self.calibrations[-1]["threads"],
-                "versions": _versions(LIBRARIES if options.peer != "none" else LIBRARIES[:1]),
+                "versions": {name: metadata.version(name) for name in libraries},
             },
         }
 
 
 def fresh(job: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Run one job in a fresh process with pinned threads. Raises RunFailed, naming the case, where it fails."""
-    pinned = os.environ | {
-        "OMP_PROC_BIND": "true",
-        "OMP_PLACES": "cores",
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",
-    }
+    pinned = os.environ | {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
+    pinned |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     # The command line sets it for runs that share a machine; here both sides have OpenMP's own way of waiting.
     pinned.pop("OMP_WAIT_POLICY", None)
     command, root = [sys.executable, "-m", "experiments.bench.sides"], Path(__file__).parents[2]
@@ -250,17 +244,3 @@ def fresh(job: Mapping[str, Any], name: str) -> dict[str, Any]:
         last = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
         raise RunFailed(f"bench: {name}: the process of {job['who']} failed ({last[:300]}): expected a measurement")
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def _processor(device: str) -> str:
-    if device != "cpu":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return "unnamed processor"
-
-
-def _versions(names: Sequence[str]) -> dict[str, str]:
-    return {name: metadata.version(name) for name in names}

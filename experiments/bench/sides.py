@@ -89,14 +89,8 @@ def _series(job: dict[str, Any], open_side: Callable[..., Any]) -> dict[str, Any
     from experiments.task.task import Task
     from qwen_min import Tokenizer
 
-    settings = Settings(
-        model=job["model"],
-        device=job["device"],
-        dtype=job["dtype"],
-        points=job["points"],
-        horizon=job["horizon"],
-        forecast_series=job["series"],
-    )
+    names = ("model", "device", "dtype", "points", "horizon")
+    settings = Settings(**{name: job[name] for name in names}, forecast_series=job["series"])
     task = Task.prepare(settings, Tokenizer.from_pretrained(settings.model))
     systems, side = task.forecast_systems("validation"), open_side(job)
     some = systems[: job["compared"]]
@@ -232,15 +226,7 @@ def _symbols(job: dict[str, Any]) -> torch.Tensor | None:
     return torch.tensor(sorted(job["symbol_ids"]), device=job["device"]) if job.get("symbols") else None
 
 
-_JOBS: dict[str, Callable[..., dict[str, Any]]] = {
-    "train": _train,
-    "evaluate": _evaluate,
-    "generate": _generate,
-    "series": _series,
-    "load": _load,
-    "count": _count,
-    "gaps": _gaps,
-}
+_JOBS = {job.__name__[1:]: job for job in (_train, _evaluate, _generate, _series, _load, _count, _gaps)}
 
 if __name__ == "__main__":
     print(json.dumps(run(json.load(sys.stdin))))

@@ -142,12 +142,9 @@ class _Records:
         else:
             state = "interrupted" if self.written else "waiting"
         return Row(
-            name=self.run["name"],
-            stage=self.run["stage"],
-            folder=self.folder,
+            **{name: self.run[name] for name in ("name", "stage", "folder", "steps")},
             state=state,
             step=self._last("step", int) or 0,
-            steps=self.run["steps"],
             loss=self._last("loss", float),
             validation_loss=self._last("validation_loss", float),
             flops=self.flops,

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from experiments.accounting.ledger import BudgetExceeded
 from experiments.run_folder.errors import RunFailed
+from experiments.training.signals import handled
 
 if TYPE_CHECKING:  # the command line asks for the rank before torch is wanted
     from experiments.settings.record import Settings
@@ -212,9 +213,10 @@ class Ranks(Alone):
         source = int(failed)
         if source == self.world:
             return
-        kind, text = self._broadcast([_kind(failure), str(failure)], source)
-        if failure is None or source != self.rank:
-            failure = _KINDS[kind](f"process {source}: {text}" if source else text)
+        of = next((i for i, kind in enumerate(_KINDS) if isinstance(failure, kind)), 0)
+        of, text = self._broadcast([of, str(failure)], source)
+        if failure is None or source != self.rank:  # made of the text alone
+            failure = _KINDS[of].__new__(_KINDS[of], f"process {source}: {text}" if source else text)
         failure.agreed = True  # type: ignore[attr-defined]
         raise failure
 
@@ -233,26 +235,8 @@ class Ranks(Alone):
         return data[1:] if data[:1] == b"=" else json.loads(data)
 
 
-class _ToldBudgetExceeded(BudgetExceeded):
-    """The first rank's, on another one."""
-
-    def __init__(self, text: str):
-        ValueError.__init__(self, text)
-
-
-_KINDS: dict[str, type[Exception]] = {
-    "budget": _ToldBudgetExceeded,
-    "run": RunFailed,
-    "machine": OSError,
-    "input": ValueError,
-}
-
-
-def _kind(failure: Exception | None) -> str:
-    """What decides the exit code."""
-    if isinstance(failure, BudgetExceeded):
-        return "budget"
-    return next((kind for kind in ("run", "machine") if isinstance(failure, _KINDS[kind])), "input")
+_KINDS = BudgetExceeded, RunFailed, OSError, ValueError
+"""What decides the exit code of a failure: the first of these that it is."""
 
 
 @contextmanager
@@ -273,17 +257,14 @@ def joined(verb: str, trains: bool) -> Iterator[Alone]:
     # Numbers and messages are on the CPU, gradients where the model is.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     # Who waits for the others there sees no signal but one that ends it at once. Nothing has begun yet.
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        distributed.init_process_group(backend, timeout=PATIENCE)
+        with handled(signal.SIG_DFL, signal.SIGINT, signal.SIGTERM):
+            distributed.init_process_group(backend, timeout=PATIENCE)
     except (RuntimeError, ValueError) as e:
         raise OSError(
             f"torchrun's processes do not find each other ({' '.join(str(e).split())[:120]}): expected all of them, "
             "and MASTER_ADDR and MASTER_PORT as it sets them"
         ) from None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     try:
         yield Ranks(rank(), world())
     except BaseException as e:

@@ -60,28 +60,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
-_README = """# The pocket checkpoint
-
-A toy: a language model of Qwen2.5's architecture with {parameters:,} parameters, so that this project runs on
-a fresh machine without network. It knows series written as digits and nothing else; no figure of it says
-anything about Qwen2.5.
-
-    python -m experiments.run pretrain-pocket --steps {steps} --seed {seed}
-
-made this folder, from scratch. The same command on the same versions and threads makes the same weights.
-
-- Data: synthetic series of two variables and 100 steps, new ones in every batch, as text with two decimals
-  ("1.23,0.45;1.30,0.50;"): waves from sines to skewed and spiky ones, two periods, shifted phases, damped and
-  growing oscillations, decays, growth and logistic curves, autoregressions, random walks, constants, mixtures
-  of two, noise from none to moderate, in ranges from 0..0.3 to 0..9.99. Not the predator-prey law.
-- Training: {steps:,} steps, {tokens:,} tokens, {flops:,} FLOPs (forward and backward, counted by `FlopMeter`
-  under `coursework`).
-- Held-out loss: {loss:.4f} nats per token, on {held_out} windows of {context} tokens of such series that were
-  not trained on.
-- Tokenizer: one token per byte, under Qwen's own ids; no merges; text is NFC-normalised, as with Qwen.
-- Time: {minutes:.1f} minutes on {threads} CPU threads. Python {python}, torch {torch}, numpy {numpy},
-  tokenizers {tokenizers}, safetensors {safetensors}.
-"""
+_README = Path(__file__).with_name("pocket_readme.md")
 
 
 def pretrain(out: Path, steps: int = STEPS, seed: int = 0, progress: Callable[[str], None] = print) -> None:
@@ -114,7 +93,8 @@ def pretrain(out: Path, steps: int = STEPS, seed: int = 0, progress: Callable[[s
         # What is measured is what was written, so with the rounding to bfloat16.
         loss = held_out_loss(Qwen.from_pretrained(folder), tokenizer, seed)
         minutes = (time.monotonic() - started) / 60
-        readme = _README.format(
+        versions = {module.__name__: module.__version__ for module in (torch, np, tokenizers, safetensors)}
+        readme = _README.read_text(encoding="utf-8").format(
             parameters=sum(p.numel() for p in model.parameters()),
             steps=steps,
             seed=seed,
@@ -126,10 +106,7 @@ def pretrain(out: Path, steps: int = STEPS, seed: int = 0, progress: Callable[[s
             minutes=minutes,
             threads=torch.get_num_threads(),
             python=platform.python_version(),
-            torch=torch.__version__,
-            numpy=np.__version__,
-            tokenizers=tokenizers.__version__,
-            safetensors=safetensors.__version__,
+            **versions,
         )
         (folder / "README.md").write_text(readme, encoding="utf-8")
     progress(f"{out}: toy: held-out loss {loss:.4f} nats per token, {tokens:,} tokens, {minutes:.1f} minutes")

@@ -3,35 +3,35 @@
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 
 @contextmanager
-def terminable() -> Iterator[None]:
-    """Let SIGTERM end what runs as Ctrl-C does; where a cell trains, both wait for its step (see `stoppable`)."""
+def handled(handler: Any, *signals: signal.Signals) -> Iterator[None]:
+    """Let `handler` answer some signals inside. Outside of the main thread, where none arrives, nothing changes."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-
-    def interrupt(number, frame) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, handler) for number in signals}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, usual in before.items():
+            signal.signal(number, usual)
+
+
+def terminable() -> AbstractContextManager[None]:
+    """Let SIGTERM end what runs as Ctrl-C does; where a cell trains, both wait for its step (see `stoppable`)."""
+    return handled(signal.default_int_handler, signal.SIGTERM)
 
 
 @contextmanager
 def stoppable() -> Iterator[Callable[[], bool]]:
     """Let Ctrl-C and SIGTERM ask for a stop: inside, the yielded function says whether one has.
 
-    A second Ctrl-C interrupts at once. Outside of the main thread, where no signal arrives, nothing changes.
+    A second Ctrl-C interrupts at once.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
     asked = False
 
     def ask(number, frame) -> None:
@@ -40,9 +40,5 @@ def stoppable() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         asked = True
 
-    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with handled(ask, signal.SIGINT, signal.SIGTERM):
         yield lambda: asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
