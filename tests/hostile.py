@@ -1,12 +1,12 @@
 """Small valid inputs of every kind that a run reads, and seeded ways to damage them."""
 
-import copy
 import json
 import os
 import random
 import shutil
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,15 @@ import h5py
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from waves import damped_waves
+from waves import damped_waves, no_figures
 
-from experiments import plots, run
+from experiments import run
 from experiments.settings.record import Settings
 from experiments.training import cell as train
 from lora import add_lora, save_adapter
 from qwen_min import Qwen, QwenConfig
 
 ROOT = Path(__file__).parents[1]
-MUST_FAIL, MAY_HOLD = True, False
 TINY = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 NASTY: tuple[Any, ...] = (None, "x", [], {}, [[]], -1, 1.5, "NaN", 2**62, {"a": {"b": [None]}}, "\x1b[2J\n", "y" * 3000)
 """Values that no required field of any of these files may have."""
@@ -36,7 +35,8 @@ SETTINGS = Settings(
 
 @dataclass(frozen=True)
 class Inputs:
-    """A folder with one of each: model/, sharded/, adapter/, waves.h5, config.toml, and runs that stopped and ended."""
+    """A folder with one of each: model/, sharded/, adapter/, waves.h5, config.toml, protocols/, and two runs, one that
+    stopped and one that ended."""
 
     root: Path
 
@@ -77,9 +77,11 @@ def make(root: Path, monkeypatch) -> Inputs:
     save_adapter(add_lora(model, rank=2, seed=0), root / "adapter")
     damped_waves(root / "waves.h5", 8)
     (root / "config.toml").write_text(SETTINGS.to_toml())
+    (root / "protocols").mkdir()
+    sizes = "context = 64\nval_series = 1\npoints = 5\nhorizon = 3\nlr = [1e-3]\n"
+    (root / "protocols" / "hostile.toml").write_text(f"[settings]\n{sizes}")
     inputs = Inputs(root)
-    for name in ("loss_curves", "heat_map"):  # would take longer than the training
-        monkeypatch.setattr(plots, name, lambda *_, **__: None)
+    no_figures(monkeypatch)
     assert run.main(inputs.train("finished")) == 0
     _stop_after(3, monkeypatch, lambda: run.main(inputs.train("stopped")))
     return inputs
@@ -122,64 +124,111 @@ def bytewise(draw: random.Random, data: bytes) -> bytes:
     return bytes(changed) if changed != data else data[: len(data) // 2]
 
 
-def whole(draw: random.Random, path: Path) -> bool:
+MAY_HOLD = "may hold"
+Way = Callable[[random.Random, Path], Any]
+"""How a file is damaged, by a seeded choice: returns `MAY_HOLD` unless it must be refused then."""
+
+
+def whole(draw: random.Random, path: Path) -> Any:
     """Put what is nothing of the kind in the place of a file."""
     data = path.read_bytes()
     kind = draw.choice(("empty", "folder", "cut", "cut", "deep", "noise", "UTF-16", "list", "number"))
     if kind == "folder":
         path.unlink()
         path.mkdir()
-        return MUST_FAIL
+        return None
     texts = {"empty": b"", "deep": b"[" * 200_000, "UTF-16": b"\xff\xfe" + data, "list": b"[]", "number": b"1e999"}
     texts |= {"noise": draw.randbytes(300), "cut": data[: draw.randrange(len(data) - 8)]}
     path.write_bytes(texts[kind])
-    return MAY_HOLD if path.suffix == ".toml" and kind in ("empty", "cut") else MUST_FAIL  # the rest is the default
+    if path.suffix == ".toml" and kind in ("empty", "cut"):  # the rest is the default
+        return MAY_HOLD
+    # A list of lines that was cut, or ends in the middle of a line, has lost lines that may be made again.
+    return MAY_HOLD if path.suffix == ".jsonl" and texts[kind] else None
 
 
-def json_field(draw: random.Random, path: Path, fields: list[list[Any]], values: tuple[Any, ...] = NASTY) -> bool:
-    """Take one of the required fields out of a JSON file, or give it a value that it cannot have."""
+def becomes(*contents: bytes) -> Way:
+    """Put one of some contents in the place of a file's."""
+    return lambda draw, path: path.write_bytes(draw.choice(contents)) and None
+
+
+@contextmanager
+def json_of(path: Path) -> Iterator[Any]:
+    """What a JSON file holds, to be changed and written back."""
     held = json.loads(path.read_text())
-    *above, name = draw.choice(fields)
-    inner = held
-    for key in above:
-        inner = inner[key]
-    if draw.random() < 0.25:
-        del inner[name]
-    else:
-        inner[name] = draw.choice([value for value in values if value != inner[name]])
-    path.write_text(json.dumps(held, indent=1))
-    return MUST_FAIL
+    yield held
+    path.write_text(json.dumps(held, indent=1, ensure_ascii=False))
 
 
-def safetensors(draw: random.Random, path: Path) -> bool:
+GONE = object()
+
+
+def puts(fields: dict[str, Sequence[Any]]) -> Way:
+    """Put one of its bad values into a field of a JSON file; one that can be called makes it of the good value."""
+
+    def way(draw: random.Random, path: Path) -> None:
+        field = draw.choice(list(fields))
+        *above, name = field.split(".")
+        with json_of(path) as held:
+            for key in above:
+                held = held[key]
+            value = draw.choice([value for value in fields[field] if value != held.get(name, GONE)])
+            if value is GONE:
+                del held[name]
+            else:
+                held[name] = value(held[name]) if callable(value) else value
+
+    return way
+
+
+def required(names: Sequence[str], but: Sequence[Any] = (), also: Sequence[Any] = ()) -> Way:
+    """Take one of the required fields out of a JSON file, or give it a value that it cannot have."""
+    values = [value for value in (*NASTY, *also) if value not in but]
+    return puts(dict.fromkeys(names, [*values, *[GONE] * (len(values) // 3)]))
+
+
+def puts_line(path: Path, line: str) -> None:
+    """Put a line into a TOML file, in the place of what it says of the same setting."""
+    name = line.partition(" =")[0]
+    kept = [old for old in path.read_text().splitlines() if not old.startswith(f"{name} =")]
+    path.write_text("\n".join([*kept, line, ""]))
+
+
+def setting(draw: random.Random, path: Path) -> None:
+    """A line of TOML that no settings may have."""
+    wrong = ["[[1]]", "1979-05-27T07:32:00Z", "{ a = 1 }", "0x" + "f" * 5000, "1" * 400, "nan", "-inf", "-7"]
+    name = draw.choice([*Settings.__dataclass_fields__])
+    if not isinstance(Settings.__dataclass_fields__[name].default, str):
+        wrong.append('"x\\u001b"')
+    puts_line(path, f"{name} = {draw.choice(wrong)}")
+
+
+def structure(draw: random.Random, path: Path) -> None:
+    lines = ["steps = 5\nsteps = 5", "nothing = 1", '"\\u001b" = 1', "[settings]\nsteps = 3", "steps", "= 3"]
+    lines += ["x = " + "[" * 5000, "context = 300", "context = 1048576", "ranks = [99999999]"]
+    puts_line(path, draw.choice([*lines, "num_samples = 99999999999"]))
+
+
+def safetensors(draw: random.Random, path: Path) -> None:
     """Damage the header of a safetensors file, or what it stands for."""
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
     header, values = json.loads(data[8 : 8 + length]), data[8 + length :]
     names = [name for name in header if name != "__metadata__" and header[name]["shape"]]  # a scalar may be as it was
     name, other = draw.sample(names, 2)
-    entry = copy.deepcopy(header[name])
-    begin, end = entry["data_offsets"]
-    kind = draw.choice("length overlap beyond reversed type shape negative twice gone renamed more nonsense".split())
-    claimed = None
-    if kind == "length":
-        claimed = draw.choice((2**63, 2**32, 10**8 + 1, len(data), length + 8, length - 8, 0, 2**64 - 1))
-    elif kind == "overlap":
-        entry["data_offsets"] = header[other]["data_offsets"]
-    elif kind == "beyond":
-        entry["data_offsets"] = [begin + len(values), end + len(values)]
-    elif kind == "reversed":
-        entry["data_offsets"] = [end, begin]
-    elif kind == "type":
-        entry["dtype"] = draw.choice(("I8", "U8", "F64", "X9", "I64", "BOOL", "", None, 7))
-    elif kind == "shape":
-        entry["shape"] = draw.choice(([2**62, 4], [end - begin], [], [0], "x", None, [2**63]))
-    elif kind == "negative":
-        entry["shape"] = [-1, -((end - begin) // 4)]
-    elif kind == "nonsense":
-        entry = draw.choice((None, [], {}, "x", {"dtype": "F32"}))
-    header[name] = entry
-    if kind == "gone":
+    begin, end = header[name]["data_offsets"]
+    entries: dict[str, dict[str, Any]] = {
+        "overlap": {"data_offsets": header[other]["data_offsets"]},
+        "beyond": {"data_offsets": [begin + len(values), end + len(values)]},
+        "reversed": {"data_offsets": [end, begin]},
+        "type": {"dtype": draw.choice(("I8", "U8", "F64", "X9", "I64", "BOOL", "", None, 7))},
+        "shape": {"shape": draw.choice(([2**62, 4], [end - begin], [], [0], "x", None, [2**63]))},
+        "negative": {"shape": [-1, -((end - begin) // 4)]},
+    }
+    kind = draw.choice([*entries, *"length twice gone renamed more nonsense".split()])
+    header[name] |= entries.get(kind, {})
+    if kind == "nonsense":
+        header[name] = draw.choice((None, [], {}, "x", {"dtype": "F32"}))
+    elif kind == "gone":
         del header[name]
     elif kind == "renamed":
         header[draw.choice(("x\x1b[2J\n", "y" * 5000, name + " ", "__proto__"))] = header.pop(name)
@@ -188,456 +237,219 @@ def safetensors(draw: random.Random, path: Path) -> bool:
         values += bytes(4)
     text = json.dumps(header)
     if kind == "twice":
-        text = text[:-1] + f", {json.dumps(name)}: {json.dumps(entry)}}}"
-    raw = text.encode()
-    path.write_bytes((len(raw) if claimed is None else claimed).to_bytes(8, "little") + raw + values)
-    return MUST_FAIL
+        text = text[:-1] + f", {json.dumps(name)}: {json.dumps(header[name])}}}"
+    claimed = len(raw := text.encode())
+    if kind == "length":
+        claimed = draw.choice((2**63, 2**32, 10**8 + 1, len(data), length + 8, length - 8, 0, 2**64 - 1))
+    path.write_bytes(claimed.to_bytes(8, "little") + raw + values)
 
 
-# Each of the following damages one of the inputs, by a seeded choice; returns whether that must be refused.
+def hostile_name(draw: random.Random, path: Path) -> None:
+    names = ["../model/model.safetensors", "/etc/passwd", str(path.parents[1] / "model/model.safetensors"), "..", ""]
+    names += ["a\n.safetensors", "absent.safetensors", "x" * 2000 + ".safetensors", "config.json"]
+    with json_of(path) as held:
+        held["weight_map"][draw.choice(sorted(held["weight_map"]))] = draw.choice([*names, 7, None, []])
 
 
-def weights(draw: random.Random, root: Path) -> tuple[Path, bool]:
-    path = root / "model" / "model.safetensors"
-    return path, _one_of(draw, path, whole, safetensors, safetensors)
+def shards(draw: random.Random, path: Path) -> None:
+    """Damage the files of weights beside an index, or what it says of them."""
+    first, second = draw.sample(sorted(path.parent.glob("*.safetensors")), 2)
+    kind = draw.choice("missing forgotten both damaged".split())
+    if kind == "missing":
+        first.unlink()
+    elif kind == "damaged":
+        safetensors(draw, first)
+    elif kind == "forgotten":
+        with json_of(path) as held:
+            held["weight_map"] = {name: file for name, file in held["weight_map"].items() if file != first.name}
+    else:
+        a, b = load_file(first), load_file(second)
+        save_file({n: t.clone() for n, t in (a | {next(iter(b)): next(iter(b.values()))}).items()}, first)
 
 
-def index(draw: random.Random, root: Path) -> tuple[Path, bool]:
-    path = root / "sharded" / "model.safetensors.index.json"
-    shards = sorted(root.glob("sharded/*.safetensors"))
-
-    def hostile_name(draw: random.Random, path: Path) -> bool:
-        held = json.loads(path.read_text())
-        name = draw.choice(sorted(held["weight_map"]))
-        held["weight_map"][name] = draw.choice(
-            (
-                "../model/model.safetensors",
-                "/etc/passwd",
-                str(root / "model/model.safetensors"),
-                "..",
-                "",
-                7,
-                None,
-                [],
-                "a\n.safetensors",
-                "absent.safetensors",
-                "x" * 2000 + ".safetensors",
-                "config.json",
-            )
-        )
-        path.write_text(json.dumps(held))
-        return MUST_FAIL
-
-    def missing_shard(draw: random.Random, path: Path) -> bool:
-        draw.choice(shards).unlink()
-        return MUST_FAIL
-
-    def forgotten(draw: random.Random, path: Path) -> bool:
-        held = json.loads(path.read_text())
-        file = draw.choice(shards).name
-        held["weight_map"] = {name: f for name, f in held["weight_map"].items() if f != file}
-        path.write_text(json.dumps(held))
-        return MUST_FAIL
-
-    def both(draw: random.Random, path: Path) -> bool:
-        a, b = (load_file(shard) for shard in shards)
-        save_file({n: t.clone() for n, t in (a | {next(iter(b)): next(iter(b.values()))}).items()}, shards[0])
-        return MUST_FAIL
-
-    def shard(draw: random.Random, path: Path) -> bool:
-        return safetensors(draw, draw.choice(shards))
-
-    def no_map(draw: random.Random, path: Path) -> bool:
-        values = tuple(value for value in NASTY if value != {"a": {"b": [None]}})
-        return json_field(draw, path, [["weight_map"]], values)
-
-    return path, _one_of(draw, path, whole, hostile_name, missing_shard, forgotten, both, shard, no_map)
+def datasets(draw: random.Random, path: Path) -> None:
+    good = np.ones((20, 8, 2), np.float32)
+    bad = good.copy()
+    bad[draw.randrange(20), draw.randrange(8), draw.randrange(2)] = draw.choice((np.nan, np.inf, -np.inf))
+    shape = draw.choice(((10**6, 10**5, 2), (10**4, 10**4, 2)))
+    times = [1.0], np.zeros(8), np.full(8, np.nan), np.arange(8.0)[::-1], np.ones((8, 1))
+    series = {
+        "rank": draw.choice((np.ones(20), np.ones((20, 8)), np.ones((2, 2, 2, 2)), np.float32(1))),
+        "type": good.astype(draw.choice(("c8", "S3", "?", [("a", "f4")]))),
+        "values": bad,
+        "time": good,
+        "link": h5py.ExternalLink(str(path.parent / "other.h5"), "/trajectories"),
+        "void": h5py.Empty("f4"),
+        "empty": np.ones(draw.choice(((0, 8, 2), (20, 0, 2), (20, 8, 0)))),
+        "few": good[:2],
+    }
+    made: dict[str, dict[str, Any]] = {
+        "huge": {"shape": shape, "dtype": "f4", "chunks": (10, 10, 2)},
+        "raw": {"shape": (20, 8, 2), "dtype": "f4", "external": [("/etc/passwd", 0, 1280)]},
+        "text": {"shape": (20, 8, 2), "dtype": h5py.string_dtype()},
+    }
+    kind = draw.choice([*series, *made, "none", "group"])
+    path.unlink()
+    with h5py.File(path, "w") as file:
+        if kind in series:
+            file["trajectories"] = series[kind]
+        if kind in made:
+            file.create_dataset("trajectories", **made[kind])
+        if kind == "time":
+            file["time"] = draw.choice(times)
+        if kind == "group":
+            file.create_group("trajectories/trajectories")
 
 
-def hdf5(draw: random.Random, root: Path) -> tuple[Path, bool]:
-    path = root / "waves.h5"
-
-    def datasets(draw: random.Random, path: Path) -> bool:
-        good = np.ones((20, 8, 2), np.float32)
-        bad = good.copy()
-        bad[draw.randrange(20), draw.randrange(8), draw.randrange(2)] = draw.choice((np.nan, np.inf, -np.inf))
-        path.unlink()
-        with h5py.File(path, "w") as file:
-            kind = draw.choice("none rank type values time group huge link raw text void empty few".split())
-            if kind == "rank":
-                file["trajectories"] = draw.choice(
-                    (np.ones(20), np.ones((20, 8)), np.ones((2, 2, 2, 2)), np.float32(1))
-                )
-            elif kind == "type":
-                file["trajectories"] = good.astype(draw.choice(("c8", "S3", "?", [("a", "f4")])))
-            elif kind == "values":
-                file["trajectories"] = bad
-            elif kind == "time":
-                file["trajectories"] = good
-                file["time"] = draw.choice(
-                    ([1.0], np.zeros(8), np.full(8, np.nan), np.arange(8.0)[::-1], np.ones((8, 1)))
-                )
-            elif kind == "group":
-                file.create_group("trajectories/trajectories")
-            elif kind == "huge":
-                file.create_dataset(
-                    "trajectories", draw.choice(((10**6, 10**5, 2), (10**4, 10**4, 2))), "f4", chunks=(10, 10, 2)
-                )
-            elif kind == "link":
-                file["trajectories"] = h5py.ExternalLink(str(root / "other.h5"), "/trajectories")
-            elif kind == "raw":
-                file.create_dataset("trajectories", (20, 8, 2), "f4", external=[("/etc/passwd", 0, 1280)])
-            elif kind == "text":
-                file.create_dataset("trajectories", (20, 8, 2), h5py.string_dtype())
-            elif kind == "void":
-                file["trajectories"] = h5py.Empty("f4")
-            elif kind == "empty":
-                file["trajectories"] = np.ones(draw.choice(((0, 8, 2), (20, 0, 2), (20, 8, 0))))
-            elif kind == "few":
-                file["trajectories"] = good[:2]
-        return MUST_FAIL
-
-    def text(draw: random.Random, path: Path) -> bool:
-        path.write_text("prey,predator\n1.0,2.0\n")
-        return MUST_FAIL
-
-    def zipped(draw: random.Random, path: Path) -> bool:
-        with h5py.File(path, "r") as file:
-            series = file["trajectories"][()]
-        path.unlink()
-        with h5py.File(path, "w") as file:
-            file.create_dataset("trajectories", data=series, chunks=(5, 8, 2), compression="gzip", fletcher32=True)
-        path.write_bytes(bytewise(draw, path.read_bytes()))
-        return MAY_HOLD
-
-    return path, _one_of(draw, path, whole, datasets, datasets, text, zipped)
+def zipped(draw: random.Random, path: Path) -> Any:
+    with h5py.File(path, "r") as file:
+        series = file["trajectories"][()]
+    path.unlink()
+    with h5py.File(path, "w") as file:
+        file.create_dataset("trajectories", data=series, chunks=(5, 8, 2), compression="gzip", fletcher32=True)
+    path.write_bytes(bytewise(draw, path.read_bytes()))
+    return MAY_HOLD
 
 
-REQUIRED = [[name] for name in QwenConfig.__dataclass_fields__ if name not in ("rope_theta", "tie_word_embeddings")]
+def rope(draw: random.Random, path: Path) -> None:
+    thetas = [{"rope_theta": theta} for theta in (-1, 10**400, None)]
+    with json_of(path) as held:
+        held["rope_parameters"] = draw.choice([{"rope_type": "yarn"}, [1], "x", {"rope_type": "default"}, *thetas])
+        held.pop("rope_theta", None)
 
 
-def config(draw: random.Random, root: Path) -> tuple[Path, bool]:
-    path = root / "model" / "config.json"
-
-    def field(draw: random.Random, path: Path) -> bool:
-        fields = [*REQUIRED, ["model_type"], ["rope_parameters", "rope_type"]]
-        values = tuple(value for value in NASTY if value not in (1.5, 2**62)) + (True, 0, -(10**30), "1e6")
-        if draw.random() < 0.3:
-            held = json.loads(path.read_text())
-            name = draw.choice("vocab_size hidden_size intermediate_size num_hidden_layers".split())
-            held[name] = draw.choice((10**400, 10**12, 2**24, 1023, 10**9, 1e400, float("nan"), held[name] + 1))
-            path.write_text(json.dumps(held))
-            return MUST_FAIL
-        held = json.loads(path.read_text())
-        chosen = draw.choice(fields)
-        if chosen[0] == "rope_parameters":
-            held["rope_parameters"] = draw.choice(
-                (
-                    {"rope_type": "yarn"},
-                    [1],
-                    "x",
-                    {"rope_type": "default"},
-                    {"rope_theta": -1},
-                    {"rope_theta": 10**400},
-                    {"rope_theta": None},
-                )
-            )
-            held.pop("rope_theta", None)
-            path.write_text(json.dumps(held))
-            return MUST_FAIL
-        return json_field(draw, path, [chosen], values)
-
-    def asks(draw: random.Random, path: Path) -> bool:
-        held = json.loads(path.read_text())
-        held |= draw.choice(
-            (
-                {"hidden_act": "gelu"},
-                {"use_sliding_window": True},
-                {"quantization_config": {"x": 1}},
-                {"attention_dropout": 0.5},
-                {"layer_types": ["full_attention", {}]},
-                {"head_dim": 3},
-            )
-        )
-        path.write_text(json.dumps(held))
-        return MUST_FAIL
-
-    return path, _one_of(draw, path, whole, field, field, asks)
+def prefix(draw: random.Random, path: Path) -> None:
+    """One of these ended the process."""
+    with json_of(path) as held:
+        name = draw.choice("continuing_subword_prefix end_of_word_suffix".split())
+        held["model"] |= {name: draw.choice(("##", "#", "éé", 7)), "merges": [["a", "é"]]}
+        held["model"]["vocab"] |= {"é": 300, "aé": 301}
 
 
-def tokenizer(draw: random.Random, root: Path) -> tuple[Path, bool]:
-    path = root / "model" / "tokenizer.json"
-
-    def change(draw: random.Random, path: Path) -> bool:
-        held = json.loads(path.read_text())
-        model = held["model"]
-        kind = draw.choice(("no model", "kind", "merge", "merge", "prefix", "vocab", "id", "special", "added"))
-        if kind == "no model":
-            del held["model"]
-        elif kind == "kind":
-            model["type"] = draw.choice(("WordLevel", "WordPiece", "Unigram", "x", 7, ["BPE"]))
-        elif kind == "merge":  # of which some made the library's Rust panic
-            model["merges"] = draw.choice(
-                ([["a", "a"]], ["a a"], ["aa"], [["a", "b", "c"]], [[1, 2]], 7, [None], ["a  b"], [["a", "é"]])
-            )
-        elif kind == "prefix":  # and one ended the process
-            model[draw.choice("continuing_subword_prefix end_of_word_suffix".split())] = draw.choice(
-                ("##", "#", "éé", 7)
-            )
-            model["vocab"] |= {"é": 300, "aé": 301}
-            model["merges"] = [["a", "é"]]
-        elif kind == "vocab":
-            model["vocab"] = draw.choice(([], None, {"a": "x"}, {"a": -1}, {"a": 1.5}, {}, {"a": 2**40}))
-        elif kind == "id":
-            model["vocab"][draw.choice("1 new".split())] = draw.choice((10**6, 2**31))
-        elif kind == "special":
-            held["added_tokens"] = draw.choice((held["added_tokens"][:1], held["added_tokens"][1:], [], None))
-        else:
-            held["added_tokens"] = draw.choice(({}, [7], [{"content": "x"}], "x"))
-        path.write_text(json.dumps(held, ensure_ascii=draw.random() < 0.5))
-        return MUST_FAIL
-
-    def official(draw: random.Random, path: Path) -> bool:
-        held = json.loads(path.read_text())  # the tokenizer of a larger model
+def of_a_larger_model(draw: random.Random, path: Path) -> None:
+    with json_of(path) as held:
         held["model"]["vocab"] |= {f"t{i}": i for i in range(300, 1000)}
-        path.write_text(json.dumps(held))
-        return MUST_FAIL
-
-    return path, _one_of(draw, path, whole, change, change, change, official)
 
 
-def bad_setting(draw: random.Random) -> str:
-    """A line of TOML that no settings may have."""
-    wrong = (
-        "[[1]]",
-        "1979-05-27T07:32:00Z",
-        "{ a = 1 }",
-        "0x" + "f" * 5000,
-        "1" * 400,
-        "nan",
-        "-inf",
-        "-7",
-        '"x\\u001b"',
-    )
-    name = draw.choice([*Settings.__dataclass_fields__])
-    if isinstance(Settings.__dataclass_fields__[name].default, str):
-        return f"{name} = {draw.choice(wrong[:-1])}"
-    return f"{name} = {draw.choice(wrong)}"
+def logit_bias(draw: random.Random, path: Path) -> None:
+    tensor = draw.choice((torch.zeros(3), torch.zeros(3, 3), torch.zeros(0), torch.zeros(3, dtype=torch.int8)))
+    save_file({draw.choice("logit_bias x".split()): tensor}, path.with_name("logit_bias.safetensors"))
 
 
-def toml(draw: random.Random, root: Path) -> tuple[Path, bool]:
-    path = root / "config.toml"
-
-    def setting(draw: random.Random, path: Path) -> bool:
-        line = bad_setting(draw)
-        kept = [old for old in path.read_text().splitlines() if not old.startswith(line.partition(" =")[0] + " =")]
-        path.write_text("\n".join([line, *kept, ""]))
-        return MUST_FAIL
-
-    def structure(draw: random.Random, path: Path) -> bool:
-        extra = draw.choice(
-            (
-                "steps = 5",
-                "nothing = 1",
-                '"\\u001b" = 1',
-                "[settings]\nsteps = 3",
-                "steps",
-                "= 3",
-                "x = " + "[" * 5000,
-                "context = 300",
-                "context = 1048576",
-                "ranks = [99999999]",
-                "num_samples = 99999999999",
-            )
-        )
-        name = extra.partition(" =")[0]
-        kept = [old for old in path.read_text().splitlines() if extra == "steps = 5" or not old.startswith(name + " =")]
-        path.write_text("\n".join([*kept, extra, ""]))
-        return MUST_FAIL
-
-    return path, _one_of(draw, path, whole, setting, setting, structure)
+def metric_lines(draw: random.Random, path: Path) -> None:
+    held = path.read_text().splitlines()
+    at = draw.randrange(2)  # within the checkpoint
+    kind = draw.choice("twice gone swapped field field list blank loss".split())
+    if kind == "twice":
+        held.insert(at, held[at])
+    elif kind == "gone":
+        del held[at]
+    elif kind == "swapped":
+        held[0], held[1] = held[1], held[0]
+    elif kind == "list":
+        held[at] = "[]"
+    elif kind == "blank":
+        held.insert(at, "")
+    else:
+        line = json.loads(held[at])
+        names = ("loss",) if kind == "loss" else ("step", "loss", "training", "validation", "gradient_norm")
+        line[draw.choice(names)] = draw.choice(("x", None, [], 1e308, {}, 12345.5, 2**70))
+        held[at] = json.dumps(line)
+    path.write_text("\n".join([*held, ""]))
 
 
-def protocol(draw: random.Random, root: Path) -> tuple[Path, bool]:
-    path = root / "protocols" / "hostile.toml"
-    path.parent.mkdir()
-    path.write_text("[settings]\ncontext = 64\nval_series = 1\npoints = 5\nhorizon = 3\nlr = [1e-3]\n")
-
-    def setting(draw: random.Random, path: Path) -> bool:
-        line = bad_setting(draw)
-        name = line.partition(" =")[0]
-        kept = [old for old in path.read_text().splitlines() if not old.startswith(name + " =")]
-        path.write_text("\n".join([*kept, line, ""]))
-        return MUST_FAIL
-
-    def no_table(draw: random.Random, path: Path) -> bool:
-        path.write_text(
-            draw.choice(("settings = 3\n", "settings = []\n", "[[settings]]\ncontext = 3\n", "settings = 'x'\n"))
-        )
-        return MUST_FAIL
-
-    def not_text(draw: random.Random, path: Path) -> bool:
-        path.write_bytes(draw.choice((b"\xff\xfe", b"[", b"[settings", b"settings = {", b"a = " + b"[" * 9000)))
-        return MUST_FAIL
-
-    return path, _one_of(draw, path, setting, setting, no_table, not_text)
-
-
-def adapter_config(draw: random.Random, root: Path) -> tuple[Path, bool]:
-    path = root / "adapter" / "adapter_config.json"
-
-    def field(draw: random.Random, path: Path) -> bool:
-        return json_field(draw, path, [["r"], ["target_modules"]], (*NASTY, True, 10**12, 10**400, ["q_proj"], [7], 3))
-
-    def alpha(draw: random.Random, path: Path) -> bool:
-        held = json.loads(path.read_text())
-        held[draw.choice("lora_alpha lora_dropout".split())] = draw.choice(
-            ("x", [], {}, -1, 10**400, float("inf"), float("nan"), True)
-        )
-        path.write_text(json.dumps(held))
-        return MUST_FAIL
-
-    def asks(draw: random.Random, path: Path) -> bool:
-        held = json.loads(path.read_text())
-        held |= draw.choice(
-            (
-                {"use_dora": True},
-                {"rank_pattern": {"x": 1}},
-                {"x\x1b\n" + "y" * 3000: 1},
-                {"bias": "all"},
-                {"peft_type": "IA3"},
-                {"modules_to_save": ["lm_head"]},
-                {"fan_in_fan_out": "z" * 9000},
-            )
-        )
-        path.write_text(json.dumps(held))
-        return MUST_FAIL
-
-    return path, _one_of(draw, path, whole, field, field, alpha, asks)
-
-
-def adapter_weights(draw: random.Random, root: Path) -> tuple[Path, bool]:
-    path = root / "adapter" / "adapter_model.safetensors"
-    if draw.random() < 0.2:
-        bias = root / "adapter" / "logit_bias.safetensors"
-        tensor = draw.choice((torch.zeros(3), torch.zeros(3, 3), torch.zeros(0), torch.zeros(3, dtype=torch.int8)))
-        save_file({draw.choice("logit_bias x".split()): tensor}, bias)
-        return bias, MUST_FAIL
-    return path, _one_of(draw, path, whole, safetensors, safetensors)
-
-
-def state_tensors(draw: random.Random, root: Path) -> tuple[Path, bool]:
-    path = root / "stopped" / CELL / "checkpoint" / "state.safetensors"
-    return path, _one_of(draw, path, whole, safetensors, safetensors)
-
-
-def state_json(draw: random.Random, root: Path) -> tuple[Path, bool]:
-    path = root / "stopped" / CELL / "checkpoint" / "state.json"
-
-    def field(draw: random.Random, path: Path) -> bool:
-        fields: list[list[Any]] = [
-            ["step"],
-            ["flops", "training"],
-            ["flops", "validation"],
-            ["flops"],
-            ["validated_at"],
-        ]
-        values = tuple(v for v in NASTY if v != -1) + (True, 0, 1, 3, 5, 10**30, 7.0, -2)
-        return json_field(draw, path, [draw.choice(fields)], tuple(value for value in values if value != 2))
-
-    return path, _one_of(draw, path, whole, field, field)
+SIZES = (10**400, 10**12, 2**24, 1023, 10**9, 1e400, float("nan"), lambda size: size + 1)
+OF_CONFIG = [name for name in QwenConfig.__dataclass_fields__ if name not in ("rope_theta", "tie_word_embeddings")]
+CONFIG: dict[str, Sequence[Any]] = {
+    **dict.fromkeys("vocab_size hidden_size intermediate_size num_hidden_layers".split(), SIZES),
+    "hidden_act": ["gelu"],
+    "use_sliding_window": [True],
+    "quantization_config": [{"x": 1}],
+    "attention_dropout": [0.5],
+    "layer_types": [["full_attention", {}]],
+    "head_dim": [3],
+}
+MERGES = [["a", "a"]], ["a a"], ["aa"], [["a", "b", "c"]], [[1, 2]], 7, [None], ["a  b"], [["a", "é"]]
+TOKENIZER: dict[str, Sequence[Any]] = {
+    "model": [GONE],
+    "model.type": ("WordLevel", "WordPiece", "Unigram", "x", 7, ["BPE"]),
+    "model.merges": MERGES,  # of which some made the library's Rust panic
+    "model.vocab": ([], None, {"a": "x"}, {"a": -1}, {"a": 1.5}, {}, {"a": 2**40}),
+    **dict.fromkeys(("model.vocab.1", "model.vocab.new"), (10**6, 2**31)),
+    "added_tokens": (lambda a: a[:1], lambda a: a[1:], [], None, {}, [7], [{"content": "x"}], "x"),
+}
+ADAPTER: dict[str, Sequence[Any]] = {
+    **dict.fromkeys(("lora_alpha", "lora_dropout"), ("x", [], {}, -1, 10**400, float("inf"), float("nan"), True)),
+    "use_dora": [True],
+    "rank_pattern": [{"x": 1}],
+    "x\x1b\n" + "y" * 3000: [1],
+    "bias": ["all"],
+    "peft_type": ["IA3"],
+    "modules_to_save": [["lm_head"]],
+    "fan_in_fan_out": ["z" * 9000],
+}
+PROTOCOLS = b"settings = 3\n", b"settings = []\n", b"[[settings]]\ncontext = 3\n", b"settings = 'x'\n"
+NO_TOML = b"\xff\xfe", b"[", b"[settings", b"settings = {", b"a = " + b"[" * 9000
+CELL = "cells/lr0.001-r2"
+OF_MANIFEST = "model_sha256 config_sha256 tokenizer_sha256 data_sha256 environment".split()
+OF_STATE = "step flops.training flops.validation flops validated_at".split()
+OF_RESULT = "flops.training flops.validation predicted_flops cell lr rank steps context label validation_loss".split()
+OF_RESULT += "best_validation_loss best_step first_loss last_losses_mean flops convention trainable_parameters".split()
+OF_RESULT += "train_windows validation_windows validation_tokens data_sha256".split()
+NUMBERS = "validation_loss best_validation_loss best_step first_loss last_losses_mean steps".split()
+WORDS = [value for value in NASTY if isinstance(value, (str, int, float))]
+WAYS: dict[str, Sequence[Way]] = {
+    "weights": (whole, safetensors, safetensors),
+    "index": (whole, hostile_name, *[shards] * 4, required(["weight_map"], but=[{"a": {"b": [None]}}])),
+    "hdf5": (whole, datasets, datasets, becomes(b"prey,predator\n1.0,2.0\n"), zipped),
+    "config": (
+        *(whole, puts(CONFIG), puts(CONFIG), rope),
+        required([*OF_CONFIG, "model_type"], but=(1.5, 2**62), also=(True, 0, -(10**30), "1e6")),
+    ),
+    "tokenizer": (whole, *[puts(TOKENIZER)] * 3, prefix, of_a_larger_model),
+    "toml": (whole, setting, setting, structure),
+    "protocol": (setting, setting, becomes(*PROTOCOLS), becomes(*NO_TOML)),
+    "adapter_config": (
+        *(whole, puts(ADAPTER), puts(ADAPTER)),
+        required(["r", "target_modules"], also=(True, 10**12, 10**400, ["q_proj"], [7], 3)),
+    ),
+    "adapter_weights": (whole, safetensors, safetensors, logit_bias),
+    "state_tensors": (whole, safetensors, safetensors),
+    "state_json": (whole, required(OF_STATE, but=(-1, 2), also=(True, 0, 1, 3, 5, 10**30, 7.0, -2))),
+    "metrics": (whole, metric_lines, metric_lines),
+    "manifest": (whole, required(OF_MANIFEST, also=[{"model.safetensors": "0" * 64}])),
+    "result": (
+        *(whole, puts(dict.fromkeys(NUMBERS, [lambda number: number * 2]) | {"adapter_sha256": ([], "x", 7)})),
+        *[required(OF_RESULT, but=WORDS, also=(True, [1]))] * 2,
+    ),
+}
+"""How each kind of file is damaged, besides (two times in five) in its bytes."""
+FILES = {
+    "weights": ["model/model.safetensors"],
+    "index": ["sharded/model.safetensors.index.json"],
+    "hdf5": ["waves.h5"],
+    "config": ["model/config.json"],
+    "tokenizer": ["model/tokenizer.json"],
+    "toml": ["config.toml"],
+    "protocol": ["protocols/hostile.toml"],
+    "adapter_config": ["adapter/adapter_config.json"],
+    "adapter_weights": ["adapter/adapter_model.safetensors"],
+    "state_tensors": [f"stopped/{CELL}/checkpoint/state.safetensors"],
+    "state_json": [f"stopped/{CELL}/checkpoint/state.json"],
+    "metrics": [f"{out}/{CELL}/metrics.jsonl" for out in ("stopped", "finished")],
+    "manifest": [f"{out}/{name}" for out in ("stopped", "finished") for name in ("config.toml", "manifest.json")],
+    "result": [f"finished/{CELL}/result.json"],
+}
 
 
-def metrics(draw: random.Random, root: Path) -> tuple[Path, bool]:
-    run_, name = draw.choice("stopped finished".split()), "metrics.jsonl"
-    path = root / run_ / CELL / name
-
-    def lines(draw: random.Random, path: Path) -> bool:
-        held = path.read_text().splitlines()
-        at = draw.randrange(2)  # within the checkpoint
-        kind = draw.choice("twice gone swapped field field list blank loss".split())
-        if kind == "twice":
-            held.insert(at, held[at])
-        elif kind == "gone":
-            del held[at]
-        elif kind == "swapped":
-            held[0], held[1] = held[1], held[0]
-        elif kind == "list":
-            held[at] = "[]"
-        elif kind == "blank":
-            held.insert(at, "")
-        else:
-            line = json.loads(held[at])
-            names = ("loss",) if kind == "loss" else ("step", "loss", "training", "validation", "gradient_norm")
-            line[draw.choice(names)] = draw.choice(("x", None, [], 1e308, {}, 12345.5, 2**70))
-            held[at] = json.dumps(line)
-        path.write_text("\n".join([*held, ""]))
-        return MUST_FAIL
-
-    return path, _one_of(draw, path, _whole_lines, lines, lines)
-
-
-def _whole_lines(draw: random.Random, path: Path) -> bool:
-    """As `whole`; but a file that was cut, or ends in the middle of a line, has lost lines that may be made again."""
-    whole(draw, path)
-    return path.is_dir() or path.stat().st_size == 0
-
-
-def manifest(draw: random.Random, root: Path) -> tuple[Path, bool]:
-    folder = root / draw.choice("stopped finished".split())
-    if draw.random() < 0.4:
-        path = folder / "config.toml"
-
-        def setting(draw: random.Random, path: Path) -> bool:
-            line = bad_setting(draw)
-            name = line.partition(" =")[0]
-            kept = [old for old in path.read_text().splitlines() if not old.startswith(name + " =")]
-            path.write_text("\n".join([line, *kept, ""]))
-            return MUST_FAIL
-
-        return path, _one_of(draw, path, whole, setting, setting)
-    path = folder / "manifest.json"
-
-    def field(draw: random.Random, path: Path) -> bool:
-        names = ("model_sha256", "config_sha256", "tokenizer_sha256", "data_sha256", "environment")
-        return json_field(draw, path, [[name] for name in names], (*NASTY, {"model.safetensors": "0" * 64}))
-
-    return path, _one_of(draw, path, whole, field, field)
-
-
-def result(draw: random.Random, root: Path) -> tuple[Path, bool]:
-    path = root / "finished" / CELL / "result.json"
-
-    def field(draw: random.Random, path: Path) -> bool:
-        names: list[list[Any]] = [["flops", "training"], ["flops", "validation"], ["predicted_flops"]]
-        names += [[name] for name in json.loads(path.read_text()) if name not in OPTIONAL]
-        values = tuple(v for v in NASTY if v not in ("x", "NaN", "\x1b[2J\n", "y" * 3000, 1.5, 2**62)) + (True, [1])
-        chosen = draw.choice(names)
-        return json_field(draw, path, [chosen], tuple(v for v in values if v != -1))
-
-    def number(draw: random.Random, path: Path) -> bool:
-        held = json.loads(path.read_text())
-        name = draw.choice("validation_loss best_validation_loss best_step first_loss last_losses_mean steps".split())
-        path.write_text(json.dumps(held | {name: held[name] * 2}))
-        return MUST_FAIL
-
-    return path, _one_of(draw, path, whole, field, field, number)
-
-
-OPTIONAL = ("validation_loss_with_padding", "metrics_sha256")
-CELL = Path("cells") / "lr0.001-r2"
-KINDS = (
-    *(weights, index, hdf5, config, tokenizer, toml, protocol, adapter_config, adapter_weights),
-    *(state_tensors, state_json, metrics, manifest, result),
-)
-
-
-def _one_of(draw: random.Random, path: Path, *ways: Callable[[random.Random, Path], bool]) -> bool:
-    """Damage a file in one of the ways, or (two times in five) in its bytes."""
+def damage(kind: str, draw: random.Random, root: Path) -> tuple[Path, bool]:
+    """Damage an input of a kind, by a seeded choice; returns which file, and whether that must be refused."""
+    path = root / draw.choice(FILES[kind])
     if draw.random() < 0.4:
         path.write_bytes(bytewise(draw, path.read_bytes()))
-        return MAY_HOLD
-    return draw.choice(ways)(draw, path)
+        return path, False
+    way = draw.choice(WAYS["toml" if path.name == "config.toml" else kind])
+    return path, way(draw, path) != MAY_HOLD
 
 
 def harmless(path: Path, before: bytes, seen: Path) -> bool:
@@ -653,7 +465,7 @@ def harmless(path: Path, before: bytes, seen: Path) -> bool:
     if path.suffix == ".h5":
         with h5py.File(seen, "r") as file:
             values = file["trajectories"][()]
-        return values.ndim == 3 and bool(np.isfinite(values).all()) and bool((values >= 0).all())
+        return values.ndim == 3 and bool(np.isfinite(values).all())
     if path.suffix == ".safetensors":
         a, b = load_file(seen), _loaded(before, seen)
         same = a.keys() == b.keys() and all(a[name].shape == b[name].shape for name in a)

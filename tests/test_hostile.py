@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from hostile import KINDS, Inputs
+from hostile import FILES, Inputs
 from huggingface_hub import constants
+from waves import no_figures
 
 from data import lotka_volterra
 from experiments import run
@@ -24,24 +25,20 @@ from experiments.settings import protocols
 from qwen_min import Qwen, Tokenizer
 from qwen_min.tensors import from_bytes, to_bytes
 
+GENERATE = ["generate", "--prompt", "1.00", "--max-new-tokens", "1"]
 VERB = {
-    "weights": ["generate", "--prompt", "1.00", "--max-new-tokens", "1"],
-    "index": ["generate", "--prompt", "1.00", "--max-new-tokens", "1"],
-    "hdf5": ["data"],
-    "config": ["generate", "--prompt", "1.00", "--max-new-tokens", "1"],
-    "tokenizer": ["generate", "--prompt", "1.00", "--max-new-tokens", "1"],
-    "toml": ["grid", "--dry-run"],
-    "protocol": ["grid", "--dry-run", "--protocol", "hostile"],
-    "adapter_config": ["generate", "--prompt", "1.00", "--max-new-tokens", "1"],
-    "adapter_weights": ["generate", "--prompt", "1.00", "--max-new-tokens", "1"],
+    **dict.fromkeys(("weights", "index", "config", "tokenizer", "adapter_config", "adapter_weights"), GENERATE),
+    **{"hdf5": ["data"], "toml": ["grid", "--dry-run"], "protocol": ["grid", "--dry-run", "--protocol", "hostile"]},
 }
 NAMED_INSTEAD = {
     "config": ["model.safetensors", "model: "],
-    "weights": ["model: "],
+    "weights": ["model: ", "the highest logits are [nan]"],
     "index": ["sharded", "model-0000"],
     "toml": ["config.json", "waves.h5"],
     "protocol": ["config.json", "waves.h5"],
     "state_json": ["metrics.jsonl"],
+    "adapter_weights": ["logit_bias.safetensors"],
+    "result": ["/adapter/adapter_"],
 }
 """What a line may name besides the file that was damaged: the one that it no longer fits."""
 
@@ -68,9 +65,9 @@ def command(kind: str, inputs: Inputs, path: Path) -> list[str]:
     return [*VERB[kind], *flags]
 
 
-def mutations(make, counts: range, inputs: Inputs, capfd, monkeypatch) -> Counter[str]:
-    """Damage one kind of input again and again, and read it by the command line; how often it was refused, and not."""
-    kind, root, seen = make.__name__, inputs.root, Counter[str]()
+def refused_or_harmless(kind: str, counts: range, inputs: Inputs, capfd, monkeypatch) -> None:
+    """Damage one kind of input again and again, and read it by the command line."""
+    root, seen, peak = inputs.root, Counter[str](), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     monkeypatch.chdir(root.parent)
     monkeypatch.setattr(protocols, "FOLDER", root / "protocols")
     monkeypatch.setattr("experiments.training.speed.seconds", lambda *_: 1.0)
@@ -79,7 +76,7 @@ def mutations(make, counts: range, inputs: Inputs, capfd, monkeypatch) -> Counte
     copy.mkdir(exist_ok=True)
     for seed in counts:
         draw = random.Random(f"{kind} {seed}")
-        path, must_fail = make(draw, root)
+        path, must_fail = hostile.damage(kind, draw, root)
         damaged, argv = hostile.tree(root), command(kind, inputs, path)
         if path.is_file():
             (copy / path.name).write_bytes(path.read_bytes())
@@ -109,91 +106,68 @@ def mutations(make, counts: range, inputs: Inputs, capfd, monkeypatch) -> Counte
             written = {name for name in now.keys() | damaged.keys() if now.get(name) != damaged.get(name)}
             assert not written, f"{where}: {written}"
         seen["refused" if code else "accepted"] += 1
-    return seen
-
-
-def refused_or_harmless(make, counts: range, inputs: Inputs, capfd, monkeypatch) -> None:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    seen = mutations(make, counts, inputs, capfd, monkeypatch)
     assert seen.total() == len(counts)
     assert seen["refused"] >= 0.6 * len(counts), seen
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < GROWTH
     with capfd.disabled():
-        print(f" {make.__name__} {dict(seen)}", end="", flush=True)
+        print(f" {kind} {dict(seen)}", end="", flush=True)
 
 
-@pytest.mark.parametrize(("number", "make"), [*enumerate(KINDS)], ids=[make.__name__ for make in KINDS])
-def test_200_malformed_inputs_are_refused_in_one_line(number, make, inputs, capfd, monkeypatch):
+@pytest.mark.parametrize("kind", FILES)
+def test_200_malformed_inputs_are_refused_in_one_line(kind, inputs, capfd, monkeypatch):
     """14 or 15 of each of 14 kinds."""
-    refused_or_harmless(make, range(14 + (number < 4)), inputs, capfd, monkeypatch)
+    refused_or_harmless(kind, range(14 + (kind in list(FILES)[:4])), inputs, capfd, monkeypatch)
 
 
 @pytest.mark.endurance
-@pytest.mark.parametrize("make", KINDS, ids=lambda make: make.__name__)
-def test_1400_malformed_inputs_are_refused_in_one_line(make, inputs, capfd, monkeypatch):
-    refused_or_harmless(make, range(100), inputs, capfd, monkeypatch)
+@pytest.mark.parametrize("kind", FILES)
+def test_1400_malformed_inputs_are_refused_in_one_line(kind, inputs, capfd, monkeypatch):
+    refused_or_harmless(kind, range(100), inputs, capfd, monkeypatch)
 
 
-def flipped(draw: random.Random, path: Path, begin: int, end: int) -> None:
-    """Flip one bit of a file, between two places in it."""
+FLIPPED = {
+    **{"adapter": "adapter/adapter_model.safetensors", "model": "model/model.safetensors"},
+    **{"checkpoint": f"stopped/{hostile.CELL}/checkpoint/state.safetensors", "data": "waves.h5", "rebuilt": "waves.h5"},
+}
+
+
+def flip_of(kind: str, draw: random.Random, inputs: Inputs) -> tuple[list[str], str]:
+    """Alter one bit of a file that stays valid: the command that reads it, and what must be said of it."""
+    root, out, path = inputs.root, draw.choice(("stopped", "finished")), inputs.root / FLIPPED[kind]
+    if path.suffix == ".h5":
+        with h5py.File(path, "r+") as file:
+            times, series = file["time"][()], file["trajectories"][()]
+            if kind == "rebuilt":
+                file.attrs[lotka_volterra.WRITTEN_DIGEST] = np.bytes_(lotka_volterra._exact_digest(times, series))
+        begin = path.read_bytes().index(series.tobytes()) + 4 * draw.randrange(series.size)
+        end = begin + 2  # of the fraction: it stays a number
+    else:  # where the tensors lie
+        begin, end = 8 + int.from_bytes(path.read_bytes()[:8], "little"), path.stat().st_size
     data = bytearray(path.read_bytes())
     data[draw.randrange(begin, end)] ^= 1 << draw.randrange(8)
     path.write_bytes(data)
-
-
-def values_of(path: Path) -> tuple[int, int]:
-    """Where the tensors of a safetensors file lie."""
-    data = path.read_bytes()
-    return 8 + int.from_bytes(data[:8], "little"), len(data)
-
-
-def flip_of(kind: str, draw: random.Random, inputs: Inputs) -> tuple[Path, list[str], str]:
-    """Alter one bit of a file that stays valid: the file, the command that reads it, and what must be said of it."""
-    root, out = inputs.root, draw.choice(("stopped", "finished"))
-    if kind == "adapter":
-        path = root / "adapter" / "adapter_model.safetensors"
-        flipped(draw, path, *values_of(path))
-        return path, command("adapter_weights", inputs, path), f"{path}: sha256 of its tensors is "
-    if kind == "checkpoint":
-        path = root / "stopped" / hostile.CELL / "checkpoint" / "state.safetensors"
-        flipped(draw, path, *values_of(path))
-        return path, inputs.train("stopped"), f"{path}: sha256 of its tensors is "
-    if kind == "model":
-        path = root / "model" / "model.safetensors"
-        flipped(draw, path, *values_of(path))
-        return path, inputs.train(out), f"{root / out / 'manifest.json'}: model_sha256 is "
-    path = root / "waves.h5"
-    with h5py.File(path, "r") as file:
-        times, series = file["time"][()], file["trajectories"][()]
+    if kind in ("model", "data"):
+        return inputs.train(out), f"{root / out / 'manifest.json'}: {kind}_sha256 is "
     if kind == "rebuilt":
-        with h5py.File(path, "r+") as file:
-            file.attrs[lotka_volterra.WRITTEN_DIGEST] = np.bytes_(lotka_volterra._exact_digest(times, series))
-    at = path.read_bytes().index(series.tobytes()) + 4 * draw.randrange(series.size)
-    flipped(draw, path, at, at + 2)  # of the fraction: it stays a number
-    if kind == "rebuilt":
-        return path, command("hdf5", inputs, path), f"{path}: sha256 of its values is "
-    return path, inputs.train(out), f"{root / out / 'manifest.json'}: data_sha256 is "
+        return command("hdf5", inputs, path), f"{path}: sha256 of its values is "
+    argv = command("adapter_weights" if kind == "adapter" else "state_tensors", inputs, path)
+    return argv, f"{path}: sha256 of its tensors is "
 
 
-def flips(inputs: Inputs, capfd, monkeypatch) -> int:
-    """Alter 200 files by one bit each, and start the run that reads them; returns how many."""
+def test_200_files_altered_by_one_bit_are_refused_by_their_digest(inputs, capfd, monkeypatch):
     root, done = inputs.root, 0
     monkeypatch.chdir(root.parent)
     before = hostile.tree(root)
     for kind, count in {"adapter": 60, "checkpoint": 50, "model": 30, "data": 30, "rebuilt": 30}.items():
         for seed in range(count):
-            path, argv, said = flip_of(kind, random.Random(f"{kind} {seed}"), inputs)
+            argv, said = flip_of(kind, random.Random(f"{kind} {seed}"), inputs)
             altered = hostile.tree(root)
             code, error, now = run.main(argv), capfd.readouterr().err, hostile.tree(root)
             hostile.restore(root, before)
             assert code == 2 and error.startswith(said) and "expected" in error and error.count("\n") == 1, error
             assert altered != before and now == altered, "something was written"
             done += 1
-    return done
-
-
-def test_200_files_altered_by_one_bit_are_refused_by_their_digest(inputs, capfd, monkeypatch):
-    assert flips(inputs, capfd, monkeypatch) == 200
+    assert done == 200
 
 
 def test_a_tensor_that_is_named_twice_is_refused_where_the_library_takes_the_last(inputs, tmp_path):
@@ -269,32 +243,37 @@ def from_the_hub(inputs: Inputs) -> list[str]:
 
 
 def test_a_run_takes_a_cached_model_whose_files_are_what_their_names_say(cached, inputs, monkeypatch):
-    monkeypatch.setattr("experiments.study.grid.plots.loss_curves", lambda *_, **__: None)
-    monkeypatch.setattr("experiments.study.grid.plots.heat_map", lambda *_, **__: None)
+    no_figures(monkeypatch)
     assert run.main(from_the_hub(inputs)) == 0
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def refusal(inputs: Inputs, capfd, name: str) -> str:
+    """The line that refuses one of the cached files."""
+    assert run.main(from_the_hub(inputs)) == 2
+    line = capfd.readouterr().err
+    assert line.count("\n") == 1 and f"/{name}: " in line and "expected" in line, line
+    assert "'hf download owner/name' fetches it" in line and not Path("run/manifest.json").exists()
+    return line
+
+
+CACHED = pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+
+
+@CACHED
 def test_a_cached_file_that_was_altered_is_refused_by_its_digest(name, cached, inputs, capfd):
     blob = (cached / name).resolve()
     data = blob.read_bytes()
     blob.write_bytes(data[:-1] + bytes([data[-1] ^ 1]) if name == "model.safetensors" else data + b"\n")
-    assert run.main(from_the_hub(inputs)) == 2
-    line = capfd.readouterr().err
-    assert line.count("\n") == 1 and f"/{name}: its digest is " in line and blob.name in line
-    assert "expected it as it was fetched" in line and "'hf download owner/name' fetches it" in line
-    assert not Path("run").exists() or not (Path("run") / "manifest.json").exists()
+    line = refusal(inputs, capfd, name)
+    assert f"/{name}: its digest is " in line and blob.name in line and "expected it as it was fetched" in line
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+@CACHED
 def test_a_half_download_is_no_file_and_the_line_says_what_fetches_it(name, cached, inputs, capfd):
     """The hub's library writes BLOB.incomplete, and makes the link once the blob is whole."""
     blob = (cached / name).resolve()
     blob.with_name(blob.name + ".1a2b.incomplete").write_bytes(blob.read_bytes()[:100])
     blob.unlink()
-    for there in ("a link to nothing", "no link"):
-        assert run.main(from_the_hub(inputs)) == 2
-        line = capfd.readouterr().err
-        assert line.count("\n") == 1 and f"/{name}: " in line and "expected" in line, there
-        assert "'hf download owner/name' fetches it" in line
-        (cached / name).unlink(missing_ok=True)
+    refusal(inputs, capfd, name)  # a link to nothing
+    (cached / name).unlink()
+    refusal(inputs, capfd, name)

@@ -1,9 +1,13 @@
-"""The small data set of tests that run a verb: damped waves of predator and prey."""
+"""What tests that run a verb share: damped waves of predator and prey, and what a run left."""
 
 from pathlib import Path
 
 import h5py
 import numpy as np
+
+from experiments import plots
+
+FIGURES = ("loss_curves", "heat_map")
 
 
 def damped_waves(path: Path, points: int, variables: int = 2) -> Path:
@@ -18,3 +22,16 @@ def damped_waves(path: Path, points: int, variables: int = 2) -> Path:
         file.create_dataset("trajectories", data=series.astype(np.float32), track_times=False)
         file.create_dataset("time", data=times, track_times=False)
     return path
+
+
+def no_figures(patch) -> None:
+    """Leave out the grid's figures, which would take longer than its training."""
+    for name in FIGURES:
+        patch.setattr(plots, name, lambda *_, **__: None)
+
+
+def contents(out: Path | str, *without: str) -> dict[str, bytes]:
+    """Every file of a run but what says when, how often and by whom it was started, and what is `without` too."""
+    names = (".owner", ".lock", "manifest.json", *without)
+    found = {p.relative_to(out): p for p in sorted(Path(out).rglob("*")) if p.is_file() and p.name not in names}
+    return {str(name): path.read_bytes() for name, path in found.items() if name.parts[0] != "shards"}
