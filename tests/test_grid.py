@@ -1,279 +1,168 @@
-"""The main job, end to end, on the pocket model and a small data set; stopped, resumed, refused."""
+"""The main job, end to end, on the pocket model and a small data set; priced, finished, refused."""
 
-import csv
+import io
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
+from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 import pytest
-from waves import damped_waves
+from waves import contents, damped_waves, refused
 
 from experiments import run
 from experiments.accounting.ledger import Ledger
-from qwen_min import FlopMeter, Qwen
+from experiments.run_folder import files
+from experiments.settings.record import POCKET, Settings
+from experiments.task.task import Task
+from lora import load_adapter
+from qwen_min import FlopMeter, Qwen, Tokenizer
 
-ROOT = Path(__file__).parents[1]
-SMALL = ["--steps", "6", "--val-every", "2", "--context", "64", "--batch-size", "2", "--val-series", "2"]
+SMALL = ["--data", "waves.h5", "--steps", "6", "--val-every", "2", "--context", "64", "--batch-size", "2"]
+SMALL += ["--val-series", "2"]
+GRID = ["grid", "--config", "small.toml", *SMALL, "--lr", "1e-3", "1e-2", "--ranks", "2", "4", "--out", "grid"]
+CELLS = ["lr0.001-r2", "lr0.01-r2", "lr0.001-r4", "lr0.01-r4"]
+FOLDERS = ["untrained", *(f"cells/{name}" for name in CELLS)]
+
+
+def stand(place: Path, patch) -> None:
+    """Make a folder, with twenty damped waves of 30 points, that of the process."""
+    patch.chdir(place)
+    damped_waves(place / "waves.h5", 30)
 
 
 @pytest.fixture
-def data(tmp_path) -> Path:
-    """Twenty damped waves of 30 points."""
-    return damped_waves(tmp_path / "waves.h5", 30)
+def here(tmp_path, monkeypatch) -> None:
+    stand(tmp_path, monkeypatch)
 
 
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    """Ledger and runs land in a folder of the test's own."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory):
+    """What a grid of four cells printed when it was priced, and when it had run; it is in the current folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        stand(tmp_path_factory.mktemp("grid"), patch)
+        Path("small.toml").write_text("default_steps = 6\ndefault_rank = 2\n")
+        texts = []
+        for more in (["--dry-run"], []):
+            assert not Path("grid").exists() and not Path("ledger.sqlite").exists()
+            with redirect_stdout(io.StringIO()) as out:
+                assert run.main([*GRID, *more]) == 0
+            texts.append(out.getvalue())
+        yield texts
 
 
-def grid(data: Path, out: str, *more: str) -> int:
-    return run.main(
-        ["grid", "--data", str(data), "--lr", "1e-3", "1e-2", "--ranks", "2", "4", "--out", out, *SMALL, *more]
-    )
+def totals() -> dict[str, Any]:
+    with Ledger("ledger.sqlite") as ledger:
+        return ledger.totals()
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a run that must not depend on when or how often it was started."""
-    return {
-        str(p.relative_to(folder)): p.read_bytes()
-        for p in sorted(folder.rglob("*"))
-        if p.is_file() and p.name not in ("manifest.json", ".owner", ".lock", "config.toml", "results.md")
-    }
-
-
-def test_the_grid_trains_every_cell_and_its_flops_equal_the_prediction(data, capsys):
-    assert grid(data, "grid") == 0
-    results = [json.loads(p.read_text()) for p in sorted(Path("grid/cells").glob("*/result.json"))]
-    assert [(r["lr"], r["rank"]) for r in results] == [(0.001, 2), (0.001, 4), (0.01, 2), (0.01, 4)]
-    untrained = json.loads(Path("grid/untrained/result.json").read_text())
+def test_the_grid_trains_every_cell_and_its_flops_equal_the_prediction(printed):
+    untrained, *results = (files.read_json(f"grid/{name}/result.json") for name in FOLDERS)
+    assert [(r["cell"], r["lr"], r["rank"]) for r in results] == [
+        (name, float(name[2:].partition("-")[0]), int(name[-1])) for name in CELLS
+    ]
     for result in results:
         assert result["flops"] == result["predicted_flops"]
         assert result["validation_loss"] < untrained["validation_loss"]
-        assert result["label"] == "toy: the pocket model"
-    rows = list(csv.DictReader(Path("grid/results.csv").read_text().splitlines()))
-    assert [row["cell"] for row in rows] == ["untrained", "lr0.001-r2", "lr0.01-r2", "lr0.001-r4", "lr0.01-r4"]
-    assert {p.name for p in Path("grid/figures").iterdir()} == {
-        "loss-cells-by-step.png",
-        "loss-cells-by-flops.png",
-        "grid.png",
-    }
-    printed = capsys.readouterr().out
-    for result in results:
-        assert f"{result['validation_loss']:.4f}" in printed
-    with Ledger(Path("ledger.sqlite")) as ledger:
-        totals = ledger.totals()
-    assert totals["training"] == sum(r["flops"]["training"] for r in results)
-    assert totals["validation"] == sum(r["flops"]["validation"] for r in [untrained, *results])
-    assert totals["wasted"] == totals["reserved"] == 0
+        assert result["label"] == "toy: the pocket model" and f"{result['validation_loss']:.4f}" in printed[1]
+    found = totals()
+    assert found["training"] == sum(r["flops"]["training"] for r in results)
+    assert found["validation"] == sum(r["flops"]["validation"] for r in [untrained, *results])
+    assert found["wasted"] == found["reserved"] == 0 and f"{found['spent']:,}" in printed[0]
 
 
-def test_a_grid_counts_each_cell_once_says_what_it_wrote_and_its_page_draws_each_picture_once(data, capsys):
+def test_a_grid_counts_each_cell_once_says_what_it_wrote_and_its_page_draws_each_picture_once(printed, capsys):
     """Bug: the cell that a study's default run would be was filed as that, and missing on the page."""
-    Path("small.toml").write_text("default_steps = 6\ndefault_rank = 2\n")
-    assert grid(data, "grid", "--config", "small.toml") == 0
-    *_, said = capsys.readouterr().out.splitlines()
+    said = printed[1].splitlines()[-1]
     assert said.startswith("written to grid: results.md, ") and said.endswith("; FLOPs charged to ledger.sqlite")
     written = said.removeprefix("written to grid: ").partition(";")[0].split(", ")
     assert all(list(Path("grid").glob(name)) for name in written)
-    rows = list(csv.DictReader(Path("grid/results.csv").read_text().splitlines()))
-    assert [row["stage"] for row in rows] == ["baseline", *["grid"] * 4]
+    _, rows = files.read_csv("grid/results.csv")
+    assert [(row["stage"], row["cell"]) for row in rows] == [
+        ("baseline", "untrained"),
+        *(("grid", name) for name in CELLS),
+    ]
     drawn = {path.name: path.read_bytes() for path in Path("grid/figures").iterdir()}
+    assert sorted(drawn) == ["grid.png", "loss-cells-by-flops.png", "loss-cells-by-step.png"]
     assert run.main(["report", "grid"]) == 0
     assert capsys.readouterr().out == "grid/report.html\nwritten to grid: report.html, report.md, figures/, tables/\n"
     again = {path.name: path.read_bytes() for path in Path("grid/figures").iterdir()}
     assert drawn.items() < again.items() and len(set(again.values())) == len(again)
 
 
-def test_a_finished_grid_started_again_changes_nothing(data):
-    assert grid(data, "grid") == 0
-    before, stamps = contents(Path("grid")), {p: p.stat().st_mtime_ns for p in Path("grid/cells").rglob("*")}
-    assert grid(data, "grid") == 0
-    assert contents(Path("grid")) == before
+def test_a_finished_grid_started_again_changes_nothing(printed):
+    before, stamps = contents("grid"), {p: p.stat().st_mtime_ns for p in Path("grid/cells").rglob("*")}
+    assert run.main(GRID) == 0
+    assert contents("grid") == before
     assert {p: p.stat().st_mtime_ns for p in Path("grid/cells").rglob("*")} == stamps
-    with Ledger(Path("ledger.sqlite")) as ledger:
+    with Ledger("ledger.sqlite") as ledger:
         assert len(ledger.entries()) == 5
 
 
-STOPPED = """
-import os, sys
-from experiments import run
-from experiments.training import cell as train
-true, (step, how, *argv), seen = train.training_step, sys.argv[1:], []
-def training_step(*args):
-    seen.append(1)
-    if len(seen) == int(step):
-        os.kill(os.getpid(), int(how))
-    return true(*args)
-train.training_step = training_step
-sys.exit(run.main(argv))
-"""
-
-
-def started(data: Path, out: str, step: int = 0, how: int = 0) -> int:
-    """A run in a process of its own, which sends itself a signal at the beginning of a step; returns its exit code."""
-    argv = ["train", "--data", str(data), "--lr", "5e-3", "--rank", "2", "--dropout", "0.1", "--out", out, *SMALL]
-    command = [sys.executable, "-c", STOPPED, str(step), str(how), *argv, "--steps", "20", "--val-every", "5"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment).returncode
-
-
-def test_a_run_killed_and_one_interrupted_resume_to_the_bytes_of_one_never_stopped(data):
-    assert started(data, "whole") == 0
-    assert started(data, "stopped", 8, signal.SIGKILL) == -signal.SIGKILL  # its last checkpoint is of step 5
-    assert started(data, "stopped", 7, signal.SIGINT) == 130
-    assert not Path("stopped/cells/lr0.005-r2/result.json").exists()
-    assert started(data, "stopped") == 0
-    assert contents(Path("stopped")) == contents(Path("whole"))
-    with Ledger(Path("ledger.sqlite")) as ledger:
-        entries = {(e["run"], e["cell"]): e for e in ledger.entries()}
-    a, b = entries["whole", "lr0.005-r2"], entries["stopped", "lr0.005-r2"]
-    assert (a["training"], a["validation"], a["state"]) == (b["training"], b["validation"], b["state"])
-    assert b["wasted"] == 2 * a["training"] // 20 and a["wasted"] == 0  # steps 6 and 7 ran twice
-
-
-def test_a_grid_beyond_the_budget_is_refused_with_exit_3_before_anything_runs(data, capsys):
-    assert grid(data, "grid", "--budget", "1000000") == 3
+def test_a_grid_beyond_the_budget_is_refused_with_exit_3_before_anything_runs(here, capsys):
+    assert run.main(["grid", *SMALL, "--out", "grid", "--budget", "1000000"]) == 3
     assert "1,000,000" in capsys.readouterr().err
     assert not Path("grid/cells").exists() and not Path("grid/untrained").exists()
 
 
-def test_a_run_of_other_settings_or_other_data_in_the_same_folder_is_refused(data, capsys):
-    assert grid(data, "grid") == 0
-    before = contents(Path("grid"))
-    assert grid(data, "grid", "--seed", "1") == 2
-    assert "seed is 0, now 1" in capsys.readouterr().err
-    with h5py.File(data, "r+") as file:
-        file["trajectories"][3, 4, 0] += 1
-    assert grid(data, "grid") == 2
-    assert "data_sha256" in capsys.readouterr().err
-    assert contents(Path("grid")) == before
-
-
-def test_a_run_whose_model_has_another_config_now_is_refused(data, tmp_path, capsys):
+def test_a_run_whose_model_has_another_config_now_is_refused(here, capsys):
     """Bug: the same weights with another rope theta went on in the old folder."""
-    model = shutil.copytree(ROOT / "weights" / "pocket", tmp_path / "model")
-    assert grid(data, "grid", "--model", str(model)) == 0
-    config = json.loads((model / "config.json").read_text())
+    shutil.copytree(POCKET, "model")
+    argv = ["train", *SMALL, "--steps", "1", "--model", "model", "--out", "t"]
+    assert run.main(argv) == 0
+    config = files.read_json("model/config.json")
     config["rope_theta"] = config["rope_parameters"]["rope_theta"] = 2e4
-    (model / "config.json").write_text(json.dumps(config))
-    assert grid(data, "grid", "--model", str(model)) == 2
-    assert "config_sha256" in capsys.readouterr().err
+    files.write_json("model/config.json", config)
+    assert "config_sha256" in refused(capsys, *argv)
 
 
-def test_a_loss_that_is_not_finite_stops_at_that_step_with_exit_4(data, capsys, monkeypatch):
-
-    true, calls = Qwen.loss, []
-
-    def poisoned(self, ids, targets, padding=None, vocabulary=None):
-        loss, count = true(self, ids, targets)
-        calls.append(self.training)
-        return (loss * float("nan") if self.training and calls.count(True) == 4 else loss), count
-
-    monkeypatch.setattr(Qwen, "loss", poisoned)
-    assert run.main(["train", "--data", str(data), "--out", "t", "--rank", "2", *SMALL]) == 4
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert "step 4" in error and "nan" in error
-    monkeypatch.undo()
-    monkeypatch.chdir(data.parent)
-    assert not Path("t/cells/lr0.01-r2/result.json").exists()
-    with Ledger(Path("ledger.sqlite")) as ledger:
-        assert ledger.entries()[-1]["state"] == "failed"
-    assert run.main(["train", "--data", str(data), "--out", "t", "--rank", "2", *SMALL]) == 0  # from its checkpoint
-
-
-def test_a_dry_run_prices_the_grid_and_runs_nothing(data, capsys, tmp_path):
-    assert grid(data, "grid", "--dry-run") == 0
-    printed = capsys.readouterr().out
-    assert not Path("grid").exists() and not Path("ledger.sqlite").exists()
-    assert grid(data, "grid") == 0
-    with Ledger(Path("ledger.sqlite")) as ledger:
-        assert f"{ledger.totals()['spent']:,}" in printed
-
-
-def test_train_with_json_prints_one_object_whose_adapter_loads(data, capsys):
-    from lora import load_adapter
-
-    assert run.main(["train", "--data", str(data), "--out", "t", "--rank", "3", "--json", *SMALL]) == 0
+def test_train_with_json_prints_one_object_whose_adapter_loads(here, capsys):
+    assert run.main(["train", *SMALL, "--out", "t", "--rank", "3", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    model = Qwen.from_pretrained(ROOT / "weights" / "pocket")
-    load_adapter(model, Path("t/cells") / result["cell"] / "adapter")
+    load_adapter(Qwen.from_pretrained(POCKET), Path("t/cells") / result["cell"] / "adapter")
     assert result["validation_loss"] < result["untrained_validation_loss"]
 
 
-def test_evaluate_scores_the_horizon_beside_naive_forecasts_and_charges_what_it_predicted(data, capsys):
-    flags = ["--data", str(data), "--val-series", "3", "--points", "20", "--horizon", "5", "--context", "64"]
-    assert run.main(["evaluate", "--json", "--out", "e", *flags]) == 0
+def test_evaluate_scores_the_horizon_beside_naive_forecasts_and_charges_what_it_predicted(here, capsys):
+    flags = ["--data", "waves.h5", "--val-series", "3", "--points", "20", "--horizon", "5", "--context", "64"]
+    with FlopMeter() as meter:
+        assert run.main(["evaluate", "--json", "--out", "e", *flags]) == 0
+    assert meter.total == totals()["spent"]
     report = json.loads(capsys.readouterr().out)
     scores = {row["forecaster"]: row for row in report["scores"] if row["variable"] == "all"}
     assert set(scores) == {"model", "persistence", "context mean", "seasonal repeat", "context parroting", "law fit"}
     assert report["predicted_flops"] == report["flops"] | {"training": 0}
     assert report["forecast_steps"]["validation"] == 15 and report["parts"]["validation"] == [14, 15, 16]
     assert report["unparsed_steps"]["validation"] == 0  # constrained
-    written = json.loads(Path("e/evaluation/evaluation.json").read_text())
+    written = files.read_json("e/evaluation/evaluation.json")
     assert report["out"] == "e"
     assert written == {key: value for key, value in report.items() if key not in ("scores", "out")}
-    capsys.readouterr()
     assert run.main(["evaluate", "--out", "e", *flags]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert written["verdict"]["validation"] in lines and "the best of the copies; 3 series" in lines[-4]
     assert lines[-1] == "written to e: evaluation/, figures/forecasts.png; FLOPs charged to ledger.sqlite"
     with pytest.raises(SystemExit):
         run.main(["evaluate", "--help"])
-    assert "evaluation.json, scores.csv, forecasts.csv and more go into its evaluation/" in " ".join(
-        capsys.readouterr().out.split()
-    )
+    help_ = " ".join(capsys.readouterr().out.split())
+    assert "evaluation.json, scores.csv, forecasts.csv and more go into its evaluation/" in help_
     assert Path("e/figures/forecasts.png").read_bytes().startswith(b"\x89PNG")
-    with h5py.File(data) as file:
+    with h5py.File("waves.h5") as file:
         series = file["trajectories"][14:17].astype(float)
     mse = ((series[:, 19:20] - series[:, 20:25]) ** 2).mean()
     assert scores["persistence"]["mse"] == pytest.approx(mse, rel=1e-12)
 
 
-def test_a_forecast_longer_than_the_series_is_refused(data, capsys):
-    assert run.main(["evaluate", "--data", str(data), "--points", "20", "--horizon", "11"]) == 2
-    assert "has 30 points: expected at least the 20" in capsys.readouterr().err
-    assert run.main(["forecast", "--system", "20", "--data", str(data), "--points", "9", "--horizon", "9"]) == 2
-    assert "no system 20: expected 0 to 19" in capsys.readouterr().err
+def test_a_forecast_longer_than_the_series_is_refused(here, capsys):
+    data = ["--data", "waves.h5", "--points"]
+    assert "has 30 points: expected at least the 20" in refused(capsys, "evaluate", *data, "20", "--horizon", "11")
+    line = refused(capsys, "forecast", "--system", "20", *data, "9", "--horizon", "9")
+    assert "no system 20: expected 0 to 19" in line
 
 
-def test_a_malformed_forecast_is_counted_and_never_shifts_a_column_or_a_step(data):
-    from experiments.settings.record import Settings
-    from experiments.task.task import Task
-    from qwen_min import Tokenizer
-
-    tokenizer = Tokenizer(ROOT / "weights" / "pocket" / "tokenizer.json")
-    task = Task.prepare(Settings(data=str(data), points=20, horizon=4, alpha=2.0), tokenizer)
+def test_a_malformed_forecast_is_counted_and_never_shifts_a_column_or_a_step(here):
+    tokenizer = Tokenizer.from_pretrained(POCKET)
+    task = Task.prepare(Settings(data="waves.h5", points=20, horizon=4, alpha=2.0), tokenizer)
     values = task.read_forecast(tokenizer.encode("1.00,2.00;1.0x,3.00;4.00;0.50,0.25;9.99,9.99;"), system=3)
     np.testing.assert_array_equal(values, [[2, 4], [np.nan] * 2, [np.nan] * 2, [1, 0.5]])
-
-
-def test_a_meter_around_a_whole_run_sees_what_the_ledger_was_charged(data):
-    with FlopMeter() as meter:
-        assert (
-            run.main(
-                [
-                    "evaluate",
-                    "--data",
-                    str(data),
-                    "--points",
-                    "20",
-                    "--horizon",
-                    "5",
-                    "--context",
-                    "64",
-                    "--val-series",
-                    "2",
-                ]
-            )
-            == 0
-        )
-    with Ledger(Path("ledger.sqlite")) as ledger:
-        assert meter.total == ledger.totals()["spent"]

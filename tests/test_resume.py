@@ -6,22 +6,25 @@ second.
 
 import dataclasses
 import itertools
-import json
 import os
 import shutil
 import signal
-import sqlite3
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from waves import damped_waves
+from waves import contents, damped_waves, no_figures, refused
 
-from experiments import plots, run
+from data.windows import batch_indices
+from experiments import run
 from experiments.accounting.ledger import Ledger
+from experiments.run_folder import files
+from experiments.run_folder.folder import Record
 from experiments.settings.record import Settings
 from experiments.study.manifest import FREE, check_drift, environment
+from experiments.study.plan import Plan
 from experiments.study.run import run_stages
 from experiments.training import cell as train
 from experiments.training import parallel
@@ -59,25 +62,20 @@ def data(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch) -> Path:
-    """Ledger and runs land in a folder of the test's own; figures would take longer than the training."""
+def elsewhere(tmp_path, monkeypatch) -> None:
+    """Ledger and runs land in a folder of the test's own."""
     monkeypatch.chdir(tmp_path)
-    for name in ("loss_curves", "heat_map"):
-        monkeypatch.setattr(plots, name, lambda *_, **__: None)
-    return tmp_path
+    no_figures(monkeypatch)
 
 
 def train_cell(settings: Settings, out: str = "run", allow_drift: bool = False) -> None:
     run_stages(settings, Path(out), Path("ledger.sqlite"), lambda record: None, ("grid",), ALONE, allow_drift)
 
 
-def contents(out: Path) -> dict[str, bytes]:
-    """Every file of a run but what says when and by whom it was started."""
-    return {
-        str(p.relative_to(out)): p.read_bytes()
-        for p in sorted(out.rglob("*"))
-        if p.is_file() and p.name not in ("manifest.json", ".owner", ".lock")
-    }
+def row() -> dict[str, Any]:
+    """What the ledger says of the cell."""
+    with Ledger("ledger.sqlite") as ledger:
+        return ledger.latest("run", CELL.name)
 
 
 def stops(monkeypatch, step: int, how: str) -> None:
@@ -103,14 +101,10 @@ def whole(data, tmp_path_factory):
 
     def files_and_row(rows: int):
         if rows not in made:
-            before = Path.cwd()
-            os.chdir(tmp_path_factory.mktemp("whole"))
-            try:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(tmp_path_factory.mktemp("whole"))
                 train_cell(Settings(data=str(data), **BEGUN))
-                with Ledger("ledger.sqlite") as ledger:
-                    made[rows] = contents(Path("run")), ledger.latest("run", CELL.name)
-            finally:
-                os.chdir(before)
+                made[rows] = contents("run"), row()
         return made[rows]
 
     return files_and_row
@@ -129,7 +123,7 @@ def test_a_run_with_dropout_stopped_at_10_points_of_3_epochs_44_in_all_ends_in_t
     data, whole, monkeypatch, step, how, rows
 ):
     """`rows` sequences run at once: with 3 of them a batch is a group of three and one of one."""
-    width = json.loads((Path(Settings().model) / "config.json").read_text())["intermediate_size"]
+    width = files.read_json(Path(Settings().model, "config.json"))["intermediate_size"]
     monkeypatch.setitem(FEED_FORWARD_AT_ONCE, "cpu", rows * BEGUN["context"] * width)
     expected, settled = whole(rows)
     settings = Settings(data=str(data), **BEGUN)
@@ -138,22 +132,18 @@ def test_a_run_with_dropout_stopped_at_10_points_of_3_epochs_44_in_all_ends_in_t
         with pytest.raises(Killed if how == "kill" else KeyboardInterrupt):
             train_cell(settings)
     after = step if how == "interrupt" else (step - 1) // 2 * 2
-    state = Path("run", CELL, "checkpoint", "state.json")
-    assert (json.loads(state.read_text())["step"] if state.is_file() else 0) == after
+    state = Record(Path("run", CELL, "checkpoint", "state.json"))
+    assert state.held.get("step", 0) == after
     torch.manual_seed(999)  # as another process has it
     train_cell(settings)
-    assert contents(Path("run")) == expected
-    with Ledger("ledger.sqlite") as ledger:
-        row = ledger.latest("run", CELL.name)
-    assert {**row, "wasted": 0, "total": 0} == {**settled, "total": 0}
-    assert row["wasted"] == row["training"] // STEPS * (step - after)
+    assert contents("run") == expected
+    entry = row()
+    assert {**entry, "wasted": 0, "total": 0} == {**settled, "total": 0}
+    assert entry["wasted"] == entry["training"] // STEPS * (step - after)
 
 
 def test_three_epochs_are_three_orders_and_a_step_straddles_two(data):
     """What the row above rests on."""
-    from data.windows import batch_indices
-    from experiments.study.plan import Plan
-
     task = Plan(Settings(data=str(data), **BEGUN)).task
     assert len(task.train_windows) == 14
     order = np.concatenate([batch_indices(14, 4, step, 0) for step in range(STEPS)])[:42].reshape(3, 14)
@@ -180,55 +170,29 @@ def test_what_a_step_draws_depends_on_the_seed_the_step_and_the_rank_alone(monke
 @pytest.fixture(scope="module")
 def places(data, tmp_path_factory) -> dict[str, Path]:
     """A folder with the run, its ledger and its `settings.toml`: begun, and finished."""
-    made, before = {}, Path.cwd()
+    made = {}
     for name in ("begun", "finished"):
         made[name] = tmp_path_factory.mktemp(name) / "place"
         made[name].mkdir()
-        os.chdir(made[name])
-        settings = Settings(data=str(data), **BEGUN | {"steps": 4})
-        Path("settings.toml").write_text(settings.to_toml())
         with pytest.MonkeyPatch.context() as patch:
-            for figure in ("loss_curves", "heat_map"):
-                patch.setattr(plots, figure, lambda *_, **__: None)
+            patch.chdir(made[name])
+            no_figures(patch)
+            Path("settings.toml").write_text(Settings(data=str(data), **BEGUN | {"steps": 4}).to_toml())
             if name == "begun":
                 stops(patch, 2, "interrupt")
             assert run.main(GRID) == (130 if name == "begun" else 0)
-        os.chdir(before)
     return made
 
 
 GRID = ["grid", "--config", "settings.toml", "--out", "run"]
 
 
-@pytest.fixture
-def begun(places, tmp_path, monkeypatch) -> Path:
-    return stand_in(places["begun"], tmp_path, monkeypatch)
-
-
-@pytest.fixture
-def finished(places, tmp_path, monkeypatch) -> Path:
-    return stand_in(places["finished"], tmp_path, monkeypatch)
-
-
-def stand_in(place: Path, tmp_path: Path, monkeypatch) -> Path:
-    shutil.copytree(place, tmp_path / "place")
+@pytest.fixture(params=["begun"])
+def begun(request, places, tmp_path, monkeypatch) -> Path:
+    """The folder of a copy of the run that was begun, or of the one that a test asks for, from beside it."""
+    shutil.copytree(places[request.param], tmp_path / "place")
     monkeypatch.chdir(tmp_path / "place")
     return Path("run")
-
-
-def everything() -> dict[str, bytes]:
-    return {str(p): p.read_bytes() for p in sorted(Path().rglob("*")) if p.is_file()}
-
-
-def refused(capsys, argv: list[str]) -> str:
-    """Start a run that must be refused with nothing changed; returns its one line."""
-    before = everything()
-    capsys.readouterr()
-    assert run.main(argv) == 2
-    captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.count("\n") == 1 and "expected" in captured.err, captured.err
-    assert everything() == before, "something was written"
-    return captured.err
 
 
 # Another value of every field; those of `FREE` come last.
@@ -264,50 +228,20 @@ def change(name: str) -> None:
 def test_a_resume_with_a_changed_field_is_refused_by_its_name_with_the_old_and_the_new_value(begun, capsys, name):
     old = getattr(Settings.from_toml("settings.toml"), name)
     change(name)
-    line = refused(capsys, GRID)
+    line = refused(capsys, *GRID)
     expected = "expected the settings the run began with, or another --out"
     assert line == f"run/config.toml: {name} is {old!r}, now {CHANGED[name]!r}: {expected}\n"
 
 
+@pytest.mark.parametrize("begun", ["finished"], indirect=True)
 @pytest.mark.parametrize("name", [name for name in FREE if name not in OF_THE_ENVIRONMENT])
-def test_a_field_that_makes_no_other_run_may_change(finished, data, name):
-    before = {path: data for path, data in contents(finished).items() if path.startswith(("cells", "untrained"))}
+def test_a_field_that_makes_no_other_run_may_change(begun, data, name):
+    before = {path: data for path, data in contents(begun).items() if path.startswith(("cells", "untrained"))}
     shutil.copytree(Settings().model, "model")
     shutil.copy(data, "data.h5")
     change(name)
     assert run.main(GRID) == 0
-    assert before.items() <= contents(finished).items() and len(before) > 6
-
-
-def test_more_steps_of_a_finished_run_are_refused_as_another_run(finished, capsys):
-    assert "steps is 4, now 400: expected the settings" in refused(capsys, [*GRID, "--steps", "400"])
-
-
-def test_a_ledger_that_turns_out_damaged_in_a_step_ends_the_run_in_one_line_and_it_goes_on_once_mended(
-    begun, capsys, monkeypatch
-):
-    capsys.readouterr()
-    with monkeypatch.context() as patch:
-        stops_the_ledger(patch)
-        assert run.main(GRID) == 2
-    err = capsys.readouterr().err
-    said = "ledger.sqlite: is damaged (database disk image is malformed): expected a ledger of FLOPs"
-    assert err.splitlines()[-1] == said and "Traceback" not in err
-    assert run.main(GRID) == 0
-
-
-def stops_the_ledger(patch) -> None:
-    """The second debit of the run finds a malformed page."""
-    true, calls = Ledger.spend, []
-
-    def spend(self, *arguments):
-        calls.append(1)
-        if len(calls) < 2:
-            return true(self, *arguments)
-        with self._errors():
-            raise sqlite3.DatabaseError("database disk image is malformed")
-
-    patch.setattr(Ledger, "spend", spend)
+    assert before.items() <= contents(begun).items() and len(before) > 6
 
 
 ENVIRONMENT = {
@@ -317,14 +251,12 @@ ENVIRONMENT = {
 
 
 def rewrite(out: Path, **changes) -> None:
-    manifest = json.loads((out / "manifest.json").read_text())
-    for name, value in changes.items():
-        manifest["environment"][name] = value
-    (out / "manifest.json").write_text(json.dumps(manifest))
+    held = manifest(out)
+    files.write_json(out / "manifest.json", held | {"environment": held["environment"] | changes})
 
 
 def manifest(out: Path) -> dict:
-    return json.loads((out / "manifest.json").read_text())
+    return files.read_json(out / "manifest.json")
 
 
 def test_a_fresh_run_records_its_environment_and_no_drift(begun):
@@ -341,7 +273,7 @@ def test_a_resume_where_one_of_10_things_is_another_is_refused_by_its_name_and_g
 ):
     now = environment(Settings())[name]
     rewrite(begun, **{name: ENVIRONMENT[name]})
-    line = refused(capsys, GRID)
+    line = refused(capsys, *GRID)
     expected = "expected the same, or --allow-drift, which continues with bits that may differ"
     assert line == f"run/manifest.json: {name} was {ENVIRONMENT[name]}, is {now}: {expected}\n"
     train_cell(Settings.from_toml("settings.toml"), allow_drift=True)
@@ -372,16 +304,16 @@ def test_every_change_of_the_environment_is_listed_there_and_back(begun):
 def test_a_run_of_a_version_that_recorded_no_environment_says_so_and_goes_on_only_with_allow_drift(begun, capsys):
     before = manifest(begun)
     del before["environment"]
-    (begun / "manifest.json").write_text(json.dumps(before))
-    assert "threads was not recorded, is 1, " in refused(capsys, GRID)
+    files.write_json(begun / "manifest.json", before)
+    assert "threads was not recorded, is 1, " in refused(capsys, *GRID)
     check_drift(Settings.from_toml("settings.toml"), begun, allowed=True)
     assert len(manifest(begun)["drift"]) == 10
 
 
 @pytest.mark.parametrize("damage", [{"environment": 3}, {"drift": 3}, {"drift": [3]}, {"drift": [{"what": "torch"}]}])
 def test_a_manifest_whose_environment_is_damaged_is_refused(begun, capsys, damage):
-    (begun / "manifest.json").write_text(json.dumps(manifest(begun) | damage))
-    assert "run/manifest.json: has no environment and drift: expected a manifest" in refused(capsys, GRID)
+    files.write_json(begun / "manifest.json", manifest(begun) | damage)
+    assert "run/manifest.json: has no environment and drift: expected a manifest" in refused(capsys, *GRID)
 
 
 @pytest.mark.parametrize(
@@ -396,11 +328,11 @@ def test_every_verb_that_trains_asks_for_allow_drift(begun, capsys, verb):
     if verb[0] in ("baseline", "default", "study"):  # which say a protocol of their own
         config = begun / "config.toml"
         config.write_text(Settings.from_toml(config).updated({"protocol": "default"}).to_toml())
-    before = everything()
+    before = contents("run")
     assert run.main(argv) == 2
     assert "run/manifest.json: threads was 77, is 1: expected the same, or --allow-drift" in capsys.readouterr().err
-    changed = {name for name, data in everything().items() if before.get(name) != data}
-    assert not any("checkpoint" in name or "result" in name or "manifest" in name for name in changed)
+    changed = {name for name, data in contents("run").items() if before.get(name) != data}
+    assert not any("checkpoint" in name or "result" in name for name in changed) and "drift" not in manifest(begun)
     assert vars(arguments.parser().parse_args([*argv, "--allow-drift"]))["allow_drift"] is True
 
 
@@ -409,7 +341,7 @@ def test_a_run_begun_on_a_gpu_goes_on_without_one_only_with_allow_drift(begun, c
     config = begun / "config.toml"
     config.write_text(Settings.from_toml(config).updated({"device": "cuda", "dtype": "bfloat16"}).to_toml())
     rewrite(begun, device="NVIDIA H200", dtype="bfloat16", compute_dtype="bfloat16")
-    line = refused(capsys, GRID)
+    line = refused(capsys, *GRID)
     assert "device was NVIDIA H200, is cpu, dtype was bfloat16, is stored, compute_dtype was bfloat16, is" in line
     assert run.main([*GRID, "--allow-drift"]) == 0
     assert [change["what"] for change in manifest(begun)["drift"]] == ["device", "dtype", "compute_dtype"]
@@ -418,4 +350,4 @@ def test_a_run_begun_on_a_gpu_goes_on_without_one_only_with_allow_drift(begun, c
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_device_that_is_not_here_is_refused_before_anything_is_written(begun, capsys):
     for argv in ([*GRID, "--device", "cuda"], ["generate", "--prompt", "1", "--device", "cuda"]):
-        assert "device is 'cuda': expected cpu, as torch finds no CUDA device here" in refused(capsys, argv)
+        assert "device is 'cuda': expected cpu, as torch finds no CUDA device here" in refused(capsys, *argv)

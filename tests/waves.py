@@ -5,7 +5,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from experiments import plots
+from experiments import plots, run
 
 FIGURES = ("loss_curves", "heat_map")
 
@@ -35,3 +35,18 @@ def contents(out: Path | str, *without: str) -> dict[str, bytes]:
     names = (".owner", ".lock", "manifest.json", *without)
     found = {p.relative_to(out): p for p in sorted(Path(out).rglob("*")) if p.is_file() and p.name not in names}
     return {str(name): path.read_bytes() for name, path in found.items() if name.parts[0] != "shards"}
+
+
+def refused(capsys, *argv: str, code: int = 2) -> str:
+    """Run a command that must be refused; returns its one line of error, with nothing written in the current folder."""
+    before = _stamps()
+    capsys.readouterr()
+    assert run.main([*argv]) == code
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("\n") == 1 and "expected" in printed.err, printed
+    assert _stamps() == before, "something was written"
+    return printed.err
+
+
+def _stamps() -> dict[Path, int]:
+    return {p: p.lstat().st_mtime_ns for p in Path().rglob("*") if not p.is_dir() and p.name != ".lock"}
