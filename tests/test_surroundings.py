@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from waves import damped_waves
+from waves import damped_waves, no_figures, refused
 
-from experiments import plots, run
+from experiments import run
 from experiments.accounting.ledger import Ledger
 from experiments.run_folder import files
 
@@ -23,8 +23,7 @@ ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIO
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("loss_curves", "heat_map"):  # would take longer than the training
-        monkeypatch.setattr(plots, name, lambda *_, **__: None)
+    no_figures(monkeypatch)
     damped_waves(tmp_path / "waves.h5", 30)
 
 
@@ -41,12 +40,7 @@ def shell(command: str, **environment: str) -> tuple[int, str]:
     [
         ("budget", ASCII, 0, r"r\xfcn"),  # it was the end, after half of the table
         ("status \xfc", ASCII, 2, r"'\udcc3\udcbc' on the command line: expected text in ascii"),
-        (
-            "status \"$(printf '\\377')\"",
-            {"LC_ALL": "C.UTF-8"},
-            2,
-            r"'\udcff' on the command line: expected text in utf-8",
-        ),
+        ("status $(printf '\\377')", {"LC_ALL": "C.UTF-8"}, 2, r"'\udcff' on the command line: expected text in utf-8"),
         ("status absent <&- >&- 2>&-", {}, 2, ""),
         ("status absent 2>/dev/full", {}, 2, ""),  # it was 1
         ("budget >/dev/full", {}, 4, "No space left on device"),
@@ -72,21 +66,6 @@ def test_a_run_whose_standard_streams_are_all_closed_ends_in_the_bytes_of_anothe
         assert (CELL / name).read_bytes() == ("whole" / CELL.relative_to("t") / name).read_bytes()
 
 
-def stamps() -> dict[Path, int]:
-    return {p: p.lstat().st_mtime_ns for p in Path().rglob("*") if not p.is_dir() and p.name != ".lock"}
-
-
-def refused(capsys, *argv: str) -> str:
-    """Run a command that must be refused; returns its one line of error, with nothing written."""
-    before = stamps()
-    capsys.readouterr()
-    assert run.main(list(argv)) == 2
-    printed = capsys.readouterr()
-    assert printed.out == "" and printed.err.count("\n") == 1 and "expected" in printed.err
-    assert stamps() == before, "something was written"
-    return printed.err
-
-
 @pytest.fixture
 def place(tmp_path):
     """What may stand where a path points to."""
@@ -99,21 +78,16 @@ def place(tmp_path):
 
 
 LONG = "x" * 300
+NO_FOLDERS = ("file", "file/x", "pipe", "/dev/null", LONG)
 FORECAST = ["--data", "waves.h5", "--points", "16", "--horizon", "2", "--val-series", "1", "--forecast-series", "1"]
 
 
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        *[
-            ([*TRAIN, "--out", out], f"{out}")
-            for out in ("file", "file/x", "loop", "dangling", "pipe", LONG, "/dev/null")
-        ],
+        *[([*TRAIN, "--out", out], out) for out in ("loop", "dangling", *NO_FOLDERS)],
         ([*TRAIN, "--out", "documents"], "documents/config.toml: is not of a run, which would write over it"),
-        *[
-            ([*TRAIN, "--ledger", path], f"{path}: ")
-            for path in ("documents", "file", "file/x", "pipe", "/dev/null", LONG)
-        ],
+        *[([*TRAIN, "--ledger", path], f"{path}: ") for path in ("documents", *NO_FOLDERS)],
         *[([*TRAIN, f"--{name}", ""], f"{name} is empty") for name in ("out", "ledger", "config", "model", "data")],
         *[([*TRAIN, f"--{name}", LONG], LONG[:200]) for name in ("config", "model", "data")],
         (["evaluate", *FORECAST, "--out", "documents"], "holds 'thesis.tex', which would be lost"),
@@ -136,9 +110,8 @@ def test_a_folder_of_any_name_holds_a_run_and_the_commands_that_it_prints_are_re
     Path("link").symlink_to("u")
     assert run.main(["grid", *TRAIN[1:-4], "--ranks", "2", f"--out={out}"]) == 0
     printed = capsys.readouterr().out
-    command = shlex.split(
-        printed[printed.index("python -m experiments.run evaluate") : printed.index("\n\nwritten to")]
-    )
+    end = printed.index("\n\nwritten to")
+    command = shlex.split(printed[printed.index("python -m experiments.run evaluate") : end])
     assert Path(command[-1], "adapter_config.json").is_file() and Path(command[-3]).is_file()
 
 
@@ -151,25 +124,25 @@ def swap(a: str | Path, b: str | Path) -> None:
 OTHER = Path("o/cells/lr0.02-r2")
 
 
+def swap_checkpoints() -> None:
+    for cell in (CELL, OTHER):
+        (cell / "result.json").unlink()
+    for name in ("checkpoint", "metrics.jsonl", "gradients.jsonl"):
+        swap(CELL / name, OTHER / name)
+
+
+ALTERED = "adapter_config.json: its sha256 is"
+AT_PLACE = f"{CELL}: cannot be written (File exists)"
 EDITS = {  # what is done, and what is said of it; "" where the run ends as it was
     "cells swapped": (lambda: swap(CELL, OTHER), "result.json: cell is 'lr0.02-r2'"),
     "results swapped": (lambda: swap(CELL / "result.json", OTHER / "result.json"), "as metrics.jsonl says"),
     "adapters swapped": (lambda: swap(CELL / "adapter", OTHER / "adapter"), "model.safetensors: its sha256 is "),
-    "adapter altered": (
-        lambda: files.write_json(CELL / "adapter/adapter_config.json", {}),
-        "config.json: its sha256 is",
-    ),
+    "adapter altered": (lambda: files.write_json(CELL / "adapter/adapter_config.json", {}), ALTERED),
     "adapter gone": (lambda: (CELL / "adapter").rename("aside"), "adapter_config.json: cannot be read"),
     "result gone": (lambda: (CELL / "result.json").unlink(), ""),
-    "checkpoints swapped": (
-        lambda: (
-            [(cell / "result.json").unlink() for cell in (CELL, OTHER)],
-            [swap(CELL / name, OTHER / name) for name in ("checkpoint", "metrics.jsonl", "gradients.jsonl")],
-        ),
-        "checkpoint/state.json: cell is 'lr0.02-r2': expected 'lr0.01-r2', in whose folder it is",
-    ),
-    "a file for a cell": (lambda: (CELL.rename("aside"), CELL.touch()), f"{CELL}: cannot be written (File exists)"),
-    "a loop": (lambda: (CELL.rename("aside"), CELL.symlink_to(CELL.name)), f"{CELL}: cannot be written (File exists)"),
+    "checkpoints swapped": (swap_checkpoints, "checkpoint/state.json: cell is 'lr0.02-r2': expected 'lr0.01-r2', in"),
+    "a file for a cell": (lambda: (CELL.rename("aside"), CELL.touch()), AT_PLACE),
+    "a loop": (lambda: (CELL.rename("aside"), CELL.symlink_to(CELL.name)), AT_PLACE),
     "manifests swapped": (lambda: swap("t/manifest.json", "o/manifest.json"), ""),
     "configs swapped": (lambda: swap("t/config.toml", "o/config.toml"), "config.toml: lr is (0.02,), now (0.01,)"),
 }
