@@ -6,7 +6,9 @@ of the optimizer. They are the same in the same order each time: the number of a
 
 import io
 import json
+import multiprocessing
 import os
+import pkgutil
 import signal
 import sqlite3
 import sys
@@ -20,9 +22,21 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from test_parallel import FIGURES, PATIENCE, SERVER, no_figure
+from waves import no_figures
 
-from experiments import plots, run
+from experiments import run
+
+PATIENCE = 300
+"""Seconds that a process may take on a machine that is busy."""
+
+# A process is forked from a server that has the libraries imported, which would take most of its time.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(
+    [
+        *("torch.nn.parallel", "torch.distributed", "torch._dynamo", "safetensors.torch", "tokenizers", "filelock"),
+        *("h5py", "matplotlib.pyplot", "scipy.integrate", "scipy.optimize", "tqdm", "pytest"),
+    ]
+)
 
 
 class Call(NamedTuple):
@@ -51,16 +65,15 @@ class Calls:
         self.kinds, self.chosen, self.act, self.made = kinds, chosen, act, list[Call]()
         calls = self
 
+        def first(sql: str) -> str:
+            return "".join(sql.split()[:1])
+
         class Connection(sqlite3.Connection):
             def execute(self, sql, *values):
-                return calls.call(
-                    "sqlite", (sql.split() or [""])[0], lambda: super(Connection, self).execute(sql, *values)
-                )
+                return calls.call("sqlite", first(sql), lambda: super(Connection, self).execute(sql, *values))
 
             def executemany(self, sql, values):
-                return calls.call(
-                    "sqlite", (sql.split() or [""])[0], lambda: super(Connection, self).executemany(sql, values)
-                )
+                return calls.call("sqlite", first(sql), lambda: super(Connection, self).executemany(sql, values))
 
         connect, opened, os_open, step = sqlite3.connect, Path.open, os.open, torch.optim.Adam.step
         sqlite3.connect = lambda *args, **kwargs: connect(*args, **kwargs, factory=Connection)  # type: ignore
@@ -97,6 +110,21 @@ class Calls:
             if len(self.made) == self.chosen and self.act is not None:
                 return self.act(self.made[-1], whole, half)
         return whole()
+
+
+def signalled(where: str, at: int, how: signal.Signals) -> Calls:
+    """Send this process a signal at the beginning of the `at`-th call of a function: no later, however busy it is."""
+    owner, name = pkgutil.resolve_name(where.rpartition(".")[0]), where.rpartition(".")[2]
+    true, seen = getattr(owner, name), []
+
+    def function(*args, **kwargs):
+        seen.append(1)
+        if len(seen) == at:
+            os.kill(os.getpid(), how)
+        return true(*args, **kwargs)
+
+    setattr(owner, name, function)
+    return Calls({"step"})
 
 
 class File:
@@ -155,8 +183,7 @@ _nest = cache(_Nest)
 
 def _serve(connection) -> None:
     torch.set_num_threads(1)
-    for name in FIGURES:
-        setattr(plots, name, no_figure)
+    no_figures(pytest.MonkeyPatch())
     while True:
         try:
             pid, *command = connection.recv()
@@ -190,6 +217,8 @@ def _process(argv: list[str], folder: Path, prepare: Callable[..., Any] | None, 
         code = run.main(argv)
         if isinstance(prepared, Calls):
             Path(f"{os.getpid()}.calls").write_text(json.dumps(prepared.made))
+    except SystemExit as e:  # of argparse
+        code = e.code
     except BaseException:
         traceback.print_exc()
     finally:

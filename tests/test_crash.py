@@ -1,7 +1,6 @@
 """Nothing is lost: a grid that is killed, started twice, or meets a full disk or a loss that is not finite."""
 
 import errno
-import importlib
 import json
 import os
 import platform
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from faults import PATIENCE, Action, Call, Calls, Ended, Running, die_after, die_before, ends, warm
+from faults import PATIENCE, Action, Call, Calls, Ended, Running, die_after, die_before, ends, signalled, warm
 from safetensors.torch import load_file
 from waves import damped_waves
 
@@ -429,40 +428,25 @@ def test_no_memory_is_exit_4_and_one_line_that_says_what_to_lower(tmp_path, how)
 # Stops
 
 
-def signalled(module: str, name: str, at: int, how: signal.Signals) -> Calls:
-    """Send this process a signal at the `at`-th call of a function."""
-    owner = importlib.import_module(f"experiments.{module}")
-    true, seen = getattr(owner, name), []
-
-    def function(*args, **kwargs):
-        seen.append(1)
-        if len(seen) == at:
-            os.kill(os.getpid(), how)
-        return true(*args, **kwargs)
-
-    setattr(owner, name, function)
-    return Calls({"step"})
-
-
 MOMENTS = {  # a function, which of its calls, and how many steps are done in all where it ends
-    "while the first model loads": ("training.cell", "load_model", 1, 0),
-    "in the validation of the untrained model": ("training.cell", "validation_loss", 1, 0),
-    "in a step after a checkpoint": ("training.cell", "training_step", 4, 4),
-    "in the last validation of a cell": ("training.cell", "validation_loss", 3, 4),
-    "while a cell is forecast": ("forecasting.evaluate", "forecast", 1, 4),
-    "between two cells": ("training.cell", "load_model", 3, 4),
-    "in the second cell": ("training.cell", "training_step", 5, 5),
-    "in the last validation of all": ("training.cell", "validation_loss", 5, 8),
+    "while the first model loads": ("training.cell.load_model", 1, 0),
+    "in the validation of the untrained model": ("training.cell.validation_loss", 1, 0),
+    "in a step after a checkpoint": ("training.cell.training_step", 4, 4),
+    "in the last validation of a cell": ("training.cell.validation_loss", 3, 4),
+    "while a cell is forecast": ("forecasting.evaluate.forecast", 1, 4),
+    "between two cells": ("training.cell.load_model", 3, 4),
+    "in the second cell": ("training.cell.training_step", 5, 5),
+    "in the last validation of all": ("training.cell.validation_loss", 5, 8),
 }
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_ctrl_c_and_sigterm_end_after_the_current_step_with_a_checkpoint_and_exit_130(tmp_path, whole, moment):
     """Bug: asked for in the last step of a cell, or in the validation after it, the stop was forgotten."""
-    module, name, at, steps = MOMENTS[moment]
+    name, at, steps = MOMENTS[moment]
     how = (signal.SIGINT, signal.SIGTERM)[list(MOMENTS).index(moment) % 2]
     folder = stand(tmp_path)
-    ended = ends(GRID, folder, signalled, module, name, at, how)
+    ended = ends(GRID, folder, signalled, f"experiments.{name}", at, how)
     assert (ended.code, len(ended.calls)) == (130, steps), ended.err
     assert ended.err.splitlines()[-1] == "interrupted; the same command continues where it stopped"
     assert {row["state"] for row in entries(folder)} <= {"settled", "interrupted"}

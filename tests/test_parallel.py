@@ -1,30 +1,26 @@
 """More than one process: data-parallel training as torchrun starts it, and a grid in shards."""
 
-import csv
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
-import warnings
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
+from faults import Ended, Running, ends, signalled
 from torch.distributed import TCPStore
-from waves import damped_waves
+from waves import contents, damped_waves, no_figures, refused
 
-from experiments import plots, run
+from experiments import run
 from experiments.accounting.ledger import BudgetExceeded, Ledger
 from experiments.run_folder import files
 from experiments.run_folder.owner import claimed
 from experiments.study.shards import Shard
-from experiments.training import cell as train
 from experiments.training import parallel
 from qwen_min import Qwen
 from qwen_min.fast.limits import FEED_FORWARD_AT_ONCE
@@ -38,127 +34,55 @@ SMALL = [
 TRAIN = ["train", *SMALL, "--lr", "1e-2", "--rank", "2", "--out", "t"]
 GRID = ["grid", *SMALL, "--steps", "2", "--lr", "1e-3", "1e-2", "--ranks", "2", "4", "--out", "g"]
 CELL = Path("t/cells/lr0.01-r2")
-FIGURES = ("loss_curves", "heat_map")  # would take longer than the training
-PATIENCE = 300
-"""Seconds that a process may take on a machine that is busy."""
-
-# A process is forked from a server that has the libraries imported, which would take most of its time.
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(
-    [
-        *("torch.nn.parallel", "torch.distributed", "torch._dynamo", "safetensors.torch", "tokenizers", "filelock"),
-        *("h5py", "matplotlib.pyplot", "scipy.integrate", "scipy.optimize", "tqdm", "pytest"),
-    ]
-)
+STEP = "experiments.training.cell.training_step"
 
 
 @pytest.fixture
 def place(tmp_path, monkeypatch) -> Path:
     """A folder to stand in, with twenty damped waves of 30 points."""
     monkeypatch.chdir(tmp_path)
-    for name in FIGURES:
-        monkeypatch.setattr(plots, name, no_figure)
+    no_figures(monkeypatch)
     damped_waves(tmp_path / "waves.h5", 30)
     return tmp_path
 
 
-def no_figure(*_, **__) -> None:
-    pass
-
-
-class Ended(NamedTuple):
-    codes: list[int]
-    out: list[str]
-    err: list[str]
-
-
-def process(number: int, argv: list[str], environment: dict[str, str], folder: str, fault: Callable | None) -> None:
-    """What one process does: the command line with its output in files, after what a test breaks in it."""
-    os.chdir(folder)
+def joins(environment: dict[str, str], number: int, fault: Callable | None = None, *arguments) -> None:
+    """Make a process the rank of this number, and break in it what a test breaks there."""
     os.environ |= environment
-    for stream, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{number}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-    warnings.simplefilter("error")
-    torch.set_num_threads(1)
-    for name in FIGURES:
-        setattr(plots, name, no_figure)
     if fault:
-        fault(number)
-    sys.exit(run.main(argv))
+        fault(number, *arguments)
 
 
-class Processes:
-    """Several processes in one folder: of one group, each with its rank, unless `apart`."""
-
-    def __init__(
-        self,
-        *argvs: list[str],
-        apart: bool = False,
-        fault: Callable | None = None,
-        environment: dict[str, str] | None = None,
-    ):
-        # The rendezvous of torchrun: it holds the store, on a port that the system chose.
-        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        world = {
-            **{"WORLD_SIZE": str(len(argvs)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.store.port)},
-            **{"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"},
-            **{"GLOO_SOCKET_IFNAME": LOOPBACK},
-        }
-        self.running = []
-        for number, argv in enumerate(argvs):
-            own = {} if apart else world | {"RANK": str(number), "LOCAL_RANK": str(number)} | (environment or {})
-            arguments = number, argv, own, os.getcwd(), fault
-            self.running.append(SERVER.Process(target=process, args=arguments))
-            self.running[-1].start()
-
-    def end(self) -> Ended:
-        until = time.monotonic() + PATIENCE
-        for p in self.running:
-            p.join(max(0, until - time.monotonic()))
-        hanging = [p for p in self.running if p.is_alive()]
-        for p in hanging:
-            p.kill()
-            p.join()
-        numbers = range(len(self.running))
-        out, err = ([Path(f"{n}.{name}").read_text() for n in numbers] for name in ("out", "err"))
-        assert not hanging, f"did not end: {err}"
-        return Ended([p.exitcode for p in self.running], out, err)
+def on(number: int, rank: int, fault: Callable, *arguments) -> None:
+    if number == rank:
+        fault(*arguments)
 
 
-def signalled(rank: int, step: int, how: signal.Signals, number: int) -> None:
-    """Let the process of this rank send itself a signal at the beginning of a step: no later than that, however busy
-    the machine is."""
-    true, seen = train.training_step, []
-
-    def training_step(*args, **kwargs):
-        seen.append(1)
-        if len(seen) == step and number == rank:
-            os.kill(os.getpid(), how)
-        return true(*args, **kwargs)
-
-    train.training_step = training_step
+def ranks(store: TCPStore, numbers: Sequence[int], argv: list[str], *fault) -> list[Running]:
+    """Processes of one group of two, as torchrun starts them."""
+    world = {
+        **{"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)},
+        **{"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0", "GLOO_SOCKET_IFNAME": LOOPBACK},
+    }
+    return [
+        Running(argv, Path.cwd(), joins, world | {"RANK": str(n), "LOCAL_RANK": str(n)}, n, *fault) for n in numbers
+    ]
 
 
-def torchrun(argv: list[str], fault: Callable | None = None) -> Ended:
-    """A command in two processes of one group."""
-    return Processes(argv, argv, fault=fault).end()
+def torchrun(argv: list[str], *fault) -> list[Ended]:
+    """A command in two processes of one group; this one holds their rendezvous, on a port that the system chose."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    return [one.end() for one in ranks(store, (0, 1), argv, *fault)]
 
 
-def last_line(ended: Ended) -> str:
+def last_line(first: Ended, second: Ended) -> str:
     """The line of error: the last of the first process, after its progress; the others say nothing."""
-    assert ended.err[1] == "" and ended.out[1] == "" and "Traceback" not in ended.err[0], ended.err
-    return ended.err[0].splitlines()[-1]
+    assert second.err == second.out == "" and "Traceback" not in first.err, (first, second)
+    return first.err.splitlines()[-1]
 
 
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a run that must not depend on when, how often or in how many parts it was started."""
-    names = (".owner", ".lock", "manifest.json")
-    found = {p.relative_to(folder): p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in names}
-    return {str(name): path.read_bytes() for name, path in found.items() if name.parts[0] != "shards"}
+def codes(ended: Sequence[Ended]) -> list[int]:
+    return [one.code for one in ended]
 
 
 def entries(ledger: str = "ledger.sqlite") -> list[dict[str, Any]]:
@@ -184,36 +108,34 @@ def test_two_processes_train_the_curve_of_one_and_are_charged_what_it_is_charged
     for name in ("waves.h5", "c.toml"):
         Path("two", name).symlink_to(place / name)
     os.chdir("two")
-    ended = torchrun(argv, one_by_one)
-    assert ended.codes == [0, 0], ended.err
-    assert ended.out[1] == ended.err[1] == "" and "validation loss" in ended.out[0]
+    first, second = torchrun(argv, one_by_one)
+    assert first.code == second.code == 0, first.err
+    assert second.out == second.err == "" and "validation loss" in first.out
     os.chdir("..")
     for name in ("metrics.jsonl", "gradients.jsonl"):
-        one, two = lines(CELL / name), lines("two" / CELL / name)
+        one, two = files.read_jsonl(CELL / name), files.read_jsonl("two" / CELL / name)
         assert [line.keys() for line in one] == [line.keys() for line in two]
         for a, b in zip(one, two, strict=True):
             for key, value in a.items():
                 expected = value if isinstance(value, int) else pytest.approx(value, rel=1e-5, abs=1e-5)
                 assert b[key] == expected, (name, key, a["step"])
-    result = json.loads(("two" / CELL / "result.json").read_text())
+    result = files.read_json("two" / CELL / "result.json")
     assert result["flops"] == result["predicted_flops"]
     assert entries("two/ledger.sqlite") == entries()
     assert entries()[-1]["total"] == sum(result["flops"].values()) and entries()[-1]["state"] == "settled"
-    assert contents(Path("two/t")).keys() == contents(Path("t")).keys()
+    assert contents("two/t").keys() == contents("t").keys()
 
 
 def test_a_group_of_processes_stopped_by_a_signal_to_one_goes_on_to_the_same_bytes(place):
     """With dropout: every rank draws its own, from the seed, the step and its number."""
     argv = [*TRAIN, "--steps", "16", "--val-every", "5", "--dropout", "0.2", "--ledger"]
-    assert torchrun([*argv, "a.sqlite"]).codes == [0, 0]
+    assert codes(torchrun([*argv, "a.sqlite"])) == [0, 0]
     Path("t").rename("whole")
-    ended = torchrun([*argv, "b.sqlite"], partial(signalled, 1, 7, signal.SIGTERM))
-    assert ended.codes == [130, 130] and "interrupted" in last_line(ended)
+    ended = torchrun([*argv, "b.sqlite"], on, 1, signalled, STEP, 7, signal.SIGTERM)
+    assert codes(ended) == [130, 130] and "interrupted" in last_line(*ended)
     assert not (CELL / "result.json").exists() and (CELL / "checkpoint").is_dir()
-    assert torchrun([*argv, "b.sqlite"]).codes == [0, 0]
-    assert {k: v for k, v in contents(Path("t")).items() if k != "results.md"} == {
-        k: v for k, v in contents(Path("whole")).items() if k != "results.md"
-    }
+    assert codes(torchrun([*argv, "b.sqlite"])) == [0, 0]
+    assert contents("t", "results.md") == contents("whole", "results.md")
     assert entries("b.sqlite") == entries("a.sqlite")
 
 
@@ -273,37 +195,23 @@ def lacks_its_data(number: int) -> None:
 def test_what_ends_one_process_ends_all_with_one_line_and_the_exit_code_of_one(place, argv, fault, code, said):
     Path("c.toml").touch()
     ended = torchrun(argv, fault)
-    assert ended.codes == [code, code], ended.err
-    assert said in last_line(ended)
+    assert codes(ended) == [code, code], ended
+    assert said in last_line(*ended)
     if fault is None:  # nothing had begun
-        assert ended.err[0].count("\n") == 1
+        assert ended[0].err.count("\n") == 1
     if fault in (not_finite, disk_full, overspent):
         assert entries()[-1]["state"] == ("failed" if fault is not_finite else "interrupted")
         assert not (CELL / "result.json").exists()
-
-
-def killed(victim: int, where: str, call: int, number: int) -> None:
-    """Let one process die in a call of one of the model's methods."""
-    true, calls = getattr(Qwen, where), []
-
-    def dies(*args, **options):
-        calls.append(1)
-        if len(calls) == call:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return true(*args, **options)
-
-    if number == victim:
-        setattr(Qwen, where, dies)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize(("where", "call"), [("loss", 1), ("loss", 4), ("token_losses", 1), ("from_pretrained", 1)])
 def test_a_process_that_is_killed_leaves_none_waiting(place, victim, where, call):
     """In the first step, a later one, a validation, and before any; the second is silent, as torchrun speaks then."""
-    ended = torchrun(TRAIN, partial(killed, victim, where, call))
-    assert ended.codes == ([4, -signal.SIGKILL] if victim else [-signal.SIGKILL, 4])
-    assert "Traceback" not in ended.err[1 - victim]
-    assert not victim or "another process of the group has ended" in last_line(ended)
+    ended = torchrun(TRAIN, on, victim, signalled, f"qwen_min.Qwen.{where}", call, signal.SIGKILL)
+    assert codes(ended) == ([4, -signal.SIGKILL] if victim else [-signal.SIGKILL, 4]), ended
+    assert "Traceback" not in ended[1 - victim].err
+    assert not victim or "another process of the group has ended" in last_line(*ended)
 
 
 def announced(number: int) -> None:
@@ -320,12 +228,13 @@ def announced(number: int) -> None:
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_a_process_whose_group_never_comes_ends_by_a_signal(place, monkeypatch, how):
     """Bug: it saw none, and waited for a day."""
-    alone = Processes(TRAIN, environment={"WORLD_SIZE": "2"}, fault=announced)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    (alone,) = ranks(store, [0], TRAIN, announced)
     until = time.monotonic() + 60
     while not Path("waits").exists() and time.monotonic() < until:
         time.sleep(0.01)
-    os.kill(alone.running[0].pid, how)
-    assert alone.end().codes == [-how] and not Path("t").exists()
+    alone.kill(how)
+    assert alone.end().code == -how and not Path("t").exists()
 
 
 @pytest.mark.parametrize(
@@ -339,7 +248,7 @@ def test_numbers_that_torchrun_never_sets_are_refused_in_one_line(name, value, e
     world = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"} | {name: value}
     for variable, text in world.items():
         monkeypatch.setenv(variable, text)
-    line = refused(capsys, TRAIN)
+    line = refused(capsys, *TRAIN)
     assert line == f"{name} is {value!r}: expected a whole number from {expected}, as torchrun sets it\n"
 
 
@@ -350,28 +259,19 @@ def test_a_study_carries_its_best_cell_forward_in_every_process(place):
     argv = [*GRID[1:], "--protocol", "default", "--config", "study.toml", "--steps", "2", "--ranks", "2"]
     assert run.main(["grid", *argv]) == 0
     ended = torchrun(["context", *argv, "--allow-drift"])  # the grid ran in one process
-    assert ended.codes == [0, 0], ended.err
-    losses = {row["name"]: float(row["validation_loss"]) for row in table(Path("g/results.csv"))}
+    assert codes(ended) == [0, 0], ended
+    losses = {row["name"]: float(row["validation_loss"]) for row in files.read_csv("g/results.csv")[1]}
     best = min((name for name in losses if name.startswith("lr")), key=lambda name: losses[name])
-    result = json.loads(Path("g/contexts/16/result.json").read_text())
+    result = files.read_json("g/contexts/16/result.json")
     assert f"lr{result['lr']:g}-r{result['rank']}" == best
     assert Path("g/contexts/16/evaluation/evaluation.json").is_file()
     assert all(row["state"] == "settled" for row in entries())
 
 
-def test_without_torchrun_there_is_no_group_and_with_it_every_rank_draws_its_own(monkeypatch):
+def test_without_torchrun_there_is_no_group(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")  # of something else: torchrun sets RANK, MASTER_ADDR, MASTER_PORT too
     with parallel.joined("train", trains=True) as group:
         assert group is parallel.ALONE and not torch.distributed.is_initialized()
-    drawn = {}
-    for rank, step in [(0, 0), (1, 0), (0, 1), (1, 0)]:
-        parallel.Ranks(rank, 2).draw(7, step)
-        drawn.setdefault((rank, step), set()).add(torch.rand(1).item())
-    assert [len(one) for one in drawn.values()] == [1, 1, 1] and len(set.union(*drawn.values())) == 3
-
-
-def table(path: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader(path.read_text().splitlines()))
 
 
 def test_torchrun_starts_it_as_the_readme_says(place):
@@ -408,8 +308,8 @@ def test_shards_at_the_same_time_end_in_the_bytes_of_the_whole_grid_and_are_char
     Path("parts").mkdir()
     Path("parts/waves.h5").symlink_to(place / "waves.h5")
     os.chdir("parts")
-    ended = Processes(*(shard(f"{i}/3") for i in (1, 2, 3)), apart=True).end()
-    assert ended.codes == [0, 0, 0], ended.err
+    running = [Running(shard(f"{i}/3"), Path.cwd()) for i in (1, 2, 3)]
+    assert codes([one.end() for one in running]) == [0, 0, 0]
     with Ledger("ledger.sqlite") as ledger:
         totals = ledger.totals()
     assert totals["spent"] == 0 and totals["reserved"] == sum(row["total"] for row in entries("../ledger.sqlite"))
@@ -417,41 +317,33 @@ def test_shards_at_the_same_time_end_in_the_bytes_of_the_whole_grid_and_are_char
     for _ in range(2):  # merging again charges nothing
         assert run.main(["grid", "--merge", "--out", "g"]) == 0
         assert capsys.readouterr().out == shown
-        assert contents(Path("g")) == contents(Path("../g"))
+        assert contents("g") == contents("../g")
         assert sorted(entries(), key=str) == sorted(entries("../ledger.sqlite"), key=str)
     assert run.main(GRID) == 0  # the whole grid has nothing left to do
     assert sorted(entries(), key=str) == sorted(entries("../ledger.sqlite"), key=str)
 
 
-def refused(capsys, argv: list[str], code: int = 2) -> str:
-    capsys.readouterr()
-    assert run.main(argv) == code
-    captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.count("\n") == 1, captured.err
-    return captured.err
-
-
 def test_missing_cells_are_named_and_shards_and_a_whole_run_keep_out_of_each_others_way(place, capsys):
-    assert "has no shards" in refused(capsys, [*GRID, "--merge"])
-    assert "at most 4 shards" in refused(capsys, shard("1/5"))
+    assert "has no shards" in refused(capsys, *GRID, "--merge")
+    assert "at most 4 shards" in refused(capsys, *shard("1/5"))
     assert not Path("g").exists() and not Path("ledger.sqlite").exists()
     assert run.main(shard("2/2")) == 0
-    error = refused(capsys, [*GRID, "--merge"])
+    error = refused(capsys, *GRID, "--merge")
     assert "3 of 5 runs are not finished: untrained, lr0.001-r2, lr0.001-r4:" in error
-    assert "dealt to 2 shards" in refused(capsys, GRID)
-    assert "dealt to 2 shards" in refused(capsys, shard("1/3"))
-    assert "seed is 0, now 1" in refused(capsys, shard("1/2", "--seed", "1"))
+    assert "dealt to 2 shards" in refused(capsys, *GRID)
+    assert "dealt to 2 shards" in refused(capsys, *shard("1/3"))
+    assert "seed is 0, now 1" in refused(capsys, *shard("1/2", "--seed", "1"))
     with claimed(Shard(1, 2).folder(Path("g"))):
-        assert "is at work in it" in refused(capsys, shard("1/2"))
+        assert "is at work in it" in refused(capsys, *shard("1/2"))
     with claimed(Path("g")):
-        assert "is at work in it" in refused(capsys, shard("1/2"))
+        assert "is at work in it" in refused(capsys, *shard("1/2"))
     assert run.main(shard("1/2")) == 0
     with claimed(Shard(1, 2).folder(Path("g"))):
-        assert "is at work in it" in refused(capsys, [*GRID, "--merge"])
+        assert "is at work in it" in refused(capsys, *GRID, "--merge")
     Ledger("other.sqlite").close()
-    assert "knows no shards of g" in refused(capsys, [*GRID, "--merge", "--ledger", "other.sqlite"])
+    assert "knows no shards of g" in refused(capsys, *GRID, "--merge", "--ledger", "other.sqlite")
     assert run.main([*GRID, "--merge"]) == 0
-    assert "the shards are merged" in refused(capsys, shard("1/2"))
+    assert "the shards are merged" in refused(capsys, *shard("1/2"))
 
 
 def test_no_shard_begins_unless_the_whole_grid_fits_and_what_it_needs_is_set_aside(place, capsys):
@@ -460,11 +352,13 @@ def test_no_shard_begins_unless_the_whole_grid_fits_and_what_it_needs_is_set_asi
     total = int(printed.partition("together ")[2].split()[0].replace(",", ""))
     assert run.main(shard("2/2", "--dry-run")) == 0
     assert capsys.readouterr().out.count("lr0.01-r") == 2  # its own cells alone
-    assert f"{total - 1:,} are left" in refused(capsys, shard("2/2", "--budget", str(total - 1)), code=3)
+    assert run.main(shard("2/2", "--budget", str(total - 1))) == 3
+    assert f"{total - 1:,} are left" in capsys.readouterr().err
     assert not Path("g/cells").exists() and not Path("g/untrained").exists()
     assert run.main(shard("2/2", "--budget", str(total))) == 0
-    assert "0 are left" in refused(capsys, [*TRAIN, "--budget", str(total)], code=3)
-    allowances = json.loads(Path("g/shards/plan.json").read_text())["allowances"]
+    assert run.main([*TRAIN, "--budget", str(total)]) == 3
+    assert "0 are left" in capsys.readouterr().err
+    allowances = files.read_json("g/shards/plan.json")["allowances"]
     assert sum(allowances) == total
     with Ledger("g/shards/2-of-2/ledger.sqlite") as own:
         assert own.totals()["spent"] == allowances[1]
@@ -472,11 +366,10 @@ def test_no_shard_begins_unless_the_whole_grid_fits_and_what_it_needs_is_set_asi
 
 def test_a_shard_that_was_killed_goes_on_with_what_the_kill_wasted_added_to_its_allowance(place, capsys):
     more = ["--steps", "9", "--val-every", "4", "--ranks", "2"]
-    started = Processes(shard("1/2", *more), apart=True, fault=partial(signalled, 0, 7, signal.SIGKILL))
-    assert started.end().codes == [-signal.SIGKILL]
-    first = json.loads(Path("g/shards/plan.json").read_text())
+    assert ends(shard("1/2", *more), place, signalled, STEP, 7, signal.SIGKILL).code == -signal.SIGKILL
+    first = files.read_json("g/shards/plan.json")
     assert run.main(shard("1/2", *more)) == run.main(shard("2/2", *more)) == 0
-    second = json.loads(Path("g/shards/plan.json").read_text())
+    second = files.read_json("g/shards/plan.json")
     assert run.main(["grid", "--merge", "--out", "g"]) == 0
     wasted = sum(row["wasted"] for row in entries())
     assert second["allowances"][0] - first["allowances"][0] == wasted > 0
@@ -485,9 +378,8 @@ def test_a_shard_that_was_killed_goes_on_with_what_the_kill_wasted_added_to_its_
 
 def test_a_cell_that_a_run_without_shards_has_begun_is_left_to_it(place, capsys):
     more = ["--steps", "9"]
-    started = Processes([*GRID, *more], apart=True, fault=partial(signalled, 0, 5, signal.SIGTERM))
-    assert started.end().codes == [130]
-    assert "lr0.001-r2: was begun without shards" in refused(capsys, shard("1/2", *more))
+    assert ends([*GRID, *more], place, signalled, STEP, 5, signal.SIGTERM).code == 130
+    assert "lr0.001-r2: was begun without shards" in refused(capsys, *shard("1/2", *more))
     assert [row["cell"] for row in entries()] == ["untrained", "lr0.001-r2"]
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import filelock
 import pytest
-from faults import PATIENCE, Calls, Running, ends, warm
-from test_crash import CELL, GRID, TRAIN, poison, signalled, stand
+from faults import PATIENCE, Calls, Running, ends, signalled, warm
+from test_crash import CELL, GRID, TRAIN, poison, stand
 
 from experiments import run
 from experiments.run_folder.owner import Owner, claimed, owner_of
@@ -117,7 +117,7 @@ def test_a_run_that_was_killed_is_interrupted_and_its_time_left_unknown(place):
 
 def test_a_run_that_goes_on_counts_from_where_it_began_again(place):
     """FLOPs of an earlier process are not taken for this one's."""
-    assert ends(GRID, place, signalled, "training.cell", "training_step", 5, 2).code == 130
+    assert ends(GRID, place, signalled, "experiments.training.cell.training_step", 5, 2).code == 130
     running = Running(GRID, place, pausing, 2)
     wait_for("paused")
     began = owner_of(Path("g"))
@@ -162,7 +162,8 @@ def test_two_shards_at_work_are_both_reported(place):
 
 def test_a_study_is_reported_by_stages_also_those_whose_runs_are_not_chosen_yet(place):
     Path("study.toml").write_text(Path("small.toml").read_text() + SIZES)
-    assert ends(STUDY, place, signalled, "training.cell", "load_model", 5, 15).code == 130  # of the context stage
+    # In the first run of the context stage.
+    assert ends(STUDY, place, signalled, "experiments.training.cell.load_model", 5, 15).code == 130
     found = status(Path("g"))
     assert [(row.stage, row.folder, row.state) for row in found.runs] == [
         ("baseline", "untrained", "done"),
@@ -181,7 +182,7 @@ def test_a_study_is_reported_by_stages_also_those_whose_runs_are_not_chosen_yet(
 
 
 def test_the_folder_of_a_process_of_another_machine_is_named_by_its_own_record(place):
-    assert ends(GRID, place, signalled, "training.cell", "training_step", 2, 2).code == 130
+    assert ends(GRID, place, signalled, "experiments.training.cell.training_step", 2, 2).code == 130
     Owner(1, "elsewhere", "", ("untrained", "cells/lr0.001-r2"), 0).write(Path("g"))
     assert states()["lr0.001-r2"] == "running"
     assert status(Path("g")).at_work == ["process 1 on elsewhere, unverified (another host)"]
@@ -213,7 +214,7 @@ def test_a_folder_that_its_holder_is_about_to_leave_is_waited_for(tmp_path):
 def stopped(tmp_path_factory) -> Path:
     folder = stand(tmp_path_factory.mktemp("stopped"))
     warm(GRID, folder)
-    assert ends(GRID, folder, signalled, "training.cell", "training_step", 7, 2).code == 130
+    assert ends(GRID, folder, signalled, "experiments.training.cell.training_step", 7, 2).code == 130
     Owner(1, "elsewhere", "", (), 0).write(folder / "g")
     return folder
 

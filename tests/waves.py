@@ -37,11 +37,11 @@ def contents(out: Path | str, *without: str) -> dict[str, bytes]:
     return {str(name): path.read_bytes() for name, path in found.items() if name.parts[0] != "shards"}
 
 
-def refused(capsys, *argv: str, code: int = 2) -> str:
+def refused(capsys, *argv: str) -> str:
     """Run a command that must be refused; returns its one line of error, with nothing written in the current folder."""
     before = _stamps()
     capsys.readouterr()
-    assert run.main([*argv]) == code
+    assert run.main([*argv]) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.count("\n") == 1 and "expected" in printed.err, printed
     assert _stamps() == before, "something was written"
