@@ -1,14 +1,16 @@
 """A whole study in little, on the pocket model and a small data set: stages, what is carried forward, records, page."""
 
-import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
-from waves import damped_waves
+from PIL import Image
+from waves import contents, damped_waves
 
-from experiments import run
+from experiments import plots, run
 from experiments.accounting.ledger import Ledger
+from experiments.run_folder.files import read_csv, read_json
 
 SMALL = [
     *("--lr", "1e-3", "1e-2", "--ranks", "2", "4", "--steps", "3", "--val-every", "2", "--batch-size", "2"),
@@ -39,19 +41,21 @@ def finished(place) -> Path:
 
 
 def rows(path: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader(path.read_text().splitlines()))
+    return read_csv(path)[1]
+
+
+def dry(place: Path, capsys, *more: str) -> dict[str, Any]:
+    """What a dry run of the study prints."""
+    assert study(place, "study", "dry", "--dry-run", "--json", *more) == 0
+    assert not (place / "dry").exists()
+    return json.loads(capsys.readouterr().out)
 
 
 def test_every_stage_leaves_its_records_and_a_page(finished):
-    runs = [
-        "untrained",
-        "default",
-        "contexts/32",
-        "final",
-        *(f"cells/lr{lr}-r{r}" for r in (2, 4) for lr in (0.001, 0.01)),
-    ]
+    runs = ["untrained", "default", "contexts/32", "final"]
+    runs += [f"cells/lr{lr}-r{r}" for r in (2, 4) for lr in (0.001, 0.01)]
     for name in runs:
-        result = json.loads((finished / name / "result.json").read_text())
+        result = read_json(finished / name / "result.json")
         assert result["flops"] == result["predicted_flops"], name
     assert {row["folder"] for row in rows(finished / "results.csv")} == set(runs)
     judged = [p.parent.parent.name for p in finished.rglob("evaluation/evaluation.json")]
@@ -61,26 +65,19 @@ def test_every_stage_leaves_its_records_and_a_page(finished):
 
 
 def test_the_best_cell_is_carried_forward_by_the_lowest_validation_loss(finished):
-    cells = [json.loads(p.read_text()) for p in finished.glob("cells/*/result.json")]
+    cells = [read_json(p) for p in finished.glob("cells/*/result.json")]
     best = min(cells, key=lambda r: r["validation_loss"])
-    named = json.loads((finished / "study.json").read_text())["best"]
+    named = read_json(finished / "study.json")["best"]
     assert (named["lr"], named["rank"], named["overridden"]) == (best["lr"], best["rank"], False)
-    sweep = {c: json.loads((finished / f).read_text()) for c, f in _sweep(finished).items()}
+    stages = read_json(finished / "study.json")["stages"]
+    folders = {s["context"]: s["folder"] for s in stages if s["stage"] == "context"}
+    # A context that the grid has trained is not trained again.
+    assert folders == {32: "contexts/32", 64: f"cells/{best['cell']}"} and not (finished / "contexts/64").exists()
+    sweep = {c: read_json(finished / folder / "result.json") for c, folder in folders.items()}
     assert all((r["lr"], r["rank"]) == (best["lr"], best["rank"]) for r in sweep.values())
-    final = json.loads((finished / "final" / "result.json").read_text())
+    final = read_json(finished / "final" / "result.json")
     lowest = min(sweep, key=lambda c: sweep[c]["validation_loss"])
     assert (final["lr"], final["rank"], final["context"], final["steps"]) == (best["lr"], best["rank"], lowest, 4)
-
-
-def _sweep(finished: Path) -> dict[int, str]:
-    stages = json.loads((finished / "study.json").read_text())["stages"]
-    return {s["context"]: f"{s['folder']}/result.json" for s in stages if s["stage"] == "context"}
-
-
-def test_a_context_that_the_grid_has_trained_is_not_trained_again(finished):
-    best = json.loads((finished / "study.json").read_text())["best"]["cell"]
-    assert _sweep(finished)[64] == f"cells/{best}/result.json"
-    assert not (finished / "contexts" / "64").exists()
 
 
 def test_flops_add_up_over_stages_runs_and_the_ledger(finished):
@@ -93,25 +90,20 @@ def test_flops_add_up_over_stages_runs_and_the_ledger(finished):
     with Ledger(finished.parent / "whole.sqlite") as ledger:
         totals = ledger.totals()
         assert all(entry["state"] == "settled" for entry in ledger.entries())
-    assert {part: amount["all", part] for part in ("training", "validation", "inference")} == {
-        part: totals[part] for part in ("training", "validation", "inference")
-    }
-    assert totals["wasted"] == 0
-
-
-def test_a_finished_study_started_again_runs_nothing_and_writes_the_same_page(finished, place):
-    def contents() -> dict[str, bytes]:
-        return {str(p): p.read_bytes() for p in sorted(finished.rglob("*")) if p.is_file() and p.suffix != ".png"}
-
-    before = contents()
-    assert study(place, "study", "whole") == 0
-    assert contents() == before
+    spent = {part: amount["all", part] for part in ("training", "validation", "inference")} | {"wasted": 0}
+    assert spent.items() <= totals.items()
 
 
 @pytest.fixture
 def no_page(monkeypatch):
     """The page is made once, by the study of `finished`: its figures take most of the time."""
     monkeypatch.setattr("experiments.report.build", lambda run, progress: run / "report.html")
+
+
+def test_a_finished_study_started_again_runs_nothing_and_changes_nothing(finished, place, no_page):
+    before = contents(finished)
+    assert study(place, "study", "whole") == 0
+    assert contents(finished) == before
 
 
 def test_stages_one_by_one_end_in_the_same_records_as_the_study(finished, place, no_page):
@@ -127,46 +119,46 @@ def test_a_stage_before_its_turn_is_refused_by_what_it_waits_for(place, capsys):
     assert not (place / "early" / "contexts").exists()
 
 
-def test_what_is_carried_forward_can_be_told(place, no_page):
-    told = ("--best-lr", "0.001", "--best-rank", "2", "--best-context", "32")
-    assert study(place, "final", "told", *told) == 0
-    final = json.loads((place / "told" / "final" / "result.json").read_text())
+GIVEN = ("--best-lr", "0.001", "--best-rank", "2", "--best-context", "32")
+
+
+def test_what_is_carried_forward_can_be_given(place, no_page):
+    assert study(place, "final", "given", *GIVEN, "--points", "4", "--horizon", "1", "--forecast-series", "1") == 0
+    final = read_json(place / "given" / "final" / "result.json")
     assert (final["lr"], final["rank"], final["context"]) == (0.001, 2, 32)
-    assert json.loads((place / "told" / "study.json").read_text())["best"]["overridden"]
+    assert read_json(place / "given" / "study.json")["best"]["overridden"]
 
 
 def test_another_choice_than_the_finished_run_was_made_with_is_refused(finished, place, capsys):
-    assert study(place, "final", "whole", "--best-rank", "2", "--best-lr", "0.001", "--best-context", "32") == 2
+    assert study(place, "final", "whole", *GIVEN) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "result.json" in error and "expected the run that was asked for" in error
 
 
 def test_a_dry_run_prices_every_stage_exactly_and_runs_nothing(finished, place, capsys):
-    assert study(place, "study", "dry", "--dry-run", "--json") == 0
-    printed = json.loads(capsys.readouterr().out)
-    assert not (place / "dry").exists() and printed["fits"]
+    printed = dry(place, capsys)
+    assert printed["fits"]
     spent = {(row["stage"], row["part"]): int(row["flops"]) for row in rows(finished / "flops.csv")}
     priced = {stage["stage"]: stage for stage in printed["stages"]}
     for stage in ("baseline", "default", "grid"):  # of the others the dearest choice is priced
-        assert priced[stage]["training"] == spent[stage, "training"]
-        assert priced[stage]["validation"] == spent[stage, "validation"]
-        assert priced[stage]["inference"] == spent[stage, "inference"]
+        for part in ("training", "validation", "inference"):
+            assert priced[stage][part] == spent[stage, part]
 
 
 def test_a_study_that_does_not_fit_says_how_many_steps_would(place, capsys):
-    assert study(place, "study", "dry", "--dry-run", "--json") == 0
-    whole = json.loads(capsys.readouterr().out)
+    whole = dry(place, capsys)
     step = whole["stages"][-1]["training"] // 4
     assert whole["stages"][-1]["stage"] == "final"
-    assert study(place, "study", "dry", "--dry-run", "--json", "--budget", str(whole["total"] - step)) == 0
-    less = json.loads(capsys.readouterr().out)
+    less = dry(place, capsys, "--budget", str(whole["total"] - step))
     assert (less["fits"], less["final_steps_that_fit"]) == (False, 3)
     assert study(place, "study", "poor", "--budget", str(whole["total"] - step)) == 3
     assert not list((place / "poor").rglob("result.json"))
 
 
 @pytest.mark.parametrize("name", ["fung", "liu", "rai"])
-def test_the_study_of_every_report_runs_and_shows_its_claims(place, name, capsys):
+def test_the_study_of_every_report_runs_and_shows_its_claims(place, name, monkeypatch):
+    """With empty pictures: those of a study are drawn by the test of every stage."""
+    monkeypatch.setattr(plots.base, "save", lambda figure, path, *_: Image.new("L", (8, 8)).save(path))
     small = ["--scale", "0.001", "--protocol", name, "--context", "64", "--ranks", "2"]
     short = "contexts = [32, 64]\nfinal_steps = 4000\ndefault_steps = 2\nshown = [18, 19]\nshown_series = 0\n"
     short += "skip = []\ncontext_steps = 2\nsteps = 2\npoints = 16\nhorizon = 4\n"
@@ -176,15 +168,14 @@ def test_the_study_of_every_report_runs_and_shows_its_claims(place, name, capsys
     assert run.main(["study", *files, *small, *out, "--lr", "1e-3", "--val-series", "2", "--forecast-series", "2"]) == 0
     assert rows(place / name / "accounting.csv")
     for path in (place / name).rglob("result.json"):
-        result = json.loads(path.read_text())
+        result = read_json(path)
         assert result["flops"] == result["predicted_flops"], path
-    page = (place / name / "report.html").read_text()
-    assert 'class="footnote' in page or "footnote" in page
-    final = json.loads((place / name / "final" / "evaluation" / "evaluation.json").read_text())
+    assert "footnote" in (place / name / "report.html").read_text()
+    final = read_json(place / name / "final" / "evaluation" / "evaluation.json")
     assert final["parts"]["shown"] == [18, 19] and not final["constrained"]
     # Liu's report draws the forecasts of its best cell too, and judges every cell.
     assert (place / name / "figures" / "forecasts-grid.png").is_file() == (name == "liu")
-    best = json.loads((place / name / "manifest.json").read_text())["best"]
+    best = read_json(place / name / "manifest.json")["best"]
     assert (best["lr"], best["rank"], best["rule"]) == (0.001, 2, "lowest validation loss per real token")
 
 
