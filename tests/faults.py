@@ -12,6 +12,7 @@ import pkgutil
 import signal
 import sqlite3
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -254,6 +255,14 @@ class Running:
         text = path.read_text() if path.is_file() else ""
         path.unlink(missing_ok=True)
         return text
+
+
+def wait_for(*names: str) -> None:
+    """Wait until all of some files are there."""
+    until = time.monotonic() + PATIENCE
+    while missing := [name for name in names if not Path(name).exists()]:
+        assert time.monotonic() < until, f"{missing} did not appear"
+        time.sleep(0.005)
 
 
 def ends(argv: list[str], folder: Path, prepare: Callable[..., Any] | None = None, *arguments) -> Ended:

@@ -5,14 +5,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from faults import Ended, Running, ends, signalled
+from faults import Ended, Running, ends, signalled, wait_for
 from torch.distributed import TCPStore
 from waves import contents, damped_waves, no_figures, refused
 
@@ -230,9 +229,7 @@ def test_a_process_whose_group_never_comes_ends_by_a_signal(place, monkeypatch, 
     """Bug: it saw none, and waited for a day."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     (alone,) = ranks(store, [0], TRAIN, announced)
-    until = time.monotonic() + 60
-    while not Path("waits").exists() and time.monotonic() < until:
-        time.sleep(0.01)
+    wait_for("waits")
     alone.kill(how)
     assert alone.end().code == -how and not Path("t").exists()
 

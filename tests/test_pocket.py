@@ -2,6 +2,7 @@
 
 import re
 import unicodedata
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from data.llmtime import Codec
 from experiments.settings.record import POCKET
 from experiments.training import pocket
-from qwen_min import Qwen, QwenConfig, Tokenizer
+from qwen_min import Qwen, Tokenizer
 from qwen_min.load import read_tensors
 
 
@@ -29,13 +30,9 @@ def model():
 @pytest.fixture
 def tiny(monkeypatch):
     """Shrink the model, the windows and the held-out set, so that a training takes a second."""
-    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    monkeypatch.setattr(
-        pocket,
-        "CONFIG",
-        QwenConfig(**{n: small.get(n, getattr(pocket.CONFIG, n)) for n in QwenConfig.__dataclass_fields__}),
-    )
-    for name, value in {"CONTEXT": 64, "LONG_CONTEXT": 200, "HELD_OUT": 16, "WARM_UP": 5}.items():
+    small = replace(pocket.CONFIG, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+    changed = {"CONFIG": small, "CONTEXT": 64, "LONG_CONTEXT": 200, "HELD_OUT": 16, "WARM_UP": 5}
+    for name, value in changed.items():
         monkeypatch.setattr(pocket, name, value)
 
 
@@ -119,9 +116,8 @@ def test_transformers_reads_the_tokenizer_with_its_special_tokens_and_chat_forma
     assert (theirs.pad_token_id, theirs.eos_token_id) == (256, 258)
     assert theirs("1.23,0.45;é 猫<|im_end|>")["input_ids"] == tokenizer.encode("1.23,0.45;é 猫<|im_end|>")
     messages = [("system", "Be brief."), ("user", "1.23;")]
-    chat = theirs.apply_chat_template(
-        [{"role": role, "content": text} for role, text in messages], tokenize=False, add_generation_prompt=True
-    )
+    roles = [{"role": role, "content": text} for role, text in messages]
+    chat = theirs.apply_chat_template(roles, tokenize=False, add_generation_prompt=True)
     assert chat == Tokenizer.chat(messages)
 
 
@@ -175,9 +171,8 @@ def test_a_loss_that_is_not_finite_stops_in_one_line_and_leaves_the_old_folder(t
     monkeypatch.setattr(pocket, "LEARNING_RATE", 1e30)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "README.md").touch()
-    with pytest.raises(
-        ValueError, match=r"^pretrain-pocket: the loss of step \d+ is (nan|inf): expected a finite number$"
-    ):
+    said = r"^pretrain-pocket: the loss of step \d+ is (nan|inf): expected a finite number$"
+    with pytest.raises(ValueError, match=said):
         pocket.pretrain(tmp_path / "out", steps=20, progress=lambda _: None)
     assert [p.name for p in tmp_path.rglob("*")] == ["out", "README.md"]
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import filelock
 import pytest
-from faults import PATIENCE, Calls, Running, ends, signalled, warm
+from faults import Calls, Running, ends, signalled, wait_for, warm
 from test_crash import CELL, GRID, TRAIN, poison, stand
+from waves import stamps
 
 from experiments import run
 from experiments.run_folder.owner import Owner, claimed, owner_of
@@ -51,15 +52,18 @@ def pausing(step: int) -> Calls:
     return Calls({"step"})
 
 
-def wait_for(name: str) -> None:
-    until = time.monotonic() + PATIENCE
-    while not Path(name).exists():
-        assert time.monotonic() < until, f"{name} did not appear"
-        time.sleep(0.005)
+def paused(argv: list[str], place: Path, step: int) -> Running:
+    """A command that waits at the beginning of a step."""
+    running = Running(argv, place, pausing, step)
+    wait_for("paused")
+    return running
 
 
-def tree(folder: Path) -> dict[str, int]:
-    return {str(path): path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))}
+def goes_on(*running: Running) -> None:
+    """Let it go on to its end, and look whether all is reported as done then."""
+    Path("go").touch()
+    assert [one.end().code for one in running] == [0] * len(running)
+    assert set(states().values()) == {"done"} and status(Path("g")).at_work == []
 
 
 def states(folder: str = "g") -> dict[str, str]:
@@ -67,22 +71,18 @@ def states(folder: str = "g") -> dict[str, str]:
 
 
 def test_a_run_that_is_running_is_reported_while_it_is_at_work_and_nothing_is_written(place, capsys):
-    running = Running(GRID, place, pausing, 4 + 3)  # two steps of the second cell are done
-    wait_for("paused")
+    running = paused(GRID, place, 4 + 3)  # two steps of the second cell are done
     metrics = Path("g") / CELL / "metrics.jsonl"
     whole = metrics.read_bytes()
     metrics.write_bytes(whole + b'{"step": 3, "lo')  # a line that is being written
-    before = tree(place)
+    before = stamps()
     assert run.main(["status", "g", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert run.main(["status", "g"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert tree(place) == before
-    assert [(row["name"], row["state"]) for row in printed["runs"]] == [
-        ("untrained", "done"),
-        ("lr0.001-r2", "done"),
-        ("lr0.01-r2", "running"),
-    ]
+    assert stamps() == before
+    found = {row["name"]: row["state"] for row in printed["runs"]}
+    assert found == {"untrained": "done", "lr0.001-r2": "done", "lr0.01-r2": "running"}
     now, last = printed["runs"][2], [json.loads(line) for line in whole.splitlines()]
     assert (now["step"], now["steps"], now["folder"]) == (2, 4, CELL)
     assert now["loss"] == last[1]["loss"] and now["validation_loss"] == last[2]["validation_loss"]
@@ -97,15 +97,12 @@ def test_a_run_that_is_running_is_reported_while_it_is_at_work_and_nothing_is_wr
     assert lines[-1].startswith("g: 2 of 3 runs done, ")
     assert f"at work: process {running.pid} on {HOST}; time left: about " in lines[-1]
     metrics.write_bytes(whole)
-    Path("go").touch()
-    assert running.end().code == 0
-    assert set(states().values()) == {"done"} and status(Path("g")).at_work == []
+    goes_on(running)
     assert text(status(Path("g"))).splitlines()[-1].endswith("; no process at work")
 
 
 def test_a_run_that_was_killed_is_interrupted_and_its_time_left_unknown(place):
-    running = Running(GRID, place, pausing, 3)
-    wait_for("paused")
+    running = paused(GRID, place, 3)
     running.kill()
     running.end()
     assert owner_of(Path("g")) is not None  # it had no time to go in order
@@ -118,8 +115,7 @@ def test_a_run_that_was_killed_is_interrupted_and_its_time_left_unknown(place):
 def test_a_run_that_goes_on_counts_from_where_it_began_again(place):
     """FLOPs of an earlier process are not taken for this one's."""
     assert ends(GRID, place, signalled, "experiments.training.cell.training_step", 5, 2).code == 130
-    running = Running(GRID, place, pausing, 2)
-    wait_for("paused")
+    running = paused(GRID, place, 2)
     began = owner_of(Path("g"))
     assert began is not None and began.process == running.pid
     found = status(Path("g"))
@@ -128,8 +124,7 @@ def test_a_run_that_goes_on_counts_from_where_it_began_again(place):
     seconds = (Path("g") / CELL / "metrics.jsonl").stat().st_mtime - Path("g/.owner").stat().st_mtime
     left = sum(row.predicted_flops - row.flops for row in found.runs)
     assert found.seconds_left == pytest.approx(left * seconds / (flops - began.flops), rel=1e-9)
-    Path("go").touch()
-    assert running.end().code == 0
+    goes_on(running)
 
 
 def test_a_run_that_failed_says_why_until_it_is_started_again(place):
@@ -137,27 +132,20 @@ def test_a_run_that_failed_says_why_until_it_is_started_again(place):
     found = status(Path("g"))
     assert states() == {"untrained": "done", "lr0.01-r2": "failed"} and found.runs[1].step == 3
     assert "lr0.01-r2 failed: step 4: the loss is inf" in text(found)
-    running = Running(TRAIN, place, pausing, 3)
-    wait_for("paused")
+    running = paused(TRAIN, place, 3)
     assert states()["lr0.01-r2"] == "running"
-    Path("go").touch()
-    assert running.end().code == 0
-    assert set(states().values()) == {"done"} and not (Path("g") / CELL / "failure.json").exists()
+    goes_on(running)
+    assert not (Path("g") / CELL / "failure.json").exists()
 
 
 def test_two_shards_at_work_are_both_reported(place):
     running = [Running([*GRID, "--shard", f"{i}/2"], place, pausing, 3) for i in (1, 2)]
-    until = time.monotonic() + PATIENCE
-    while not all((Path("g/cells") / name / "checkpoint").is_dir() for name in ("lr0.001-r2", "lr0.01-r2")):
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    wait_for("g/cells/lr0.001-r2/checkpoint", "g/cells/lr0.01-r2/checkpoint")
     found = status(Path("g"))
     assert states() == {"untrained": "done", "lr0.001-r2": "running", "lr0.01-r2": "running"}
     assert found.at_work == [f"process {one.pid} on {HOST}" for one in running]
     assert found.seconds_left is not None
-    Path("go").touch()
-    assert [one.end().code for one in running] == [0, 0]
-    assert set(states().values()) == {"done"}
+    goes_on(*running)
 
 
 def test_a_study_is_reported_by_stages_also_those_whose_runs_are_not_chosen_yet(place):
@@ -258,21 +246,9 @@ def test_status_needs_no_torch(stopped):
     assert done.returncode == 0 and done.stdout.count("\n") == 6, done.stderr
 
 
-@pytest.mark.parametrize(
-    ("seconds", "smallest", "said"),
-    [
-        (0.4, "seconds", "0 seconds"),
-        (120, "seconds", "120 seconds"),
-        (121, "seconds", "2 minutes"),
-        (7200, "seconds", "120 minutes"),
-        (7201, "seconds", "2 hours"),
-        (172_800, "seconds", "48 hours"),
-        (172_801, "seconds", "2 days"),
-        (29, "minutes", "0 minutes"),
-        (121, "minutes", "2 minutes"),
-        (172_800, "minutes", "48 hours"),
-        (8_640_000, "minutes", "100 days"),
-    ],
-)
-def test_a_duration_is_reported_in_the_largest_unit_that_it_is_more_than_two_of(seconds, smallest, said):
-    assert duration(seconds, smallest) == said
+def test_a_duration_is_reported_in_the_largest_unit_that_it_is_more_than_two_of():
+    said = {0.4: "0 seconds", 120: "120 seconds", 121: "2 minutes", 7200: "120 minutes", 7201: "2 hours"}
+    said |= {172_800: "48 hours", 172_801: "2 days"}
+    assert {seconds: duration(seconds) for seconds in said} == said
+    in_minutes = {29: "0 minutes", 121: "2 minutes", 172_800: "48 hours", 8_640_000: "100 days"}
+    assert {seconds: duration(seconds, "minutes") for seconds in in_minutes} == in_minutes

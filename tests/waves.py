@@ -39,14 +39,15 @@ def contents(out: Path | str, *without: str) -> dict[str, bytes]:
 
 def refused(capsys, *argv: str) -> str:
     """Run a command that must be refused; returns its one line of error, with nothing written in the current folder."""
-    before = _stamps()
+    before = stamps()
     capsys.readouterr()
     assert run.main([*argv]) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.count("\n") == 1 and "expected" in printed.err, printed
-    assert _stamps() == before, "something was written"
+    assert stamps() == before, "something was written"
     return printed.err
 
 
-def _stamps() -> dict[Path, int]:
+def stamps() -> dict[Path, int]:
+    """When each file in the current folder was last written."""
     return {p: p.lstat().st_mtime_ns for p in Path().rglob("*") if not p.is_dir() and p.name != ".lock"}
