@@ -1,7 +1,6 @@
 """Rules of the house that a program can check: the direction of imports, and what may never be in the code."""
 
 import ast
-import itertools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -58,23 +57,6 @@ def dotted(node: ast.AST) -> str:
     if isinstance(node, ast.Attribute):
         return f"{dotted(node.value)}.{node.attr}"
     return node.id if isinstance(node, ast.Name) else ""
-
-
-def at_import(nodes: list[ast.stmt]) -> Iterator[ast.AST]:
-    """Every node that runs when the module is imported: not what stands in functions, nor after `__main__`."""
-    for node in nodes:
-        if isinstance(node, ast.If) and "__main__" in ast.dump(node.test):
-            continue
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            continue
-        if isinstance(node, (ast.ClassDef, ast.If, ast.For, ast.While, ast.With, ast.Try)):
-            yield from at_import(
-                list(itertools.chain.from_iterable(getattr(node, part, []) for part in ("body", "orelse", "finalbody")))
-            )
-            for handler in getattr(node, "handlers", []):
-                yield from at_import(handler.body)
-            continue
-        yield from ast.walk(node)
 
 
 def unsafe_reads(module: ast.Module) -> Iterator[str]:
@@ -141,12 +123,6 @@ def test_what_a_run_left_in_its_folder_is_read_without_torch():
 
 
 @pytest.mark.parametrize("path", files(), ids=name)
-def test_nothing_is_printed_when_a_module_is_imported(path):
-    calls = [dotted(node.func) for node in at_import(tree(path).body) if isinstance(node, ast.Call)]
-    assert not {"print", "warnings.warn", "sys.stdout.write", "sys.stderr.write"} & set(calls)
-
-
-@pytest.mark.parametrize("path", files(), ids=name)
 def test_no_pickle_is_ever_read(path):
     """A checkpoint of a run may be torch's own format, read with weights_only=True."""
     module = tree(path)
@@ -161,11 +137,11 @@ def test_no_behaviour_comes_from_environment_variables(path):
     assert not {"os.environ", "os.getenv", "os.environb", "os.putenv"} & used
 
 
-def test_importing_the_packages_is_silent_and_leaves_the_heavy_libraries_out():
+def test_importing_every_file_prints_nothing_and_the_packages_leave_the_heavy_libraries_out():
     """transformers and peft are for tests alone; a plot's library and the hub's are loaded when they are needed."""
     script = (
         "import sys, qwen_min, lora, data; heavy = {'transformers', 'peft', 'matplotlib', 'huggingface_hub'}; "
-        "sys.exit(repr(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
+        f"assert not heavy & sys.modules.keys(); [__import__(m) for m in {[*map(module, files())]}]"
     )
     done = subprocess.run([sys.executable, "-W", "error", "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -187,23 +163,6 @@ def test_importing_the_packages_is_silent_and_leaves_the_heavy_libraries_out():
 )
 def test_the_rule_about_pickles_sees_each_way_to_read_one(text):
     assert list(unsafe_reads(ast.parse(text)))
-
-
-@pytest.mark.parametrize(
-    ("text", "printed"),
-    [
-        ("print(1)", True),
-        ("if True:\n    print(1)", True),
-        ("class A:\n    print(1)", True),
-        ("x = [print(1)]", True),
-        ("try:\n    pass\nexcept ValueError:\n    print(1)", True),
-        ("def f():\n    print(1)", False),
-        ("if __name__ == '__main__':\n    print(1)", False),
-    ],
-)
-def test_the_rule_about_printing_sees_what_runs_at_import(text, printed):
-    calls = {dotted(node.func) for node in at_import(ast.parse(text).body) if isinstance(node, ast.Call)}
-    assert ("print" in calls) == printed
 
 
 @pytest.mark.parametrize(
