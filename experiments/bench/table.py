@@ -51,14 +51,14 @@ def header(report: dict[str, Any]) -> list[str]:
 def cells(line: dict[str, Any]) -> tuple[str, ...]:
     """One case, under `HEADS`."""
     ours, peer = line["ours"], line.get("peer")
-    share = percent(line["share"]) if "share" in line else "-"
+    share = line.get("share")
     targets = [f"{t['target']} {'met' if t['met'] else 'MISSED'}" for t in line["targets"]]
     return (
         line["name"],
         _measure(line["unit"], ours),
         _measure(line["unit"], peer) if peer else "-",
         f"{line['ratio']:.2f}x" if peer else "-",
-        share,
+        "-" if share is None else f"{100 * share:.{0 if share >= 0.01 else 1}f} %",
         _gigabytes(ours) + (f" / {_gigabytes(peer)}" if peer else "") + " GB",
         line.get("same", "-"),
         ", ".join(targets) or "-",
@@ -97,11 +97,6 @@ def notes(report: dict[str, Any]) -> list[str]:
             f"peak memory: resident, mapped weights, interpreter and libraries included; without a model {empty} GB"
         )
     return said
-
-
-def percent(part: float) -> str:
-    """Whole, but for the smallest."""
-    return f"{100 * part:.{0 if part >= 0.01 else 1}f} %"
 
 
 def _measure(unit: str, side: dict[str, Any]) -> str:

@@ -34,7 +34,14 @@ class Texts:
 
     def windows(self, rows: int, tokens: int) -> list[list[int]]:
         """(rows, tokens) ids: row i starts with validation series i."""
-        return [self._from(i, tokens) for i in range(rows)]
+        found = []
+        for first in range(rows):
+            order = chain(self.systems[first % len(self.systems) :], self.systems * (1 + tokens // self.step))
+            ids: list[int] = []
+            while len(ids) < tokens:
+                ids += self.task.tokens(next(order))
+            found.append(ids[:tokens])
+        return found
 
     def prompts(self, rows: int, tokens: int) -> list[list[int]]:
         """As `windows`, of series whose text ends a step there: as many as there are, then again from the first."""
@@ -43,12 +50,3 @@ class Texts:
         if not found:
             raise ValueError(f"no series ends a step at token {tokens}: expected a multiple of {self.step}")
         return [found[i % len(found)] for i in range(rows)]
-
-    def _from(self, first: int, tokens: int) -> list[int]:
-        order = chain(self.systems[first % len(self.systems) :], self.systems * (1 + tokens // self.step))
-        ids: list[int] = []
-        for system in order:
-            if len(ids) >= tokens:
-                break
-            ids += self.task.tokens(system)
-        return ids[:tokens]

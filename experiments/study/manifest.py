@@ -114,18 +114,13 @@ def model_digest(path: Path) -> str:
     digest, name = files.file_digest(path), path.resolve().name if path.is_symlink() else ""
     if not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", name):
         return digest
-    if (found := digest if len(name) == 64 else _git_digest(path)) != name:
+    of_git = b"blob %d\0" % path.stat().st_size + path.read_bytes()
+    if (found := digest if len(name) == 64 else hashlib.sha1(of_git).hexdigest()) != name:
         raise ValueError(
             f"{path}: its digest is {found}, the hub's {name}: expected it as it was fetched; delete it and its blob"
             f"{how_to_fetch(path, again=True)}"
         )
     return digest
-
-
-def _git_digest(path: Path) -> str:
-    """What git calls a blob of this content."""
-    content = path.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def environment(settings: Settings) -> dict[str, Any]:

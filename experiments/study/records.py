@@ -4,6 +4,7 @@ RUN/study.json  preprocessing.json  results.csv  flops.csv  accounting.csv  acco
 """
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from experiments.study.plan import Best, Plan, Run, carried, runs_of
 from experiments.task.preprocessing import preprocessing
 from experiments.training.cell import Cell
 from qwen_min.flops import PRIMITIVES
+
+RULE = "lowest validation loss per real token"
 
 
 def all_runs(settings: Settings, out: Path) -> tuple[list[Run], Best | None]:
@@ -86,15 +89,7 @@ def _study(plan: Plan, runs: list[Run], best: Best | None) -> dict[str, Any]:
         "sampling": settings.judged,
         "prices": PRIMITIVES,
         "stages": [one.row for one in plan.of(dict.fromkeys(runs))],
-        "best": best
-        and {
-            "rule": "lowest validation loss per real token",
-            "cell": Cell(best.lr, best.rank).name,
-            "lr": best.lr,
-            "rank": best.rank,
-            "context": best.context,
-            "overridden": best.overridden,
-        },
+        "best": best and asdict(best) | {"rule": RULE, "cell": Cell(best.lr, best.rank).name},
     }
 
 

@@ -130,17 +130,13 @@ def run_cell(
                     raise KeyboardInterrupt
     except RunFailed as e:
         ledger.fail(entry)
-        group.first(_record_failure, folder, state.step, str(e))
+        with suppress(OSError):  # the failure itself is the one to report
+            group.first(files.write_json, folder.failure, {"step": state.step, "error": str(e)})
         raise RunFailed(f"{folder.path}: {e}") from None
     summary = group.tell(finish)
     if group.any(stopped()):  # in the last step or its validation
         raise KeyboardInterrupt
     return summary
-
-
-def _record_failure(folder: RunFolder, step: int, error: str) -> None:
-    with suppress(OSError):  # the failure itself is the one to report
-        files.write_json(folder.failure, {"step": step, "error": error})
 
 
 def _finished(task: Task, cell: Cell, folder: RunFolder, ledger: Ledger, run: str) -> dict[str, Any] | None:
@@ -195,18 +191,10 @@ class _State:
         chosen = batch_indices(len(task.train_windows), settings.batch_size, self.step, settings.seed)
         self.group.draw(settings.seed, self.step)
         self.optimizer.param_groups[0]["lr"] = settings.rate(self.lr, self.step)
-        failure = None
+        options, failure = (settings.count_padding, self.group, settings.clip), None
         with FlopMeter() as meter:
             try:
-                loss, norm = training_step(
-                    self.model,
-                    task.train_windows,
-                    chosen,
-                    self.optimizer,
-                    settings.count_padding,
-                    self.group,
-                    settings.clip,
-                )
+                loss, norm = training_step(self.model, task.train_windows, chosen, self.optimizer, *options)
             except RunFailed as e:
                 failure = e
         self._spend(ledger, entry, "training", meter.training)
@@ -275,15 +263,11 @@ class _State:
 
     def _records(self, folder: RunFolder, saved: dict[str, Any] | None) -> list[dict[str, Any]]:
         """The metrics up to this step, once the lines of later ones are cut off."""
-        metrics: list[dict[str, Any]] = []
-        norms: list[dict[str, Any]] = []
-        if saved:
-            metrics = cell_records.upto(saved, folder)
-            if folder.gradients.is_file():
-                norms = [line for line in cell_records.read_gradients(folder.gradients) if line["step"] <= self.step]
+        metrics = cell_records.upto(saved, folder) if saved else []
+        norms = cell_records.read_gradients(folder.gradients) if saved and folder.gradients.is_file() else []
         files.write_jsonl(folder.metrics, metrics)
         if self.steps:
-            files.write_jsonl(folder.gradients, norms)
+            files.write_jsonl(folder.gradients, [line for line in norms if line["step"] <= self.step])
         return metrics
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -297,13 +281,11 @@ class _State:
     def _load(self, path: Path, data: bytes) -> None:
         """Take up the tensors of a checkpoint, which `data` holds and `path` names."""
         held = from_bytes(data, path)
-        wanted = {"": None, "/exp_avg": None, "/exp_avg_sq": None, "/step": torch.Size()}
         for name, parameter in self._trainable():
-            for kind, shape in wanted.items():
-                tensor, shape = held.get(name + kind), parameter.shape if shape is None else shape
-                dtype = torch.float32 if kind == "/step" else parameter.dtype
-                if tensor is None or tensor.shape != shape or tensor.dtype != dtype:
-                    raise _unreadable(path, f"{name}{kind} is not there, or not {list(shape)} in {dtype}")
+            for kind in ("", "/exp_avg", "/exp_avg_sq", "/step"):
+                like, tensor = torch.zeros(()) if kind == "/step" else parameter, held.get(name + kind)
+                if tensor is None or tensor.shape != like.shape or tensor.dtype != like.dtype:
+                    raise _unreadable(path, f"{name}{kind} is not there, or not {list(like.shape)} in {like.dtype}")
             if (counted := held[f"{name}/step"].item()) != self.step:
                 raise _unreadable(path, f"{name} has made {counted:g} steps, not {self.step} as state.json says")
         with torch.no_grad():

@@ -11,6 +11,7 @@ import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -93,21 +94,11 @@ def pretrain(out: Path, steps: int = STEPS, seed: int = 0, progress: Callable[[s
         # What is measured is what was written, so with the rounding to bfloat16.
         loss = held_out_loss(Qwen.from_pretrained(folder), tokenizer, seed)
         minutes = (time.monotonic() - started) / 60
-        versions = {module.__name__: module.__version__ for module in (torch, np, tokenizers, safetensors)}
-        readme = _README.read_text(encoding="utf-8").format(
-            parameters=sum(p.numel() for p in model.parameters()),
-            steps=steps,
-            seed=seed,
-            tokens=tokens,
-            flops=meter.training,
-            loss=loss,
-            held_out=HELD_OUT,
-            context=CONTEXT,
-            minutes=minutes,
-            threads=torch.get_num_threads(),
-            python=platform.python_version(),
-            **versions,
-        )
+        said: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters()), "steps": steps, "seed": seed}
+        said |= {"tokens": tokens, "flops": meter.training, "loss": loss, "held_out": HELD_OUT, "context": CONTEXT}
+        said |= {"minutes": minutes, "threads": torch.get_num_threads(), "python": platform.python_version()}
+        said |= {module.__name__: module.__version__ for module in (torch, np, tokenizers, safetensors)}
+        readme = _README.read_text(encoding="utf-8").format(**said)
         (folder / "README.md").write_text(readme, encoding="utf-8")
     progress(f"{out}: toy: held-out loss {loss:.4f} nats per token, {tokens:,} tokens, {minutes:.1f} minutes")
 
