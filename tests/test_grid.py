@@ -2,11 +2,7 @@
 
 import csv
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import h5py
@@ -100,43 +96,6 @@ def test_a_finished_grid_started_again_changes_nothing(data):
     assert {p: p.stat().st_mtime_ns for p in Path("grid/cells").rglob("*")} == stamps
     with Ledger(Path("ledger.sqlite")) as ledger:
         assert len(ledger.entries()) == 5
-
-
-STOPPED = """
-import os, sys
-from experiments import run
-from experiments.training import cell as train
-true, (step, how, *argv), seen = train.training_step, sys.argv[1:], []
-def training_step(*args):
-    seen.append(1)
-    if len(seen) == int(step):
-        os.kill(os.getpid(), int(how))
-    return true(*args)
-train.training_step = training_step
-sys.exit(run.main(argv))
-"""
-
-
-def started(data: Path, out: str, step: int = 0, how: int = 0) -> int:
-    """A run in a process of its own, which sends itself a signal at the beginning of a step; returns its exit code."""
-    argv = ["train", "--data", str(data), "--lr", "5e-3", "--rank", "2", "--dropout", "0.1", "--out", out, *SMALL]
-    command = [sys.executable, "-c", STOPPED, str(step), str(how), *argv, "--steps", "20", "--val-every", "5"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment).returncode
-
-
-def test_a_run_killed_and_one_interrupted_resume_to_the_bytes_of_one_never_stopped(data):
-    assert started(data, "whole") == 0
-    assert started(data, "stopped", 8, signal.SIGKILL) == -signal.SIGKILL  # its last checkpoint is of step 5
-    assert started(data, "stopped", 7, signal.SIGINT) == 130
-    assert not Path("stopped/cells/lr0.005-r2/result.json").exists()
-    assert started(data, "stopped") == 0
-    assert contents(Path("stopped")) == contents(Path("whole"))
-    with Ledger(Path("ledger.sqlite")) as ledger:
-        entries = {(e["run"], e["cell"]): e for e in ledger.entries()}
-    a, b = entries["whole", "lr0.005-r2"], entries["stopped", "lr0.005-r2"]
-    assert (a["training"], a["validation"], a["state"]) == (b["training"], b["validation"], b["state"])
-    assert b["wasted"] == 2 * a["training"] // 20 and a["wasted"] == 0  # steps 6 and 7 ran twice
 
 
 def test_a_grid_beyond_the_budget_is_refused_with_exit_3_before_anything_runs(data, capsys):

@@ -1,14 +1,17 @@
 """A whole study in little, on the pocket model and a small data set: stages, what is carried forward, records, page."""
 
 import csv
+import io
 import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from waves import damped_waves
 
-from experiments import run
+from experiments import report, run
 from experiments.accounting.ledger import Ledger
+from experiments.report.document import Figure
 
 SMALL = [
     *("--lr", "1e-3", "1e-2", "--ranks", "2", "4", "--steps", "3", "--val-every", "2", "--batch-size", "2"),
@@ -127,7 +130,7 @@ def test_a_stage_before_its_turn_is_refused_by_what_it_waits_for(place, capsys):
     assert not (place / "early" / "contexts").exists()
 
 
-def test_what_is_carried_forward_can_be_told(place, no_page):
+def test_what_is_carried_forward_can_be_set_by_hand(place, no_page):
     told = ("--best-lr", "0.001", "--best-rank", "2", "--best-context", "32")
     assert study(place, "final", "told", *told) == 0
     final = json.loads((place / "told" / "final" / "result.json").read_text())
@@ -165,8 +168,16 @@ def test_a_study_that_does_not_fit_says_how_many_steps_would(place, capsys):
     assert not list((place / "poor").rglob("result.json"))
 
 
+@pytest.fixture
+def no_figures(monkeypatch):
+    """A page with every figure's name, none drawn: `finished` and the tests of the page draw each kind."""
+    png, names = io.BytesIO(), lambda made: [block.name for block in report.blocks(made) if isinstance(block, Figure)]
+    Image.new("RGB", (1, 1)).save(png, "png")
+    monkeypatch.setattr(report, "drawn", lambda made, progress: dict.fromkeys(names(made), png.getvalue()))
+
+
 @pytest.mark.parametrize("name", ["fung", "liu", "rai"])
-def test_the_study_of_every_report_runs_and_shows_its_claims(place, name, capsys):
+def test_the_study_of_every_report_runs_and_shows_its_claims(place, name, no_figures, capsys):
     small = ["--scale", "0.001", "--protocol", name, "--context", "64", "--ranks", "2"]
     short = "contexts = [32, 64]\nfinal_steps = 4000\ndefault_steps = 2\nshown = [18, 19]\nshown_series = 0\n"
     short += "skip = []\ncontext_steps = 2\nsteps = 2\npoints = 16\nhorizon = 4\n"
