@@ -24,6 +24,8 @@ from lora import add_lora, save_adapter
 from qwen_min import Qwen, QwenConfig
 
 ROOT = Path(__file__).parents[1]
+Way = Callable[[random.Random, Path], bool]
+"""Damages a file, by a seeded choice; returns whether that must be refused."""
 MUST_FAIL, MAY_HOLD = True, False
 TINY = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 NASTY: tuple[Any, ...] = (None, "x", [], {}, [[]], -1, 1.5, "NaN", 2**62, {"a": {"b": [None]}}, "\x1b[2J\n", "y" * 3000)
@@ -151,6 +153,31 @@ def json_field(draw: random.Random, path: Path, fields: list[list[Any]], values:
     return MUST_FAIL
 
 
+def edits(change: Callable[[random.Random, Any], object]) -> Way:
+    """The way to damage a JSON file in which `change` alters what it holds."""
+
+    def way(draw: random.Random, path: Path) -> bool:
+        held = json.loads(path.read_text())
+        change(draw, held)
+        path.write_text(json.dumps(held))
+        return MUST_FAIL
+
+    return way
+
+
+def asks_for(*others: dict[str, Any]) -> Way:
+    """The way in which a JSON object asks for one of these."""
+    return edits(lambda draw, held: held.update(draw.choice(others)))
+
+
+def put_line(path: Path, line: str, first: bool = False, twice: bool = False) -> bool:
+    """Put a line into a TOML file, in the place of what it has of that name unless `twice`."""
+    name = line.partition(" =")[0]
+    kept = [old for old in path.read_text().splitlines() if twice or not old.startswith(name + " =")]
+    path.write_text("\n".join([line, *kept, ""] if first else [*kept, line, ""]))
+    return MUST_FAIL
+
+
 def safetensors(draw: random.Random, path: Path) -> bool:
     """Damage the header of a safetensors file, or what it stands for."""
     data = path.read_bytes()
@@ -206,38 +233,20 @@ def index(draw: random.Random, root: Path) -> tuple[Path, bool]:
     path = root / "sharded" / "model.safetensors.index.json"
     shards = sorted(root.glob("sharded/*.safetensors"))
 
-    def hostile_name(draw: random.Random, path: Path) -> bool:
-        held = json.loads(path.read_text())
-        name = draw.choice(sorted(held["weight_map"]))
-        held["weight_map"][name] = draw.choice(
-            (
-                "../model/model.safetensors",
-                "/etc/passwd",
-                str(root / "model/model.safetensors"),
-                "..",
-                "",
-                7,
-                None,
-                [],
-                "a\n.safetensors",
-                "absent.safetensors",
-                "x" * 2000 + ".safetensors",
-                "config.json",
-            )
-        )
-        path.write_text(json.dumps(held))
-        return MUST_FAIL
+    @edits
+    def hostile_name(draw: random.Random, held: Any) -> None:
+        paths = "../model/model.safetensors", "/etc/passwd", str(root / "model/model.safetensors"), "..", "config.json"
+        others = "", 7, None, [], "a\n.safetensors", "absent.safetensors", "x" * 2000 + ".safetensors"
+        held["weight_map"][draw.choice(sorted(held["weight_map"]))] = draw.choice((*paths, *others))
 
     def missing_shard(draw: random.Random, path: Path) -> bool:
         draw.choice(shards).unlink()
         return MUST_FAIL
 
-    def forgotten(draw: random.Random, path: Path) -> bool:
-        held = json.loads(path.read_text())
+    @edits
+    def forgotten(draw: random.Random, held: Any) -> None:
         file = draw.choice(shards).name
         held["weight_map"] = {name: f for name, f in held["weight_map"].items() if f != file}
-        path.write_text(json.dumps(held))
-        return MUST_FAIL
 
     def both(draw: random.Random, path: Path) -> bool:
         a, b = (load_file(shard) for shard in shards)
@@ -319,57 +328,35 @@ REQUIRED = [[name] for name in QwenConfig.__dataclass_fields__ if name not in ("
 def config(draw: random.Random, root: Path) -> tuple[Path, bool]:
     path = root / "model" / "config.json"
 
+    @edits
+    def size(draw: random.Random, held: Any) -> None:
+        name = draw.choice("vocab_size hidden_size intermediate_size num_hidden_layers".split())
+        held[name] = draw.choice((10**400, 10**12, 2**24, 1023, 10**9, 1e400, float("nan"), held[name] + 1))
+
+    @edits
+    def rotation(draw: random.Random, held: Any) -> None:
+        wrong = {"rope_type": "yarn"}, [1], "x", {"rope_type": "default"}
+        thetas = {"rope_theta": -1}, {"rope_theta": 10**400}, {"rope_theta": None}
+        held["rope_parameters"] = draw.choice((*wrong, *thetas))
+        held.pop("rope_theta", None)
+
     def field(draw: random.Random, path: Path) -> bool:
-        fields = [*REQUIRED, ["model_type"], ["rope_parameters", "rope_type"]]
         values = tuple(value for value in NASTY if value not in (1.5, 2**62)) + (True, 0, -(10**30), "1e6")
-        if draw.random() < 0.3:
-            held = json.loads(path.read_text())
-            name = draw.choice("vocab_size hidden_size intermediate_size num_hidden_layers".split())
-            held[name] = draw.choice((10**400, 10**12, 2**24, 1023, 10**9, 1e400, float("nan"), held[name] + 1))
-            path.write_text(json.dumps(held))
-            return MUST_FAIL
-        held = json.loads(path.read_text())
-        chosen = draw.choice(fields)
-        if chosen[0] == "rope_parameters":
-            held["rope_parameters"] = draw.choice(
-                (
-                    {"rope_type": "yarn"},
-                    [1],
-                    "x",
-                    {"rope_type": "default"},
-                    {"rope_theta": -1},
-                    {"rope_theta": 10**400},
-                    {"rope_theta": None},
-                )
-            )
-            held.pop("rope_theta", None)
-            path.write_text(json.dumps(held))
-            return MUST_FAIL
-        return json_field(draw, path, [chosen], values)
+        return json_field(draw, path, [*REQUIRED, ["model_type"]], values)
 
-    def asks(draw: random.Random, path: Path) -> bool:
-        held = json.loads(path.read_text())
-        held |= draw.choice(
-            (
-                {"hidden_act": "gelu"},
-                {"use_sliding_window": True},
-                {"quantization_config": {"x": 1}},
-                {"attention_dropout": 0.5},
-                {"layer_types": ["full_attention", {}]},
-                {"head_dim": 3},
-            )
-        )
-        path.write_text(json.dumps(held))
-        return MUST_FAIL
-
-    return path, _one_of(draw, path, whole, field, field, asks)
+    others = {"hidden_act": "gelu"}, {"use_sliding_window": True}, {"quantization_config": {"x": 1}}, {"head_dim": 3}
+    asks = asks_for(*others, {"attention_dropout": 0.5}, {"layer_types": ["full_attention", {}]})
+    return path, _one_of(draw, path, whole, field, size, rotation, asks)
 
 
 def tokenizer(draw: random.Random, root: Path) -> tuple[Path, bool]:
     path = root / "model" / "tokenizer.json"
 
-    def change(draw: random.Random, path: Path) -> bool:
-        held = json.loads(path.read_text())
+    merges = [["a", "a"]], ["a a"], ["aa"], [["a", "b", "c"]], [[1, 2]], 7, [None], ["a  b"], [["a", "é"]]
+    vocabularies = [], None, {"a": "x"}, {"a": -1}, {"a": 1.5}, {}, {"a": 2**40}
+
+    @edits
+    def change(draw: random.Random, held: Any) -> None:
         model = held["model"]
         kind = draw.choice(("no model", "kind", "merge", "merge", "prefix", "vocab", "id", "special", "added"))
         if kind == "no model":
@@ -377,31 +364,24 @@ def tokenizer(draw: random.Random, root: Path) -> tuple[Path, bool]:
         elif kind == "kind":
             model["type"] = draw.choice(("WordLevel", "WordPiece", "Unigram", "x", 7, ["BPE"]))
         elif kind == "merge":  # of which some made the library's Rust panic
-            model["merges"] = draw.choice(
-                ([["a", "a"]], ["a a"], ["aa"], [["a", "b", "c"]], [[1, 2]], 7, [None], ["a  b"], [["a", "é"]])
-            )
+            model["merges"] = draw.choice(merges)
         elif kind == "prefix":  # and one ended the process
-            model[draw.choice("continuing_subword_prefix end_of_word_suffix".split())] = draw.choice(
-                ("##", "#", "éé", 7)
-            )
+            name = draw.choice("continuing_subword_prefix end_of_word_suffix".split())
+            model |= {name: draw.choice(("##", "#", "éé", 7)), "merges": [["a", "é"]]}
             model["vocab"] |= {"é": 300, "aé": 301}
-            model["merges"] = [["a", "é"]]
         elif kind == "vocab":
-            model["vocab"] = draw.choice(([], None, {"a": "x"}, {"a": -1}, {"a": 1.5}, {}, {"a": 2**40}))
+            model["vocab"] = draw.choice(vocabularies)
         elif kind == "id":
             model["vocab"][draw.choice("1 new".split())] = draw.choice((10**6, 2**31))
         elif kind == "special":
             held["added_tokens"] = draw.choice((held["added_tokens"][:1], held["added_tokens"][1:], [], None))
         else:
             held["added_tokens"] = draw.choice(({}, [7], [{"content": "x"}], "x"))
-        path.write_text(json.dumps(held, ensure_ascii=draw.random() < 0.5))
-        return MUST_FAIL
 
-    def official(draw: random.Random, path: Path) -> bool:
-        held = json.loads(path.read_text())  # the tokenizer of a larger model
+    @edits
+    def official(draw: random.Random, held: Any) -> None:
+        """The tokenizer of a larger model."""
         held["model"]["vocab"] |= {f"t{i}": i for i in range(300, 1000)}
-        path.write_text(json.dumps(held))
-        return MUST_FAIL
 
     return path, _one_of(draw, path, whole, change, change, change, official)
 
@@ -427,33 +407,15 @@ def bad_setting(draw: random.Random) -> str:
 
 def toml(draw: random.Random, root: Path) -> tuple[Path, bool]:
     path = root / "config.toml"
+    lines = "steps = 5", "nothing = 1", '"\\u001b" = 1', "[settings]\nsteps = 3", "steps", "= 3", "x = " + "[" * 5000
+    large = "context = 300", "context = 1048576", "ranks = [99999999]", "num_samples = 99999999999"
 
     def setting(draw: random.Random, path: Path) -> bool:
-        line = bad_setting(draw)
-        kept = [old for old in path.read_text().splitlines() if not old.startswith(line.partition(" =")[0] + " =")]
-        path.write_text("\n".join([line, *kept, ""]))
-        return MUST_FAIL
+        return put_line(path, bad_setting(draw), first=True)
 
     def structure(draw: random.Random, path: Path) -> bool:
-        extra = draw.choice(
-            (
-                "steps = 5",
-                "nothing = 1",
-                '"\\u001b" = 1',
-                "[settings]\nsteps = 3",
-                "steps",
-                "= 3",
-                "x = " + "[" * 5000,
-                "context = 300",
-                "context = 1048576",
-                "ranks = [99999999]",
-                "num_samples = 99999999999",
-            )
-        )
-        name = extra.partition(" =")[0]
-        kept = [old for old in path.read_text().splitlines() if extra == "steps = 5" or not old.startswith(name + " =")]
-        path.write_text("\n".join([*kept, extra, ""]))
-        return MUST_FAIL
+        line = draw.choice((*lines, *large))
+        return put_line(path, line, twice=line == "steps = 5")
 
     return path, _one_of(draw, path, whole, setting, setting, structure)
 
@@ -464,11 +426,7 @@ def protocol(draw: random.Random, root: Path) -> tuple[Path, bool]:
     path.write_text("[settings]\ncontext = 64\nval_series = 1\npoints = 5\nhorizon = 3\nlr = [1e-3]\n")
 
     def setting(draw: random.Random, path: Path) -> bool:
-        line = bad_setting(draw)
-        name = line.partition(" =")[0]
-        kept = [old for old in path.read_text().splitlines() if not old.startswith(name + " =")]
-        path.write_text("\n".join([*kept, line, ""]))
-        return MUST_FAIL
+        return put_line(path, bad_setting(draw))
 
     def no_table(draw: random.Random, path: Path) -> bool:
         path.write_text(
@@ -489,30 +447,15 @@ def adapter_config(draw: random.Random, root: Path) -> tuple[Path, bool]:
     def field(draw: random.Random, path: Path) -> bool:
         return json_field(draw, path, [["r"], ["target_modules"]], (*NASTY, True, 10**12, 10**400, ["q_proj"], [7], 3))
 
-    def alpha(draw: random.Random, path: Path) -> bool:
-        held = json.loads(path.read_text())
-        held[draw.choice("lora_alpha lora_dropout".split())] = draw.choice(
-            ("x", [], {}, -1, 10**400, float("inf"), float("nan"), True)
-        )
-        path.write_text(json.dumps(held))
-        return MUST_FAIL
+    @edits
+    def alpha(draw: random.Random, held: Any) -> None:
+        wrong = "x", [], {}, -1, 10**400, float("inf"), float("nan"), True
+        held[draw.choice("lora_alpha lora_dropout".split())] = draw.choice(wrong)
 
-    def asks(draw: random.Random, path: Path) -> bool:
-        held = json.loads(path.read_text())
-        held |= draw.choice(
-            (
-                {"use_dora": True},
-                {"rank_pattern": {"x": 1}},
-                {"x\x1b\n" + "y" * 3000: 1},
-                {"bias": "all"},
-                {"peft_type": "IA3"},
-                {"modules_to_save": ["lm_head"]},
-                {"fan_in_fan_out": "z" * 9000},
-            )
-        )
-        path.write_text(json.dumps(held))
-        return MUST_FAIL
-
+    others = {"use_dora": True}, {"rank_pattern": {"x": 1}}, {"bias": "all"}, {"peft_type": "IA3"}
+    asks = asks_for(
+        *others, {"x\x1b\n" + "y" * 3000: 1}, {"modules_to_save": ["lm_head"]}, {"fan_in_fan_out": "z" * 9000}
+    )
     return path, _one_of(draw, path, whole, field, field, alpha, asks)
 
 
@@ -535,13 +478,8 @@ def state_json(draw: random.Random, root: Path) -> tuple[Path, bool]:
     path = root / "stopped" / CELL / "checkpoint" / "state.json"
 
     def field(draw: random.Random, path: Path) -> bool:
-        fields: list[list[Any]] = [
-            ["step"],
-            ["flops", "training"],
-            ["flops", "validation"],
-            ["flops"],
-            ["validated_at"],
-        ]
+        fields: list[list[Any]] = [[name] for name in ("step", "flops", "validated_at")]
+        fields += [["flops", "training"], ["flops", "validation"]]
         values = tuple(v for v in NASTY if v != -1) + (True, 0, 1, 3, 5, 10**30, 7.0, -2)
         return json_field(draw, path, [draw.choice(fields)], tuple(value for value in values if value != 2))
 
@@ -589,11 +527,7 @@ def manifest(draw: random.Random, root: Path) -> tuple[Path, bool]:
         path = folder / "config.toml"
 
         def setting(draw: random.Random, path: Path) -> bool:
-            line = bad_setting(draw)
-            name = line.partition(" =")[0]
-            kept = [old for old in path.read_text().splitlines() if not old.startswith(name + " =")]
-            path.write_text("\n".join([line, *kept, ""]))
-            return MUST_FAIL
+            return put_line(path, bad_setting(draw), first=True)
 
         return path, _one_of(draw, path, whole, setting, setting)
     path = folder / "manifest.json"
@@ -615,11 +549,10 @@ def result(draw: random.Random, root: Path) -> tuple[Path, bool]:
         chosen = draw.choice(names)
         return json_field(draw, path, [chosen], tuple(v for v in values if v != -1))
 
-    def number(draw: random.Random, path: Path) -> bool:
-        held = json.loads(path.read_text())
+    @edits
+    def number(draw: random.Random, held: Any) -> None:
         name = draw.choice("validation_loss best_validation_loss best_step first_loss last_losses_mean steps".split())
-        path.write_text(json.dumps(held | {name: held[name] * 2}))
-        return MUST_FAIL
+        held[name] *= 2
 
     return path, _one_of(draw, path, whole, field, field, number)
 
@@ -632,7 +565,7 @@ KINDS = (
 )
 
 
-def _one_of(draw: random.Random, path: Path, *ways: Callable[[random.Random, Path], bool]) -> bool:
+def _one_of(draw: random.Random, path: Path, *ways: Way) -> bool:
     """Damage a file in one of the ways, or (two times in five) in its bytes."""
     if draw.random() < 0.4:
         path.write_bytes(bytewise(draw, path.read_bytes()))
