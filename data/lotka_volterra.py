@@ -141,22 +141,22 @@ def derivatives(
 
 def _read(path: Path) -> Dataset:
     if not path.exists():
-        raise ValueError(f"{path}: no such file; {EXPECTED}")
+        raise ValueError(f"{path}: no such file: {EXPECTED}")
     if not path.is_file():
-        raise ValueError(f"{path}: is not a file; {EXPECTED}")
+        raise ValueError(f"{path}: is not a file: {EXPECTED}")
     try:
         content = path.read_bytes()  # once, so that the digest is of the bytes that the values come from
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); {EXPECTED}") from None
+        raise ValueError(f"{path}: cannot be read ({error.strerror}): {EXPECTED}") from None
     try:
         with h5py.File(io.BytesIO(content), "r") as file:
             stored = {name: _values(file, name, len(content)) for name in ("trajectories", "time")}
             written_digest = bytes(np.bytes_(file.attrs.get(WRITTEN_DIGEST, b"")))
     except Exception as error:  # h5py raises OSError, RuntimeError, KeyError, ... by where the damage is
-        raise ValueError(f"{path}: is not readable as HDF5 ({_one_line(error)}); {EXPECTED}") from None
+        raise ValueError(f"{path}: is not readable as HDF5 ({_one_line(error)}): {EXPECTED}") from None
     stored = {name: values for name, values in stored.items() if values is not None}
     if "trajectories" not in stored:
-        raise ValueError(f"{path}: has no dataset /trajectories; {EXPECTED}")
+        raise ValueError(f"{path}: has no dataset /trajectories: {EXPECTED}")
     series = _checked_series(path, np.asarray(stored["trajectories"]))
     points, variables = series.shape[1:]
     time = _checked_time(path, np.asarray(stored.get("time", np.arange(points))), points)

@@ -98,7 +98,7 @@ def batch_indices(count: int, batch_size: int, step: int, seed: int) -> NDArray[
     """
     if count < 1 or batch_size < 1 or step < 0 or not 0 <= seed < 2**32:
         raise ValueError(
-            f"batches: count {count}, batch size {batch_size}, step {step}, seed {seed}; "
+            f"batches: count is {count}, batch size {batch_size}, step {step}, seed {seed}: "
             "expected at least 1, 1, 0 and 0, and a seed below 2^32"
         )
     epochs, places = np.divmod(step * batch_size + np.arange(batch_size, dtype=np.int64), count)

@@ -64,7 +64,7 @@ def decode(
 
     Args:
         model: the `Qwen` that made the prefill.
-        prefill: one sample is written after the prompts, where the next use starts over; several work on a copy.
+        prefill: the tokens of one sample go into its cache, and the next use overwrites them; several use a copy.
         samples: continuations of each prompt; row b·samples + s is sample s of prompt b.
         seed: of the samples; None draws a new one.
         constraint: what may be chosen; None for anything.
@@ -114,7 +114,7 @@ def generate(
         model: a `Qwen`.
         ids: (B, T) prompts of one length, or a list of prompts of any lengths (they run left-padded as one batch).
         max_new_tokens: new tokens per prompt.
-        stop: tokens that end a prompt's generation; the stop token itself is kept. None stops unless passed.
+        stop: tokens that end a prompt's generation; the stop token itself is kept. By default no token stops it.
         pad_id: what fills a row of the tensor after its stop token, and what pads short prompts (masked).
         seed: of the samples; None draws a new one.
         sampling: temperature, top_k, top_p, repetition_penalty: see `Sampling`.

@@ -13,7 +13,7 @@ from qwen_min.view import View
 class Embedding(Metered):
     """Token ids (B, T) to hidden states (B, T, E), in `compute_dtype` whatever type the table is kept in.
 
-    tied: the head reads the table too.
+    tied: whether the output head uses the same table.
     """
 
     def __init__(self, vocabulary: int, hidden: int, tied: bool = False):

@@ -61,7 +61,7 @@ class Decoder(Metered):
         return hidden
 
     def run(self, ids: Tensor, view: View, cache: KVCache | None) -> Tensor:
-        """Hidden states (B, T, E) of (B, T) ids that stand as `view` says."""
+        """Hidden states (B, T, E) of (B, T) ids at the positions of `view`, with its mask."""
         if cache is not None and cache.config != self.config:
             raise ValueError("the cache was made for another model: expected one of this model's configuration")
         x = self.embed_tokens(ids)  # (B, T, E)
@@ -122,8 +122,8 @@ class Qwen(Metered):
                 compute_dtype=torch.float32` the weights take half the memory and are widened in each product.
 
         Raises:
-            ValueError: a file is missing, damaged, or does not fit the configuration, or a type is no float's; the
-                message names it.
+            ValueError: a file is missing, damaged, or does not fit the configuration, or a type is not floating-point;
+                the message names it.
         """
         return load.from_pretrained(cls, name_or_folder, dtype, device, revision, offline, compute_dtype)
 

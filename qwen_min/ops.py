@@ -15,12 +15,12 @@ from qwen_min.flops import Dim, Price, charge
 
 FAST: dict[str, Callable] = {}
 COMPILABLE: dict[str, Callable] = {}
-"""Faster ways to the results of the plain maths, by name, and those of them that torch's compiler understands; filled
-by `qwen_min.fast`, empty without it."""
+"""Faster functions for the plain maths, by name, and those that torch's compiler can use instead; `qwen_min.fast` fills
+both, without it they are empty."""
 
 
 def faster(name: str) -> Callable | None:
-    """What answers in the place of the plain maths beneath this call, if anything does."""
+    """The faster function for the plain maths below the call, or None."""
     return (COMPILABLE if is_compiling() else FAST).get(name)
 
 
@@ -41,7 +41,7 @@ def _width(true: int, coursework: int | None) -> int | Dim:
     return true if coursework is None or coursework == true else Dim(true, coursework)
 
 
-# Coursework adds position vectors to the embeddings, and leaves rotations free; the machine does the reverse.
+# Coursework adds position vectors to the embeddings, and leaves rotations free; the real model does the reverse.
 POSITIONS = Price("positions", "N E", add="N*E", only=("coursework",))
 EMBEDDING = Price("embedding", "N E gw", d_add="gw*N*E", only=("exact",))
 
@@ -194,8 +194,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
     Args:
         q: (B, H, T, D). k, v: (B, K, S, D).
-        mask: bool, broadcasting to (B, H, T, S), true where a query may look. None: each query looks at all but the
-            tokens after it, the last query at everything.
+        mask: bool, broadcasting to (B, H, T, S), true where a query may look. None: each query looks at itself
+            and the tokens before it; the last query is that of the last token.
 
     Returns:
         (B, H, T, D).

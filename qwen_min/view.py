@@ -15,7 +15,7 @@ class View(NamedTuple):
 
     cos: Tensor  # (B or 1, T, 1, D)
     sin: Tensor  # (B or 1, T, 1, D)
-    mask: Tensor | None  # (B or 1, 1, T, S) bool, true where a query may look; None is plainly causal
+    mask: Tensor | None  # (B or 1, 1, T, S) bool, true where a query may look; None: all before it
 
 
 def causal(config: QwenConfig, start: int, tokens: int, padding: Tensor | None, device: torch.device) -> View:
@@ -28,9 +28,9 @@ def causal(config: QwenConfig, start: int, tokens: int, padding: Tensor | None, 
 
 
 def view_of(config: QwenConfig, positions: Tensor, mask: Tensor | None = None, padding: Tensor | None = None) -> View:
-    """The view of tokens at `positions` (1, T) that look where `mask` (T, S) says; None is plainly causal.
+    """The view of tokens at `positions` (1, T) that look where `mask` (T, S) says; None: at all before.
 
-    A padded sequence starts at position 0 after its padding, which no other token looks at; a padding token may, so
+    A padded sequence starts at position 0 after its padding. No real token looks at padding; a padding token does, so
     that its softmax is never empty.
     """
     if mask is not None:

@@ -216,8 +216,8 @@ def test_a_draft_needs_no_positions_beyond_those_of_the_forecast(file):
 @pytest.mark.parametrize(
     ("more", "problem"),
     [
-        (["--draft", "-1"], "draft is -1: expected 0 (off) to 40, the tokens"),
-        (["--draft", "100000"], "draft is 100000: expected 0 (off) to 40, the tokens of the forecast"),
+        (["--draft", "-1"], "draft is -1: expected 0 (off) to 1000"),
+        (["--draft", "100000"], "draft is 100000: expected 0 (off) to 1000"),
         (["--draft", "12", "--temperature", "1"], "draft is 12 with sampling (temperature 1, constrained"),
         (["--draft", "12", "--num-samples", "3"], "samples, constrained to valid text): expected greedy"),
     ],

@@ -72,7 +72,7 @@ def test_without_a_terminal_lines_show_none_either_and_what_is_soon_done_has_non
     count(9, 10)
     lines = capsys.readouterr().err.splitlines()
     assert [line.split("  tokens/s")[0] for line in lines] == [
-        "[a toy; every figure is a toy's]",
+        "[a toy]",
         "a: step 1/4  loss 0.5000  FLOPs 1.000e+09",
         "a: step 2/4  loss 0.4000  val 0.6000",
         "untrained: step 0/0  val 0.7000  FLOPs 1.000e+09",

@@ -122,7 +122,7 @@ def test_a_stage_before_its_turn_is_refused_by_what_it_waits_for(place, capsys):
 GIVEN = ("--best-lr", "0.001", "--best-rank", "2", "--best-context", "32")
 
 
-def test_what_is_carried_forward_can_be_given(place, no_page):
+def test_what_is_carried_forward_can_be_set_by_hand(place, no_page):
     assert study(place, "final", "given", *GIVEN, "--points", "4", "--horizon", "1", "--forecast-series", "1") == 0
     final = read_json(place / "given" / "final" / "result.json")
     assert (final["lr"], final["rank"], final["context"]) == (0.001, 2, 32)

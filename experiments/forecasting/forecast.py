@@ -56,11 +56,14 @@ class Forecasts:
         return replace(self, systems=list(systems), losses=[self.losses[row] for row in rows], **chosen)
 
 
+MOST_GUESSES = 1000  # a forward: no tree gains by more, and a far larger one fills the memory
+
+
 def check_draft(task: Task, draft: int) -> None:
     """Raise ValueError unless forecasts can be made with `draft` nodes a forward."""
-    settings, most = task.settings, task.tokens_to_forecast
-    if not 0 <= draft <= most:
-        raise ValueError(f"draft is {draft}: expected 0 (off) to {most}, the tokens of the forecast")
+    settings = task.settings
+    if not 0 <= draft <= MOST_GUESSES:
+        raise ValueError(f"draft is {draft}: expected 0 (off) to {MOST_GUESSES}")
     if draft and (settings.num_samples > 1 or settings.sampling_temperature):
         raise ValueError(f"draft is {draft} with sampling ({settings.judged}): expected greedy, one sample")
 

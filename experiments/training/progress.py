@@ -84,7 +84,7 @@ class Report:
     def _begin(self, name: str, record: dict[str, Any]) -> None:
         self.close()
         if self.label and not self.name:
-            print(f"[{self.label}; every figure is a toy's]", file=sys.stderr)
+            print(f"[{self.label}]", file=sys.stderr)
         self.name, self.began, self.first = name, time.monotonic(), record["step"]
         self.shown = self.began if "doing" in record else 0.0
         self.loss = self.validation = None
