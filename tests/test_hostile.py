@@ -32,7 +32,7 @@ VERB = {
 }
 NAMED_INSTEAD = {
     "config": ["model.safetensors", "model: "],
-    "weights": ["model: ", "the highest logits are [nan]"],
+    "weights": ["model: "],
     "index": ["sharded", "model-0000"],
     "toml": ["config.json", "waves.h5"],
     "protocol": ["config.json", "waves.h5"],

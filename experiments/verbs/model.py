@@ -36,8 +36,11 @@ def generate(args: Namespace) -> None:
                 return
             yield token
 
-    for piece in tokenizer.stream(new()):
-        print(piece, end="", flush=True)
+    try:
+        for piece in tokenizer.stream(new()):
+            print(piece, end="", flush=True)
+    except ValueError as e:  # of what its weights lead to
+        raise ValueError(f"{settings.model}: {e}") from None
     print()
     if settings.label:
         print(f"[{settings.label}]", file=sys.stderr)
