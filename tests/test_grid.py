@@ -43,7 +43,7 @@ def printed(tmp_path_factory):
     """What a grid of four cells printed when it was priced, and when it had run; it is in the current folder."""
     with pytest.MonkeyPatch.context() as patch:
         stand(tmp_path_factory.mktemp("grid"), patch)
-        Path("small.toml").write_text("default_steps = 6\ndefault_rank = 2\n")
+        Path("small.toml").write_text("points = 16\nhorizon = 3\nforecast_series = 2\nshown_series = 2\n")
         texts = []
         for more in (["--dry-run"], []):
             assert not Path("grid").exists() and not Path("ledger.sqlite").exists()
@@ -67,9 +67,11 @@ def test_the_grid_trains_every_cell_and_its_flops_equal_the_prediction(printed):
         assert result["flops"] == result["predicted_flops"]
         assert result["validation_loss"] < untrained["validation_loss"]
         assert result["label"] == "toy: the pocket model" and f"{result['validation_loss']:.4f}" in printed[1]
+    judged = [files.read_json(f"grid/{name}/evaluation/evaluation.json") for name in FOLDERS]
+    assert all(e["flops"]["validation"] + e["flops"]["inference"] > 0 for e in judged)
     found = totals()
-    assert found["training"] == sum(r["flops"]["training"] for r in results)
-    assert found["validation"] == sum(r["flops"]["validation"] for r in [untrained, *results])
+    for stage in ("training", "validation", "inference"):
+        assert found[stage] == sum(r["flops"].get(stage, 0) for r in [untrained, *results, *judged])
     assert found["wasted"] == found["reserved"] == 0 and f"{found['spent']:,}" in printed[0]
 
 
@@ -85,7 +87,7 @@ def test_a_grid_counts_each_cell_once_says_what_it_wrote_and_its_page_draws_each
         *(("grid", name) for name in CELLS),
     ]
     drawn = {path.name: path.read_bytes() for path in Path("grid/figures").iterdir()}
-    assert sorted(drawn) == ["grid.png", "loss-cells-by-flops.png", "loss-cells-by-step.png"]
+    assert sorted(drawn) == ["forecasts.png", "grid.png", "loss-cells-by-flops.png", "loss-cells-by-step.png"]
     assert run.main(["report", "grid"]) == 0
     assert capsys.readouterr().out == "grid/report.html\nwritten to grid: report.html, report.md, figures/, tables/\n"
     again = {path.name: path.read_bytes() for path in Path("grid/figures").iterdir()}
@@ -98,11 +100,14 @@ def test_a_finished_grid_started_again_changes_nothing(printed):
     assert contents("grid") == before
     assert {p: p.stat().st_mtime_ns for p in Path("grid/cells").rglob("*")} == stamps
     with Ledger("ledger.sqlite") as ledger:
-        assert len(ledger.entries()) == 5
+        assert len(ledger.entries()) == 10
 
 
 def test_a_grid_beyond_the_budget_is_refused_with_exit_3_before_anything_runs(here, capsys):
-    assert run.main(["grid", *SMALL, "--out", "grid", "--budget", "1000000"]) == 3
+    assert "expected at least the 80 that a forecast sees and the 20 that it makes, or --no-forecast-cells" in refused(
+        capsys, "grid", *SMALL, "--out", "grid"
+    )
+    assert run.main(["grid", *SMALL, "--out", "grid", "--budget", "1000000", "--no-forecast-cells"]) == 3
     assert "1,000,000" in capsys.readouterr().err
     assert not Path("grid/cells").exists() and not Path("grid/untrained").exists()
 

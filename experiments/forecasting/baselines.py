@@ -67,12 +67,8 @@ def parrot(context: ArrayLike, horizon: int) -> Array:
 
 
 SEASONAL = "seasonal repeat"  # the reference of every skill
-RULES = {
-    "persistence": persistence,
-    "context mean": context_mean,
-    SEASONAL: seasonal_repeat,
-    "context parroting": parrot,
-}
+PARROT = "context parroting"
+RULES = {"persistence": persistence, "context mean": context_mean, SEASONAL: seasonal_repeat, PARROT: parrot}
 """The copies: forecasts that only repeat what the context holds, by name."""
 
 

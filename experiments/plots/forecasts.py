@@ -4,7 +4,7 @@ Dimension letters: P context points, h forecast points, V variables. A step with
 parsed: it is a gap, and is counted.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from experiments.plots import base
 
 UNITS = "units of the data"
 _BANDS = ((0.1, 0.9, "80 % band", "#EBD3E1"), (0.25, 0.75, "50 % band", "#D9A3C3"))  # two tints of one colour
+_COPY: base.Style = {"color": "0.5", "linestyle": ":", "linewidth": 1.6}
 _FORECAST: base.Style = {"color": "black", "linestyle": "--", "linewidth": 1.4, "markerfacecolor": "white"}
 
 
@@ -56,7 +57,8 @@ def forecast_grid(
 ) -> None:
     """Draw the forecasts of several systems, a row for each system and a column for each variable, of three at most.
 
-    A system is `title`, and `time`, `context`, `truth`, `forecast` and optionally `quantiles` as in `forecast`."""
+    A system is `title`, and `time`, `context`, `truth`, `forecast` and optionally `quantiles` as in `forecast`, and
+    `copies`: forecasts (h, V) that are drawn faintly, by name."""
     all_series = _all(systems, names)
     variables, columns = len(names), min(3, len(names))
     figure, panels = base.new_figure(len(systems) * variables, 1.55, columns)
@@ -69,7 +71,8 @@ def forecast_grid(
     for axes in panels[-columns:]:
         axes.set_xlabel(f"time ({UNITS})")
     figure.align_ylabels(panels[::columns])
-    base.legend_below(figure, _entries(names, any(series.bands for series in all_series)))
+    copies = dict.fromkeys(name for series in all_series for name in series.copies)
+    base.legend_below(figure, _entries(names, any(series.bands for series in all_series), copies=copies))
     base.save(figure, path, title, label)
 
 
@@ -106,13 +109,14 @@ def phase_plane(
 
 @dataclass(frozen=True)
 class _Series:
-    """One system: time (P+h,), past (P, V), future and guess (h, V), and the bands (low, high, colour)."""
+    """One system: time (P+h,), past (P, V), future, guess and copies (h, V), and the bands (low, high, colour)."""
 
     time: base.Floats
     past: base.Floats
     future: base.Floats
     guess: base.Floats
     bands: list[tuple[base.Floats, base.Floats, str]]
+    copies: dict[str, base.Floats]
 
     @classmethod
     def of(cls, system: Mapping[str, Any], names: Sequence[str]) -> "_Series":
@@ -125,12 +129,15 @@ class _Series:
         if at.shape != (len(past) + len(future),):
             raise ValueError(f"time has the shape {at.shape}: expected ({len(past)} + {len(future)},)")
         quantiles = system.get("quantiles") or {}
+        given = (system.get("copies") or {}).items()
+        copies = {name: base.shaped(values, name, future.shape) for name, values in given}
         if missing := {level for low, high, *_ in _BANDS for level in (low, high)} - quantiles.keys():
             if quantiles:
                 raise ValueError(f"quantiles: has no level {min(missing)}: expected 0.1, 0.25, 0.75 and 0.9")
-            return cls(at, past, future, guess, [])
+            return cls(at, past, future, guess, [], copies)
         level = {q: base.shaped(values, f"the quantile {q}", future.shape) for q, values in quantiles.items()}
-        return cls(at, past, future, guess, [(level[low], level[high], tint) for low, high, _, tint in _BANDS])
+        bands = [(level[low], level[high], tint) for low, high, _, tint in _BANDS]
+        return cls(at, past, future, guess, bands, copies)
 
     @property
     def gaps(self) -> str:
@@ -158,6 +165,8 @@ def _over_time(axes: Axes, series: _Series, variable: int, small: bool = False) 
     size = 2.5 if small else 4
     truth: base.Style = _truth(variable) | {"markersize": 0.8 * size, "markevery": 5}
     axes.plot(at, np.concatenate([series.past, series.future])[:, variable], **truth)
+    for values in series.copies.values():
+        axes.plot(ahead, values[:, variable], **_COPY)
     marks = base.Style(marker=base.line(variable)[1], markersize=size, markevery=_alone(guess) if small else 1)
     axes.plot(ahead, guess, **_FORECAST, **marks)
     axes.margins(x=0.01)
@@ -173,13 +182,14 @@ def _truth(variable: int) -> base.Style:
     return {"color": base.colour(variable), "marker": base.line(variable)[1], "linewidth": 1.4}
 
 
-def _entries(names: Sequence[str], bands: bool, gaps: str = "") -> list[Artist]:
+def _entries(names: Sequence[str], bands: bool, gaps: str = "", copies: Iterable[str] = ()) -> list[Artist]:
     handles: list[Artist] = [
         Rectangle((0, 0), 1, 1, color="0.92", label="context"),
         Line2D([], [], color="0.35", linewidth=1, label="cut-off"),
     ]
     handles += [Line2D([], [], **_truth(i), markersize=3, label=f"{base.plain(n)}, truth") for i, n in enumerate(names)]
     handles.append(Line2D([], [], **_FORECAST, label=f"forecast{gaps}"))
+    handles += [Line2D([], [], **_COPY, label=name) for name in copies]
     if bands:
         handles += [Rectangle((0, 0), 1, 1, color=tint, label=text) for *_, text, tint in _BANDS]
     return handles

@@ -2,14 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from experiments import plots
 from experiments.forecasting import scores
+from experiments.forecasting.baselines import PARROT
 from experiments.report.document import Block, Column, Figure, Section, Table, Text, not_run, paragraph
 from experiments.report.evaluation import MODEL, NAIVE, Evaluation, Floats, System
+from experiments.report.records import Records
 from experiments.report.study import TITLES, Run, Study
 from experiments.task.shapes import RULE
 
@@ -37,7 +40,7 @@ def forecasts(study: Study) -> Section:
 def _of_run(study: Study, run: Run, evaluation: Evaluation) -> list[Block]:
     names, systems, said = evaluation.names, evaluation.forecasts, {"label": study.label}
     files = [evaluation.file(name) for name in ("forecasts.csv", "history.csv", "systems.csv")]
-    drawn = [_mapping(system) for system in systems]
+    drawn = _drawn(evaluation)
     running = {system.id: _running(system) for system in systems}
     lines = [{"title": system.title, "values": running[system.id]} for system in systems]
     bands = ", with the bands of its samples" if any(system.quantiles for system in systems) else ""
@@ -165,6 +168,18 @@ def _naive(study: Study, run: Run, evaluation: Evaluation) -> list[Block]:
         files, kebab = [NAIVE, evaluation.file("history.csv")], name.replace(" ", "-")
         blocks.append(Figure(f"forecasts-{kebab}", caption, draw, files, [run.stage], model=False))
     return blocks
+
+
+def draw_shown(root: Path, run: str, path: Path, label: str) -> None:
+    """Draw the shown systems as the run of a folder below `root` forecast them, beside truth and copy."""
+    evaluation = Evaluation(Records(root), run)
+    plots.forecast_grid(_drawn(evaluation), evaluation.names, path, f"Forecasts, {Path(run).name}", label)
+
+
+def _drawn(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """The shown systems as the figures take them, with the best copy of each."""
+    copies = {system.id: {PARROT: system.forecast} for system in evaluation.naive(PARROT)}
+    return [_mapping(system) | {"copies": copies.get(system.id)} for system in evaluation.forecasts]
 
 
 def _mapping(system: System) -> dict[str, Any]:

@@ -107,7 +107,7 @@ class Settings:
     points: int = 80  # of a series that a forecast sees
     horizon: int = 20  # points that it forecasts
     forecast_series: int = 20  # of a part that are forecast; 0 for all
-    forecast_cells: bool = False  # forecast the shown series with each cell and context of a study too
+    forecast_cells: bool = True  # forecast with each cell and context too; of a protocol's, the shown series alone
     shown: tuple[int, ...] = ()  # systems drawn one by one; none for the first of each class
     shown_series: int = 0  # or so many of the validation part's first
     constrained: bool = True  # only text that is a valid encoding

@@ -4,11 +4,14 @@ RUN/results.md  figures/*.png, of which the page has the same   (the run folder 
 """
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments import plots
+from experiments.accounting.ledger import STAGES
+from experiments.forecasting.baselines import RULES
+from experiments.forecasting.scores import verdict
 from experiments.run_folder import files, table
 from experiments.run_folder.folder import RunFolder
 from experiments.settings.record import Settings
@@ -39,10 +42,10 @@ def _curve(folder: RunFolder, result: dict[str, Any]) -> dict[str, Any]:
 
 
 def markdown(settings: Settings, results: Sequence[dict[str, Any]], out: Path) -> str:
-    """`results.md`: validation loss by learning rate and rank, the best cell, the FLOPs by stage."""
+    """`results.md`: validation loss and forecasts by learning rate and rank, the best cell, the FLOPs by stage."""
     untrained, *cells = results
     best = min(cells, key=lambda r: r["validation_loss"])
-    losses = {(r["lr"], r["rank"]): r["validation_loss"] for r in cells}
+    at = best["lr"], best["rank"]
     lines = [
         f"# Validation loss{f' ({settings.label})' if settings.label else ''}",
         "",
@@ -54,28 +57,61 @@ def markdown(settings: Settings, results: Sequence[dict[str, Any]], out: Path) -
         why = ", a hundred times the reports' 1e-5 to 1e-4, which teach so small a model next to nothing"
         of_pocket = why if settings.preset_name == "pocket" else ""
         lines += [f"Learning rates: the preset `{settings.preset_name}`{of_pocket}.", ""]
-    rows = [["learning rate", *(f"rank {r}" for r in settings.ranks)]]
-    for lr in settings.learning_rates:
-        shown = [f"{losses[lr, r]:.4f}" if (lr, r) in losses else "left out" for r in settings.ranks]
-        if lr == best["lr"]:
-            column = settings.ranks.index(best["rank"])
-            shown[column] = f"**{shown[column]}**"
-        rows.append([f"{lr:g}", *shown])
-    stages = {stage: sum(r["flops"].get(stage, 0) for r in results) for stage in ("training", "validation")}
+    lines += _by_cell(settings, {(r["lr"], r["rank"]): r["validation_loss"] for r in cells}, at)
+    lines += ["", f"Best: `{best['cell']}`, {best['validation_loss']:.4f}.", ""]
+    runs = runs_of(settings, "grid")
+    folders = [RunFolder(out / run.folder) for run in runs]
+    spent = [r["flops"] for r in results] + [folder.evaluated.flops for folder in folders]
+    if runs[0].parts:
+        lines += _forecasts(settings, folders, results, at)
+    stages = {stage: sum(flops.get(stage, 0) for flops in spent) for stage in STAGES}
     total = sum(stages.values())
     evaluate = ["python", "-m", "experiments.run", "evaluate", "--config", str(out / "config.toml")]
     evaluate += ["--adapter", str(out / "cells" / best["cell"] / "adapter")]
-    lines += [
-        *table.markdown(rows),
+    return "\n".join(
+        [
+            *lines,
+            f"FLOPs ({best['convention']}): {', '.join(f'{stage} {flops:,}' for stage, flops in stages.items())}, "
+            f"together {total:,}, which is {100 * total / settings.budget:.2g} % of the budget of {settings.budget:.3g}.",
+            "",
+            "Forecasts of the best cell, with their scores:",
+            "",
+            f"    {shlex.join(evaluate)}",
+            "",
+        ]
+    )
+
+
+def _forecasts(settings: Settings, folders: Sequence[RunFolder], results, best: tuple[float, int]) -> list[str]:
+    """The MSE of every cell's forecasts of the validation series, beside the untrained model's and the copies'."""
+    judged = [_mse(folder) for folder in folders]
+    by_cell = {(r["lr"], r["rank"]): mse["model"] for r, mse in zip(results, judged, strict=True)}
+    of_best, series = judged[[*by_cell].index(best)], len(folders[0].evaluated.held["parts"]["validation"])
+    copies = ", ".join(f"{name} {of_best[name]:.4f}" for name in RULES)
+    return [
+        f"MSE of the forecasts of {series} validation series, {settings.points} points -> {settings.horizon}, raw "
+        f"units; untrained {judged[0]['model']:.4f}, {copies}.",
         "",
-        f"Best: `{best['cell']}`, {best['validation_loss']:.4f}.",
+        *_by_cell(settings, by_cell, best),
         "",
-        f"FLOPs ({best['convention']}): training {stages['training']:,}, validation {stages['validation']:,}, "
-        f"together {total:,}, which is {total / settings.budget:.2%} of the budget of {settings.budget:.3g}.",
-        "",
-        "Forecasts of the best cell:",
-        "",
-        f"    {shlex.join(evaluate)}",
+        verdict(of_best, series, judged[0]["model"]),
         "",
     ]
-    return "\n".join(lines)
+
+
+def _mse(folder: RunFolder) -> dict[str, float]:
+    """Of all variables of the validation part, raw units, by forecaster."""
+    _, rows = files.read_csv(folder.evaluation / "scores.csv")
+    asked = {"part": "validation", "unit": "raw", "variable": "all"}
+    return {row["forecaster"]: float(row["mse"]) for row in rows if asked.items() <= row.items()}
+
+
+def _by_cell(settings: Settings, values: Mapping[tuple[float, int], float], best: tuple[float, int]) -> list[str]:
+    """A table of learning rates and ranks, the best cell's number bold."""
+    rows = [["learning rate", *(f"rank {r}" for r in settings.ranks)]]
+    for lr in settings.learning_rates:
+        shown = {r: f"{values[lr, r]:.4f}" if (lr, r) in values else "left out" for r in settings.ranks}
+        if lr == best[0]:
+            shown[best[1]] = f"**{shown[best[1]]}**"
+        rows.append([f"{lr:g}", *shown.values()])
+    return table.markdown(rows)

@@ -108,7 +108,10 @@ class Plan:
         forecasts = dict.fromkeys(LEDGER_STAGES, 0)
         if run.parts:
             systems = systems_of(task, run)
-            task.check(systems)
+            try:
+                task.check(systems)
+            except ValueError as e:
+                raise ValueError(f"{e}{'' if run.settings.protocol else ', or --no-forecast-cells'}") from None
             forecasts = predicted_forecasts(task, self.config, systems, **run.settings.trained(run.cell.rank))
         self._planned[run] = Planned(run, task, predicted(task, run.cell, self.config), forecasts)
         return self._planned[run]
@@ -143,10 +146,11 @@ def runs_of(settings: Settings, stage: str, best: Best | None = None) -> list[Ru
     """
     if stage == "baseline":
         return [Run(stage, "untrained", UNTRAINED, settings, JUDGED)]
-    some = ("shown",) if settings.forecast_cells else ()
+    alone = settings.forecast_cells and not settings.protocol  # a protocol's study has a stage for its baseline
+    some = JUDGED if alone else ("shown",) if settings.forecast_cells else ()
     cells = {cell: Run("grid", f"cells/{cell.name}", cell, settings, some) for cell in cells_of(settings)}
     if stage == "grid":
-        return [Run("baseline", "untrained", UNTRAINED, settings), *cells.values()]
+        return [Run("baseline", "untrained", UNTRAINED, settings, some if alone else ()), *cells.values()]
 
     def run(folder: str, lr: float, rank: int, called: str, parts: tuple[str, ...], **changes: int) -> Run:
         own, cell = settings.updated(changes), Cell(lr, rank)

@@ -195,6 +195,8 @@ def _settings(p: argparse.ArgumentParser, *groups: str) -> None:
         add("--lora-alpha", type=float, help="the update is scaled by this over the rank (the rank, so by 1)")
         add("--rank-stabilised", action="store_true", help="or over the rank's square root")
         add("--keep", help="the adapter of the last validation, or of the best by its loss (last)")
+        forecasts = "forecast with each cell too (a grid does; train does not)"
+        add("--forecast-cells", action=argparse.BooleanOptionalAction, help=forecasts)
         add("--dropout", type=float, help="on LoRA's input (0)")
         add("--schedule", help="of the learning rate: constant, linear, cosine or warmup-stable-decay (constant)")
         add("--warmup", type=float, help="steps in which it rises, or a part of the run below 1 (0)")

@@ -6,6 +6,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from experiments.accounting.ledger import STAGES
+from experiments.report.forecasts import draw_shown
+from experiments.run_folder import table
 from experiments.settings.record import Settings
 from experiments.study.grid import markdown, write_results
 from experiments.study.plan import Plan
@@ -24,13 +27,17 @@ def grid(args: Namespace) -> None:
         args.config = out / "config.toml"
     settings = gather(args)
     if results := _run(args, settings, out):
+        if settings.forecast_cells:
+            best = min(results[1:], key=lambda r: r["validation_loss"])["cell"]
+            draw_shown(out, f"cells/{best}", out / "figures" / "forecasts.png", settings.label)
         print(markdown(settings, results, out))
         wrote(out, *CELLS, ledger=ledger_of(args))
 
 
 def train(args: Namespace) -> None:
     given, out = gather(args), Path(getattr(args, "out", "runs/train"))
-    results = _run(args, given.updated({"lr": given.learning_rates[-1:], "ranks": given.ranks[-1:]}), out)
+    one = {"lr": given.learning_rates[-1:], "ranks": given.ranks[-1:]}
+    results = _run(args, given.updated(one | {"forecast_cells": getattr(args, "forecast_cells", False)}), out)
     if results and hasattr(args, "json"):
         print_json(results[1] | {"untrained_validation_loss": results[0]["validation_loss"], "out": str(out)})
     elif results:
@@ -64,16 +71,15 @@ def _run(args: Namespace, settings: Settings, out: Path) -> list[dict[str, Any]]
 def _price(settings: Settings, shard: Shard, as_json: bool) -> None:
     """What each cell costs, and about how long all take."""
     plan = Plan(settings)
-    cells = {one.run.cell.name: one.training for one in shard.part(plan.stage("grid"))}
-    kinds = {kind: sum(flops[kind] for flops in cells.values()) for kind in ("training", "validation")}
+    cells = {one.run.cell.name: one.flops for one in shard.part(plan.stage("grid"))}
+    kinds = {kind: sum(flops[kind] for flops in cells.values()) for kind in STAGES}
     total = sum(kinds.values())
     if as_json:
         taken = speed.seconds(settings, plan.config, kinds)
         print_json({"cells": cells, "total": total, "budget": settings.budget, "estimated_seconds": taken})
         return
-    print(f"{'cell':16} {'training':>22} {'validation':>20}")
-    for name, flops in cells.items():
-        print(f"{name:16} {flops['training']:22,} {flops['validation']:20,}")
+    rows = [("cell", *STAGES), *((name, *(f"{n:,}" for n in flops.values())) for name, flops in cells.items())]
+    print(*table.aligned(rows, left=1), sep="\n")
     share = f"{total / settings.budget:.2%} of the budget of {settings.budget:.3g}"
     print(f"together {total:,} FLOPs (coursework), {share}")
     print(speed.estimate(settings, plan.config, kinds))
