@@ -163,11 +163,16 @@ def test_of_any_text_exactly_the_steps_that_could_have_been_written_are_kept(
 
 
 CODECS = [Codec(), Codec(3, shortest=True), Codec(0, 2), Codec(4, 1), Codec(1, 3, shortest=True), Codec(6)]
+CODECS += [Codec(point=False), Codec(1, 2, separator=" "), Codec(3, 1, False, False, " "), Codec(0, separator=" ")]
 
 
 def number(field: str, codec: Codec) -> float | None:
     """A number as the codec's docstring says it is written, read character by character; None for any other text."""
     digits = field.removeprefix("-")
+    if codec.separator:
+        if set(digits[1::2]) - {" "} or digits.endswith(" "):
+            return None
+        digits = digits[::2]
     whole, point, fraction = digits.partition(".")
     if not codec.point:
         whole, point, fraction = digits[: -codec.decimals or None], ".", digits[len(digits) - codec.decimals :]
@@ -179,7 +184,7 @@ def number(field: str, codec: Codec) -> float | None:
         fits = len(fraction) == codec.decimals
     narrow = codec.integer_digits <= len(whole) <= 15 - codec.decimals
     filled = whole[0] == "0" and len(whole) > codec.integer_digits
-    size, negative = int(whole + fraction), field != digits
+    size, negative = int(whole + fraction), field.startswith("-")
     if not fits or not narrow or filled or negative and not size:
         return None
     return (-1 if negative else 1) * (size / 10 ** len(fraction))
@@ -215,7 +220,7 @@ def series(draw: np.random.Generator, points: int, variables: int) -> np.ndarray
 def test_100000_token_sequences_over_all_ids_are_read_as_a_plain_reader_reads_them() -> None:
     """A third of any ids (and of some that have no token), a third of symbols, a third of series with ids changed."""
     draw, tokenizer, seen = np.random.default_rng(0), Tokenizer.from_pretrained(POCKET), Counter[str]()
-    symbols = np.array(tokenizer.encode("0123456789" * 2 + ".,;" * 6 + "-"))
+    symbols = np.array(tokenizer.encode("0123456789" * 2 + ".,;" * 6 + "- "))
     for start, sequences in itertools.product(range(0, 100000, 100), ["any", "symbols", "series"]):
         lengths = draw.integers(1, 61, size=34 if sequences == "series" else 33)
         codec, variables = CODECS[start // 100 % len(CODECS)], 1 + start // 100 % 3
@@ -313,7 +318,8 @@ def test_10000_series_read_back_to_half_a_unit_or_are_refused_in_one_line() -> N
             seen["refused"] += 1
             continue
         text = codec.encode(values)
-        written = [Decimal(field) for step in text.split(";")[:-1] for field in step.split(",")]
+        fields = [field.replace(" ", "") for step in text.split(";")[:-1] for field in step.split(",")]
+        written = [Decimal(field).scaleb(0 if codec.point else -codec.decimals) for field in fields]
         assert all(
             abs(EXACT.subtract(a, b)) <= unit / 2 and (not a or (a > 0) == (b > 0))
             for a, b in zip(written, numbers, strict=True)
