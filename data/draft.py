@@ -81,7 +81,8 @@ class SeriesDraft:
         if state < 0:
             return None
         if symbol in ",;":
-            return _Place(state, (*place.numbers, round(float(place.prefix) * 10**self.grammar.codec.decimals)))
+            units = round(self.grammar.codec.value(place.prefix) * 10**self.grammar.codec.decimals)
+            return _Place(state, (*place.numbers, units))
         return _Place(state, place.numbers, place.prefix + symbol)
 
     def _following(self, place: "_Place"):
@@ -94,7 +95,7 @@ class SeriesDraft:
         return [(symbol, chance / total, reached[symbol]) for symbol, chance in likely.items()]
 
     def _prefixes(self, numbers: tuple[int, ...]) -> dict[str, float]:
-        """The probability that the number after these starts with a text; its separator belongs to it."""
+        """The probability that the number after these starts with a text; the "," or ";" at its end belongs to it."""
         if numbers not in self._known:
             codec, variables = self.grammar.codec, self.grammar.variables
             steps, variable = divmod(len(numbers), variables)

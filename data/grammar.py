@@ -17,7 +17,8 @@ DIGITS = "0123456789"
 class Grammar:
     """The steps of numbers that `codec` can write with at most `widest` digits before the point.
 
-    Numbers are not negative unless the grammar is `signed`; it has a symbol more then, the minus.
+    Numbers are not negative unless the grammar is `signed`; it has a symbol more then, the minus. Without a point it
+    has one less, and a separator is one more.
 
     states: how many there are. 0 is the start of a step, and what ";" leads back to: `step_ends`.
     symbols: the characters, in the order of the tables' columns.
@@ -38,7 +39,10 @@ class Grammar:
             fit = f"{codec.integer_digits} to {codec.most_integer_digits}"
             raise ValueError(f"grammar: at most {widest} digits before the point: expected {fit}")
         self.codec, self.variables, self.widest, self.signed = codec, variables, widest, signed
-        self.symbols += ("-",) * signed
+        self.symbols = (*DIGITS, *"." * codec.point, ",", ";", *"-" * signed, *codec.separator)
+        # Without a point all digits are alike: a whole number of more of them.
+        alike = 0 if codec.point else codec.decimals
+        self._decimals, self._fewest, self._most = codec.decimals - alike, codec.integer_digits + alike, widest + alike
         places, rows = [_Place(0)], []
         for place in places:  # which grows as new ones are met
             met = [self._after(place, symbol) for symbol in self.symbols]
@@ -50,8 +54,14 @@ class Grammar:
 
     def _after(self, place: "_Place", symbol: str) -> "_Place | None":
         """Where `symbol` leads to; None where `Codec.decode` would reject whatever comes after it."""
-        variable, whole, decimals, zero, minus = place
-        fewest, last = self.codec.integer_digits, self.codec.decimals
+        begun, apart = place.whole > 0 or place.decimals >= 0, place._replace(apart=True)
+        if symbol == self.codec.separator:
+            more = begun and not place.apart and any(self._after(apart, s) for s in (*DIGITS, "."))
+            return apart if more else None
+        if begun and self.codec.separator and (symbol in (*DIGITS, ".")) != place.apart:
+            return None
+        variable, whole, decimals, zero, minus, _ = place
+        fewest, last = self._fewest, self._decimals
         if symbol == "-":
             return _Place(variable, minus=True) if place == _Place(variable) else None
         if symbol in DIGITS:
@@ -59,7 +69,7 @@ class Grammar:
             if minus and (decimals + 1 == last if decimals >= 0 else not last and whole + 1 == fewest):
                 return None  # no digit is left that could make the number less than zero
         if symbol in DIGITS and decimals < 0:
-            if whole == (fewest if zero else self.widest):
+            if whole == (fewest if zero else self._most):
                 return None
             return _Place(variable, whole + 1, zero=zero if whole else symbol == "0", minus=minus)
         if symbol in DIGITS:
@@ -88,3 +98,4 @@ class _Place(NamedTuple):
     decimals: int = -1  # after it; -1 before it
     zero: bool = False  # before the point: the first digit is 0; after it: the number may not end here, on a 0
     minus: bool = False  # it began with one, and no digit but 0 has come: there is no -0
+    apart: bool = False  # a separator came last, so that a digit or the point must follow

@@ -1,9 +1,9 @@
 """Series as text for a language model: scale rules, and numbers as digits.
 
 Scaled values are x / alpha. "," stands between the variables of a step and ";" after every step. Qwen makes
-one token of each digit, point and separator, so characters are tokens. Source: Gruver et al. 2023, "Large
-Language Models Are Zero-Shot Time Series Forecasters" (LLMTIME), section 3; there the digits are spaced out
-and the point is left out. Dimension letters: S series, P points, V variables.
+one token of each character here, so characters are tokens. Source: Gruver et al. 2023, "Large Language Models
+Are Zero-Shot Time Series Forecasters" (LLMTIME), section 3; there the digits are spaced out and the point is
+left out, both options of `Codec`. Dimension letters: S series, P points, V variables.
 """
 
 import re
@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 # float64 keeps every decimal number of this many digits apart (C's DBL_DIG).
 FLOAT64_DIGITS = 15
+SEPARATORS = ("", " ")
 
 
 def fixed(alpha: float) -> float:
@@ -72,11 +73,15 @@ class Codec:
 
     shortest: trailing zeros are dropped, all but the first decimal, as in Python's str() of the rounded number
         (but never an exponent): "2.0", "1.5", "0.123". So the width of a number varies.
+    point: False leaves it out, and the last `decimals` digits are the decimals: "123", "-045", "1200".
+    separator: what stands between the digits of a number, the point among them: " " or nothing. "-1 . 2 3".
     """
 
     decimals: int = 2
     integer_digits: int = 1
     shortest: bool = False
+    point: bool = True
+    separator: str = ""
 
     def __post_init__(self) -> None:
         whole, decimals = self.integer_digits, self.decimals
@@ -85,10 +90,15 @@ class Codec:
             raise ValueError(f"codec: {whole} integer digits and {decimals} decimals: expected {rule}")
         if self.shortest and decimals == 0:
             raise ValueError("codec: shortest with 0 decimals: expected at least 1, which is always written")
+        if self.shortest and not self.point:
+            raise ValueError("codec: shortest without a point: expected one, or nothing says where decimals begin")
+        if self.separator not in SEPARATORS:
+            raise ValueError(f"codec: separator is {self.separator!r:.60}: expected one of {SEPARATORS}")
 
     def step_width(self, variables: int, signed: bool = False) -> int:
         """Characters, which are tokens, of a step of numbers that fit (`shortest`: at most; `signed`: all negative)."""
-        return variables * (signed + self.integer_digits + self._fraction_width + 1)
+        digits = self.integer_digits + self.decimals + (self.point and self.decimals > 0)
+        return variables * (signed + digits + (digits - 1) * len(self.separator) + 1)
 
     def encode(self, values: ArrayLike) -> str:
         """Scaled values (P, V) as text such as "1.23,0.45;1.30,0.50;".
@@ -115,14 +125,18 @@ class Codec:
         steps = text.split(";")
         if not steps[-1]:
             steps.pop()
-        index = [i for i, step in enumerate(steps) if grammar.fullmatch(step)]
-        rows = [[float(field) for field in steps[i].split(",")] for i in index]
+        rows, index = [], []
+        for i, step in enumerate(steps):
+            compact = step.replace(self.separator, "")
+            if grammar.fullmatch(compact) and ",".join(map(self._spread, compact.split(","))) == step:
+                rows.append([self.value(number) for number in compact.split(",")])
+                index.append(i)
         values = np.array(rows, dtype=np.float64).reshape(-1, variables)
         return Decoded(values, np.array(index, dtype=np.int64), len(steps) - len(index), len(steps))
 
-    @property
-    def _fraction_width(self) -> int:
-        return self.decimals + 1 if self.decimals else 0
+    def value(self, number: str) -> float:
+        """A number as `encode` writes it, read to the nearest float64."""
+        return float(number.replace(self.separator, "")) / (1 if self.point else 10**self.decimals)
 
     @property
     def most_integer_digits(self) -> int:
@@ -132,23 +146,31 @@ class Codec:
     @property
     def _grammar(self) -> str:
         fewest, most = self.integer_digits, self.most_integer_digits
+        if not self.point:
+            fewest, most = fewest + self.decimals, most + self.decimals
         no_minus_zero = r"(?!-[0.]+(?![0-9.]))"
         no_leading_zero = rf"(?!0[0-9]{{{fewest}}})"  # before more digits than `integer_digits`
-        fraction = rf"\.[0-9]{{{self.decimals}}}" if self.decimals else ""
+        fraction = rf"\.[0-9]{{{self.decimals}}}" if self.decimals and self.point else ""
         if self.shortest:  # after the first decimal, others that do not end in zero
             fraction = r"\.[0-9]" + (rf"(?:[0-9]{{0,{self.decimals - 2}}}[1-9])?" if self.decimals > 1 else "")
         return rf"{no_minus_zero}-?{no_leading_zero}[0-9]{{{fewest},{most}}}{fraction}"
 
     def _number(self, value: float) -> str:
-        width = self.integer_digits + self._fraction_width
-        digits = f"{abs(value):0{width}.{self.decimals}f}"
-        if len(digits) - self._fraction_width > self.most_integer_digits:
+        fraction = self.decimals + (self.decimals > 0)
+        digits = f"{abs(value):0{self.integer_digits + fraction}.{self.decimals}f}"
+        if len(digits) - fraction > self.most_integer_digits:
             limit = f"less than 1e{self.most_integer_digits} in size with {self.decimals} decimals"
             raise ValueError(f"encode: {value} is too large: expected {limit}")
         if self.shortest:
             digits = digits.rstrip("0")
             digits += "0" if digits.endswith(".") else ""
-        return f"-{digits}" if value < 0 and digits.strip("0.") else digits
+        if not self.point:
+            digits = digits.replace(".", "")
+        return self._spread(f"-{digits}" if value < 0 and digits.strip("0.") else digits)
+
+    def _spread(self, number: str) -> str:
+        """A number with its digits apart; the minus stays at the first."""
+        return "-" * number.startswith("-") + self.separator.join(number.removeprefix("-"))
 
 
 def _largest_percentile(rule: str, series: ArrayLike, q: float) -> float:

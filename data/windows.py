@@ -66,18 +66,56 @@ def make_windows(
     """
     if context < 1 or not 1 <= stride <= context:
         raise ValueError(f"windows: context is {context}, stride {stride}: expected 1 <= stride <= context")
-    if pad_side not in ("right", "left"):
-        raise ValueError(f'windows: pad_side is {pad_side!r}: expected "right" or "left"')
-    sequences = [np.asarray(tokens, dtype=np.int64) for tokens in token_lists]
-    for number, tokens in enumerate(sequences):
-        if tokens.ndim != 1 or len(tokens) < 2 or tokens.min() < 0:
-            raise ValueError(f"windows: sequence {number} is {tokens.shape}: expected at least 2 token ids")
     # The last target is the last token; a start is worth a window if the one before it ends short of that.
     places = [
         (number, start)
-        for number, tokens in enumerate(sequences)
+        for number, tokens in enumerate(token_lists)
         for start in range(0, max(1, len(tokens) - 1 - context + stride), stride)
     ]
+    return _cut(token_lists, places, context, pad_id, pad_side)
+
+
+def draw_windows(
+    token_lists: Sequence[Sequence[int]],
+    context: int,
+    ends: int,
+    batch_size: int,
+    step: int,
+    seed: int,
+    pad_id: int,
+    pad_side: str = "right",
+) -> Windows:
+    """The windows of batch `step`: each begins at one of the `beginnings` of its sequence, drawn anew.
+
+    Sequences come in the order of `batch_indices`, so all have a window before one has another; where a window holds a
+    whole sequence, the batches are those of `make_windows`. A function of its arguments alone.
+    Raises ValueError for a sequence of fewer than 2 tokens, and for numbers that are out of range.
+    """
+    order = batch_indices(len(token_lists), batch_size, step, seed).tolist()
+    stream = np.random.RandomState([seed, step, 1])  # of three numbers: none of those that the order is drawn from
+    places = [(number, int(stream.choice(beginnings(token_lists[number], context, ends)))) for number in order]
+    return _cut(token_lists, places, context, pad_id, pad_side)
+
+
+def beginnings(tokens: Sequence[int], context: int, ends: int) -> NDArray[np.int64]:
+    """Where a window of a sequence may begin: at its start, and after each `ends` until one reaches the last token.
+
+    Only that one may be padded, by less than what stands between two `ends`.
+    """
+    places = np.append(0, np.flatnonzero(np.asarray(tokens[:-1]) == ends) + 1)
+    return places[: 1 + np.count_nonzero(places + context < len(tokens) - 1)]
+
+
+def _cut(
+    token_lists: Sequence[Sequence[int]], places: Sequence[tuple[int, int]], context: int, pad_id: int, pad_side: str
+) -> Windows:
+    if pad_side not in ("right", "left"):
+        raise ValueError(f'windows: pad_side is {pad_side!r}: expected "right" or "left"')
+    numbers = dict.fromkeys(number for number, _ in places)
+    sequences = {number: np.asarray(token_lists[number], dtype=np.int64) for number in numbers}
+    for number, tokens in sequences.items():
+        if tokens.ndim != 1 or len(tokens) < 2 or tokens.min() < 0:
+            raise ValueError(f"windows: sequence {number} is {tokens.shape}: expected at least 2 token ids")
     inputs = np.full((len(places), context), pad_id, dtype=np.int64)
     targets = np.full((len(places), context), IGNORED, dtype=np.int64)
     for window, (number, start) in enumerate(places):

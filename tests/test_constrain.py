@@ -17,7 +17,7 @@ from qwen_min import FlopMeter, Qwen, Tokenizer
 from qwen_min.generate import decode, left_padded, prefill
 from qwen_min.loss import continuation_losses
 
-CODECS = [Codec(2), Codec(0), Codec(1, 2), Codec(3, shortest=True)]
+CODECS = [Codec(2), Codec(0), Codec(1, 2), Codec(3, shortest=True), Codec(2, point=False), Codec(separator=" ")]
 IDS = [3, 90, 17, 50, 51, 52, 8, 7, 96, 0, 33, 44, 21]
 """Tokens of the symbols, for the random model of 97 tokens."""
 LIMITS = {"rows": 1, "steps": 20, "vocabulary": 259}
@@ -35,7 +35,12 @@ def pocket():
 
 def written(grammar: Grammar, tokens: list[int]) -> str:
     """The text of tokens that are all symbols'; "?" for any other."""
-    return "".join(grammar.symbols[IDS.index(t)] if t in IDS else "?" for t in tokens)
+    symbols = dict(zip(ids_of(grammar), grammar.symbols, strict=True))
+    return "".join(symbols.get(t, "?") for t in tokens)
+
+
+def ids_of(grammar: Grammar) -> list[int]:
+    return [*IDS, 60][: len(grammar.symbols)]
 
 
 def run(model, constraint: Constrained, ids: torch.Tensor, **options) -> list[list[int]]:
@@ -58,7 +63,7 @@ def test_a_random_models_constrained_text_always_parses(codec, widest, options, 
     grammar, steps = Grammar(codec, 2, widest), 4
     for seed in range(3):
         model = random_model(seed)
-        constraint = Constrained(grammar, IDS, 97, rows=6, steps=steps)
+        constraint = Constrained(grammar, ids_of(grammar), 97, rows=6, steps=steps)
         for tokens in run(model, constraint, torch.tensor([[21, 9, 44], [1, 2, 21]]), samples=3, seed=seed, **options):
             text = written(grammar, tokens)
             end = [i for i, character in enumerate(text) if character == ";"][steps - 1] + 1
@@ -180,7 +185,7 @@ def test_without_measuring_only_the_symbols_logits_run_and_the_same_tokens_are_c
         model, grammar = random_model(seed), Grammar(codec, 2, 2)
         if bias:
             add_logit_bias(model, 3 * torch.randn(97))
-        both = [Constrained(grammar, IDS, 97, rows=1, steps=3, measure=measure) for measure in (True, False)]
+        both = [Constrained(grammar, ids_of(grammar), 97, 1, 3, measure=measure) for measure in (True, False)]
         rows = [run(model, constraint, torch.tensor([[21, 9, 44]]), **options) for constraint in both]
         assert rows[0] == rows[1] and len(rows[0][0]) > 6
 

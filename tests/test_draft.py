@@ -17,7 +17,7 @@ from experiments.settings.record import Settings
 from experiments.task.model import prepare
 from qwen_min import FlopMeter
 
-CODECS = [Codec(2), Codec(0), Codec(1, 2), Codec(3, shortest=True)]
+CODECS = [Codec(2), Codec(0), Codec(1, 2), Codec(3, shortest=True), Codec(2, point=False), Codec(separator=" ")]
 
 
 def paths(guesses: list[tuple[int, str]]) -> list[str]:
@@ -143,7 +143,7 @@ def test_no_guesses_are_made_where_none_are_asked_for():
 
 
 @pytest.mark.parametrize("signed", [False, True])
-@pytest.mark.parametrize(("codec", "least"), list(zip(CODECS, [4.0, 3.0, 4.5, 3.0], strict=True)), ids=str)
+@pytest.mark.parametrize(("codec", "least"), list(zip(CODECS, [4.0, 3.0, 4.5, 3.0, 3.5, 5.0], strict=True)), ids=str)
 def test_a_smooth_series_of_any_encoding_goes_several_tokens_a_forward(codec, least, signed):
     series = wave(2, 60) - 5 * signed
     draft = SeriesDraft(Grammar(codec, 2, 2, signed), codec.encode(series[:40]))

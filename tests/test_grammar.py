@@ -27,8 +27,11 @@ def accepts(grammar: Grammar, text: str) -> bool:
 
 def fits(text: str, codec: Codec, variables: int, widest: int, signed: bool) -> bool:
     """The same by `Codec.decode`: every step is one that it could have written, none is wide, or negative unasked."""
-    numbers = [number.partition(".")[0] for number in re.split("[,;]", text)]
-    narrow = all(len(whole.removeprefix("-" if signed else "")) <= widest for whole in numbers)
+    numbers = [number.removeprefix("-" if signed else "") for number in re.split("[,;]", text)]
+    if codec.separator:
+        numbers = [number.replace(codec.separator, "") for number in numbers]
+    most = widest if codec.point else widest + codec.decimals
+    narrow = all(len(number.partition(".")[0]) <= most for number in numbers)
     narrow = narrow and (signed or "-" not in text)
     return narrow and (not text or text.endswith(";")) and codec.decode(text, variables).rejected == 0
 
@@ -36,7 +39,8 @@ def fits(text: str, codec: Codec, variables: int, widest: int, signed: bool) -> 
 @st.composite
 def grammars(draw: st.DrawFn) -> Grammar:
     decimals, fewest = draw(st.integers(0, 5)), draw(st.integers(1, 3))
-    codec = Codec(decimals, fewest, shortest=decimals > 0 and draw(st.booleans()))
+    shortest = decimals > 0 and draw(st.booleans())
+    codec = Codec(decimals, fewest, shortest, shortest or draw(st.booleans()), draw(st.sampled_from(["", " "])))
     return Grammar(codec, draw(st.integers(1, 3)), draw(st.integers(fewest, 5)), draw(st.booleans()))
 
 
@@ -55,8 +59,9 @@ def test_every_text_that_is_accepted_is_read_whole(grammar: Grammar, data: st.Da
     text, state = "", 0
     while len(text) < 60 or state != grammar.step_ends:
         column = data.draw(st.sampled_from(np.flatnonzero(grammar.follows[state]).tolist()))
-        if len(text) >= 60 and grammar.follows[state, 10:13].any():  # then to the end: a point or separator, if it may
-            column = 10 + int(np.flatnonzero(grammar.follows[state, 10:13])[0])
+        ends = [c for c in np.flatnonzero(grammar.follows[state]).tolist() if grammar.symbols[c] in ".,;"]
+        if len(text) >= 60 and ends:  # then to the end
+            column = ends[0]
         text, state = text + grammar.symbols[column], grammar.next[state, column]
     decoded = grammar.codec.decode(text, grammar.variables)
     assert (decoded.rejected, decoded.steps) == (0, text.count(";"))
@@ -77,6 +82,12 @@ def test_every_text_that_is_accepted_is_read_whole(grammar: Grammar, data: st.Da
         (Codec(1, shortest=True), 1, 2),
         (Codec(2, shortest=True), 1, 1),
         (Codec(3, shortest=True), 1, 1),
+        (Codec(2, point=False), 1, 2),
+        (Codec(1, 1, point=False), 2, 1),
+        (Codec(0, separator=" "), 2, 2),
+        (Codec(1, separator=" "), 1, 1),
+        (Codec(2, shortest=True, separator=" "), 1, 1),
+        (Codec(1, point=False, separator=" "), 1, 2),
     ],
     ids=str,
 )
@@ -85,12 +96,14 @@ def test_of_all_short_texts_exactly_those_that_could_have_been_written_are_accep
     codec, variables, widest, signed
 ) -> None:
     grammar = Grammar(codec, variables, widest, signed)
-    texts = ("".join(t) for n in range(7) for t in itertools.product("01.,;" + "-" * signed, repeat=n))
+    texts = (
+        "".join(t) for n in range(7) for t in itertools.product("01.,;" + "-" * signed + codec.separator, repeat=n)
+    )
     for text in texts:
         assert accepts(grammar, text) == fits(text, codec, variables, widest, signed), text
 
 
-@given(st.text(alphabet="0129.,;-", max_size=24), grammars())
+@given(st.text(alphabet="0129.,;- ", max_size=24), grammars())
 def test_of_any_text_exactly_what_could_have_been_written_is_accepted(text: str, grammar: Grammar) -> None:
     assert accepts(grammar, text) == fits(text, grammar.codec, grammar.variables, grammar.widest, grammar.signed)
 
@@ -112,12 +125,14 @@ def test_shortest_numbers_end_on_a_zero_only_after_the_point() -> None:
 
 @given(grammars())
 def test_the_tables_agree_and_no_state_is_a_dead_end(grammar: Grammar) -> None:
-    assert grammar.symbols == tuple("0123456789.,;" + "-" * grammar.signed)
-    assert grammar.next.shape == grammar.follows.shape == (grammar.states, 13 + grammar.signed)
+    symbols = "0123456789" + "." * grammar.codec.point + ",;" + "-" * grammar.signed + grammar.codec.separator
+    assert grammar.symbols == tuple(symbols)
+    assert grammar.next.shape == grammar.follows.shape == (grammar.states, len(symbols))
     np.testing.assert_array_equal(grammar.follows, grammar.next >= 0)
     assert grammar.next.max() == grammar.states - 1 and grammar.next.min() == -1
-    assert (grammar.next[:, 12] <= 0).all()  # ";" leads to the start, and nothing else does
-    assert (np.delete(grammar.next, 12, axis=1) != 0).all()
+    end = symbols.index(";")
+    assert (grammar.next[:, end] <= 0).all()  # ";" leads to the start, and nothing else does
+    assert (np.delete(grammar.next, end, axis=1) != 0).all()
     for digit in range(2, 10):  # 1 to 9 are alike
         np.testing.assert_array_equal(grammar.next[:, digit], grammar.next[:, 1])
     ends = {0}

@@ -25,8 +25,12 @@ from qwen_min import Tokenizer
 
 POCKET = Path(__file__).parents[1] / "weights" / "pocket"
 
+layouts = st.booleans(), st.sampled_from(["", " "])  # with a point or not, and what is between digits
 codecs = st.integers(0, 6).flatmap(
-    lambda d: st.builds(Codec, st.just(d), st.integers(1, 9), st.booleans() if d else st.just(False))
+    lambda d: (
+        st.builds(Codec, st.just(d), st.integers(1, 9), st.just(False), *layouts)
+        | st.builds(Codec, st.just(max(1, d)), st.integers(1, 9), st.just(True), st.just(True), layouts[1])
+    )
 )
 
 
@@ -53,6 +57,24 @@ def test_integer_digits_are_filled_with_zeros_and_no_decimals_have_no_point() ->
     assert Codec(decimals=0, integer_digits=2).encode([[7.0, 110.0]]) == "07,110;"
 
 
+@pytest.mark.parametrize(
+    ("codec", "text", "width"),
+    [
+        (Codec(point=False), "123,046;1000,-030;000,-1234;", 8),
+        (Codec(separator=" "), "1 . 2 3,0 . 4 6;1 0 . 0 0,-0 . 3 0;0 . 0 0,-1 2 . 3 4;", 16),
+        (Codec(point=False, separator=" "), "1 2 3,0 4 6;1 0 0 0,-0 3 0;0 0 0,-1 2 3 4;", 12),
+        (Codec(1, 2, point=False), "012,005;100,-003;000,-123;", 8),
+        (Codec(0, point=False), "1,0;10,0;0,-12;", 4),
+        (Codec(3, shortest=True, separator=" "), "1 . 2 3,0 . 4 6;9 . 9 9 6,-0 . 3;0 . 0,-1 2 . 3 4;", 20),
+    ],
+    ids=str,
+)
+def test_the_point_is_left_out_and_digits_stand_apart(codec: Codec, text: str, width: int) -> None:
+    values = np.array([[1.23, 0.46], [9.996, -0.3], [0.0, -12.34]])
+    assert codec.encode(values) == text and codec.step_width(2) == width
+    np.testing.assert_allclose(codec.decode(text, 2).values, np.round(values, codec.decimals) + 0.0, atol=1e-12)
+
+
 @given(codec_and_values())
 def test_what_is_written_reads_back_to_half_a_unit_in_the_last_place(case: tuple[Codec, Any]) -> None:
     codec, values = case
@@ -64,14 +86,16 @@ def test_what_is_written_reads_back_to_half_a_unit_in_the_last_place(case: tuple
     assert (error <= 0.5 * 10.0**-codec.decimals + np.spacing(np.abs(values))).all()
     assert (decoded.rejected, decoded.steps) == (0, len(values))
     assert codec.encode(decoded.values) == text
-    assert all(float(number) < 0 for number in text.replace(";", ",").split(",") if number.startswith("-"))
+    assert all(codec.value(number) < 0 for number in text.replace(";", ",").split(",") if number.startswith("-"))
 
 
-@given(st.integers(0, 6), st.integers(1, 6), st.integers(1, 4), st.data())
-def test_each_step_has_the_promised_width(decimals: int, whole: int, variables: int, data: st.DataObject) -> None:
+@given(st.integers(0, 6), st.integers(1, 6), st.integers(1, 4), *layouts, st.data())
+def test_each_step_has_the_promised_width(
+    decimals: int, whole: int, variables: int, point: bool, separator: str, data: st.DataObject
+) -> None:
     largest = 10.0**whole - 10.0**-decimals
     values = data.draw(arrays(np.float64, (3, variables), elements=st.floats(0, largest)))
-    codec = Codec(decimals, whole)
+    codec = Codec(decimals, whole, False, point, separator)
     steps = codec.encode(values).split(";")
     assert [len(step) + 1 for step in steps[:-1]] == [codec.step_width(variables)] * 3
 
@@ -112,15 +136,17 @@ def test_ten_tokens_write_a_step_of_two_variables_with_two_decimals() -> None:
 
 def could_have_been_written(step: str, codec: Codec, variables: int) -> bool:
     try:
-        numbers = [float(number) for number in step.split(",")]
+        numbers = [codec.value(number) for number in step.split(",")]
         return len(numbers) == variables and codec.encode([numbers]) == step + ";"
     except ValueError:
         return False
 
 
 pieces = [*"017.-+e_ \n\u0663", "00", "1.2", "0.45", "12.00", *(",;" * 4)]
-near_codecs = st.builds(Codec, st.integers(1, 3), st.integers(1, 2), st.booleans()) | st.builds(Codec, st.just(0))
+near_codecs = st.builds(Codec, st.integers(1, 3), st.integers(1, 2), st.booleans())
+near_codecs |= st.builds(Codec, st.integers(0, 2), st.integers(1, 2), st.just(False), *layouts)
 near_steps = st.lists(st.sampled_from(pieces), max_size=40).map("".join)
+near_steps |= st.lists(st.sampled_from([*"01-, .", "1 2", "0 4 5", "-0 3", "045"]), max_size=9).map("".join)
 
 
 @given(st.one_of(st.text(), near_steps), near_codecs, st.integers(1, 2))
@@ -137,12 +163,19 @@ def test_of_any_text_exactly_the_steps_that_could_have_been_written_are_kept(
 
 
 CODECS = [Codec(), Codec(3, shortest=True), Codec(0, 2), Codec(4, 1), Codec(1, 3, shortest=True), Codec(6)]
+CODECS += [Codec(point=False), Codec(1, 2, separator=" "), Codec(3, 1, False, False, " "), Codec(0, separator=" ")]
 
 
 def number(field: str, codec: Codec) -> float | None:
     """A number as the codec's docstring says it is written, read character by character; None for any other text."""
     digits = field.removeprefix("-")
+    if codec.separator:
+        if set(digits[1::2]) - {" "} or digits.endswith(" "):
+            return None
+        digits = digits[::2]
     whole, point, fraction = digits.partition(".")
+    if not codec.point:
+        whole, point, fraction = digits[: -codec.decimals or None], ".", digits[len(digits) - codec.decimals :]
     if not whole or not set(whole + fraction) <= set("0123456789") or bool(point) != (codec.decimals > 0):
         return None
     if codec.shortest:
@@ -151,7 +184,7 @@ def number(field: str, codec: Codec) -> float | None:
         fits = len(fraction) == codec.decimals
     narrow = codec.integer_digits <= len(whole) <= 15 - codec.decimals
     filled = whole[0] == "0" and len(whole) > codec.integer_digits
-    size, negative = int(whole + fraction), field != digits
+    size, negative = int(whole + fraction), field.startswith("-")
     if not fits or not narrow or filled or negative and not size:
         return None
     return (-1 if negative else 1) * (size / 10 ** len(fraction))
@@ -187,7 +220,7 @@ def series(draw: np.random.Generator, points: int, variables: int) -> np.ndarray
 def test_100000_token_sequences_over_all_ids_are_read_as_a_plain_reader_reads_them() -> None:
     """A third of any ids (and of some that have no token), a third of symbols, a third of series with ids changed."""
     draw, tokenizer, seen = np.random.default_rng(0), Tokenizer.from_pretrained(POCKET), Counter[str]()
-    symbols = np.array(tokenizer.encode("0123456789" * 2 + ".,;" * 6 + "-"))
+    symbols = np.array(tokenizer.encode("0123456789" * 2 + ".,;" * 6 + "- "))
     for start, sequences in itertools.product(range(0, 100000, 100), ["any", "symbols", "series"]):
         lengths = draw.integers(1, 61, size=34 if sequences == "series" else 33)
         codec, variables = CODECS[start // 100 % len(CODECS)], 1 + start // 100 % 3
@@ -285,7 +318,8 @@ def test_10000_series_read_back_to_half_a_unit_or_are_refused_in_one_line() -> N
             seen["refused"] += 1
             continue
         text = codec.encode(values)
-        written = [Decimal(field) for step in text.split(";")[:-1] for field in step.split(",")]
+        fields = [field.replace(" ", "") for step in text.split(";")[:-1] for field in step.split(",")]
+        written = [Decimal(field).scaleb(0 if codec.point else -codec.decimals) for field in fields]
         assert all(
             abs(EXACT.subtract(a, b)) <= unit / 2 and (not a or (a > 0) == (b > 0))
             for a, b in zip(written, numbers, strict=True)
@@ -343,9 +377,17 @@ def test_a_codec_that_float64_cannot_keep_is_refused(decimals: int, whole: int) 
         Codec(decimals, whole)
 
 
-def test_shortest_numbers_without_decimals_are_refused() -> None:
-    with pytest.raises(ValueError, match="shortest with 0 decimals: expected at least 1"):
-        Codec(0, shortest=True)
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"decimals": 0, "shortest": True}, "shortest with 0 decimals: expected at least 1"),
+        ({"shortest": True, "point": False}, "shortest without a point: expected one"),
+        ({"separator": "_"}, "separator is '_': expected one of"),
+    ],
+)
+def test_a_codec_whose_text_could_not_be_read_is_refused(options: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        Codec(**options)
 
 
 def test_the_scale_rules_are_their_formulas() -> None:

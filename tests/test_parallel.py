@@ -97,7 +97,9 @@ def one_by_one(number: int) -> None:
     FEED_FORWARD_AT_ONCE["cpu"] = 1
 
 
-@pytest.mark.parametrize("config", ["", "count_padding = true\nlogit_bias = true\npad_side = 'left'\n"])
+@pytest.mark.parametrize(
+    "config", ["", "count_padding = true\nlogit_bias = true\npad_side = 'left'\nwindows = 'anywhere'\n"]
+)
 def test_two_processes_train_the_curve_of_one_and_are_charged_what_it_is_charged(place, config):
     """Five windows a step and three or more a validation, so that the shares differ: a mean of means would show."""
     Path("c.toml").write_text(config)

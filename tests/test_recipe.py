@@ -63,9 +63,11 @@ def test_warm_up_and_decay_are_steps_or_a_part_of_the_run():
     assert rates[151:] == pytest.approx([2.0 - 0.02 * step for step in range(1, 50)])
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_a_run_stopped_in_its_warm_up_and_in_its_decay_ends_in_the_bytes_of_one_never_stopped(schedule, monkeypatch):
-    recipe = [*RUN, "--schedule", schedule, "--warmup", "3", "--decay", "2", "--clip", "0.5", "--weight-decay", "0.1"]
+@pytest.mark.parametrize(
+    "more", [*(["--schedule", s] for s in SCHEDULES), ["--windows", "anywhere", "--context", "48"]], ids=" ".join
+)
+def test_a_run_stopped_in_its_warm_up_and_in_its_decay_ends_in_the_bytes_of_one_never_stopped(more, monkeypatch):
+    recipe = [*RUN, *more, "--warmup", "3", "--decay", "2", "--clip", "0.5", "--weight-decay", "0.1"]
     assert main([*recipe, "--out", "whole"]) == 0
     true = train._State.train
 
@@ -190,6 +192,9 @@ def test_lora_sits_on_the_targets_and_the_prices_are_those_of_what_runs(capsys):
         (["--keep", "all"], "keep is 'all': expected one of last, best"),
         (["--clip", "-1"], "clip is -1.0: expected 0 or more"),
         (["--final-lr", "2"], "final_lr is 2.0: expected 0 to 1"),
+        (["--separator", "_"], "separator is '_': expected one of '', ' '"),
+        (["--windows", "everywhere"], "windows is 'everywhere': expected one of strided, anywhere"),
+        (["--protocol", "fung", "--no-point"], "point is False: expected true where trailing_zeros is false"),
         (["--betas", "1", "0.9"], "betas is [1.0, 0.9]: expected two numbers"),
     ],
 )

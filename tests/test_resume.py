@@ -199,7 +199,16 @@ def begun(request, places, tmp_path, monkeypatch) -> Path:
 CHANGED = {
     **{"protocol": "default", "revision": "main", "seed": 1, "split": "shuffled", "split_seed": 1},
     **{"fractions": (0.6, 0.2, 0.2), "scaling": "context percentile", "alpha": 2.0, "decimals": 3},
-    **{"trailing_zeros": False, "stride": 0.5, "pad_side": "left", "count_padding": True, "vocabulary": "symbols"},
+    **{
+        "trailing_zeros": False,
+        "point": False,
+        "separator": " ",
+        "windows": "anywhere",
+        "stride": 0.5,
+        "pad_side": "left",
+        "count_padding": True,
+        "vocabulary": "symbols",
+    },
     **{"preset": "reports", "lr": (5e-3,), "ranks": (4,), "skip": ("lr0.1-r2",), "steps": 9, "batch_size": 3},
     **{"context": 64, "dropout": 0.2, "logit_bias": True, "val_every": 1, "checkpoint_every": 3, "val_series": 2},
     **{"default_lr": 1e-3, "default_rank": 2, "default_steps": 3, "contexts": (64, 96), "context_steps": 3},

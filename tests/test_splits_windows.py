@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.splits import Split, held_out_first, in_order, seeded
-from data.windows import IGNORED, batch_indices, make_windows
+from data.windows import IGNORED, batch_indices, beginnings, draw_windows, make_windows
 
 PAD = 7
 
@@ -137,6 +137,38 @@ def test_windows_that_would_lose_tokens_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match="expected"):
         make_windows([[1, 2, 3], tokens], context, stride, PAD, pad_side)  # type: ignore[arg-type]
+
+
+steps_of_any_width = st.lists(st.integers(1, 6), min_size=2, max_size=12)  # the last token of each is 0
+
+
+@given(st.lists(steps_of_any_width, min_size=1, max_size=4), st.integers(1, 40), st.integers(0, 9), st.integers(0, 99))
+def test_drawn_windows_begin_with_a_step_are_full_and_can_be_any_that_are(
+    widths: list[list[int]], context: int, step: int, seed: int
+) -> None:
+    sequences = [[place for width in one for place in range(width - 1, -1, -1)] for one in widths]
+    for one, tokens in zip(widths, sequences, strict=True):
+        starts = [int(start) for start in np.cumsum([0, *one[:-1]])]
+        full = [start for start in starts if start + context < len(tokens)]
+        last = [start for start in starts if start + context >= len(tokens) - 1][:1]
+        assert beginnings(tokens, context, 0).tolist() == sorted({*full, *last} or {0})
+    drawn = draw_windows(sequences, context, 0, 3, step, seed, PAD)
+    np.testing.assert_array_equal(drawn.series, batch_indices(len(sequences), 3, step, seed))
+    for row, (number, start) in enumerate(zip(drawn.series, drawn.start, strict=True)):
+        assert start in beginnings(sequences[number], context, 0)
+        expected = sequences[number][start : start + context + 1]
+        assert drawn.inputs[row, : len(expected) - 1].tolist() == expected[:-1]
+        assert drawn.targets[row, : len(expected) - 1].tolist() == expected[1:]
+    again = draw_windows(sequences, context, 0, 3, step, seed, PAD)
+    np.testing.assert_array_equal(drawn.inputs, again.inputs)
+
+
+def test_each_step_draws_anew_and_every_beginning_comes() -> None:
+    sequence = [1, 2, 0] * 6
+    draws = [[draw_windows([sequence], 6, 0, 2, step, seed, PAD).start for step in range(20)] for seed in (0, 1)]
+    assert set(np.ravel(draws[0]).tolist()) == {0, 3, 6, 9, 12} and not np.array_equal(*draws)
+    # Written down: a run must resume with the same windows under every version of numpy.
+    assert np.ravel(draws[0][:3]).tolist() == [9, 9, 9, 9, 9, 3]
 
 
 @given(st.integers(1, 20), st.integers(1, 30), st.integers(0, 2**32 - 1))

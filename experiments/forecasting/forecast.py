@@ -182,7 +182,7 @@ def _continue(
 
     `written` takes how many steps of all samples are written so far.
     """
-    settings, separator = task.settings, task.tokenizer.encode(";")[0]
+    settings, end = task.settings, task.tokenizer.encode(";")[0]
     options = {name: getattr(settings, name) for name in ("top_k", "top_p", "repetition_penalty")}
     options |= {"samples": settings.num_samples, "temperature": settings.sampling_temperature, "seed": seed}
     steps = decode(model, prompts, task.tokens_to_forecast, constraint=constraint, draft=draft, **options)
@@ -190,7 +190,7 @@ def _continue(
     ended: Any = 0
     for tokens in steps:
         new.append(tokens)
-        ended = ended + (tokens == separator).long()  # (rows,)
+        ended = ended + (tokens == end).long()  # (rows,)
         written(done := int(ended.clamp(max=settings.horizon).sum()))
         if done == settings.horizon * len(ended):
             break

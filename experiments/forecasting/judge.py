@@ -197,7 +197,7 @@ def _history(task: Task, made: Forecasts) -> Iterator[Row]:
 def _tokens(task: Task, made: Forecasts) -> Iterator[Row]:
     """The true horizon token by token, with what each cost the model."""
     settings = task.settings
-    separator = task.tokenizer.encode(";")
+    end = task.tokenizer.encode(";")
     for system, losses in zip(made.systems, made.losses, strict=True):
         whole = task.tokens(system, settings.points + settings.horizon)
         step = 0
@@ -205,7 +205,7 @@ def _tokens(task: Task, made: Forecasts) -> Iterator[Row]:
             text = task.tokenizer.decode([token])
             row = {"unique_id": system, "position": position, "step": step, "token": token, "text": text}
             yield row | {"nats": float(nats)}
-            step += [token] == separator
+            step += [token] == end
 
 
 def _number(value: float) -> float | None:

@@ -72,13 +72,13 @@ def token_loss(
     """Draw the loss of each token of one true horizon; faint lines part its steps.
 
     `nats` (n,); `step_of` (n,), the step of the horizon that a token belongs to; `texts`, of n: digits and
-    the separators "," ";" "." are distinguished."""
+    the separators "," ";" "." " " are distinguished."""
     losses = base.shaped(nats, "nats", (None,))
     steps = base.shaped(step_of, "step_of", losses.shape)
     if len(texts) != len(losses):
         raise ValueError(f"texts has {len(texts)} entries: expected {len(losses)}, one for each token")
     at = np.arange(1, len(losses) + 1)
-    kinds = np.array([1 if text in (",", ";", ".") else 0 if text.isdecimal() else 2 for text in texts], int)
+    kinds = np.array([1 if text in (",", ";", ".", " ") else 0 if text.isdecimal() else 2 for text in texts], int)
     figure, (axes,) = base.new_figure(1, 3.6)
     for border in np.flatnonzero(np.diff(steps)) + 1.5:
         axes.axvline(border, color="0.85", linewidth=0.8, zorder=0)

@@ -89,7 +89,8 @@ def preprocessing(study: Study) -> Section:
         return Section("preprocessing", title, [not_run("Worked examples")])
     record = study.records.json(file)
     decimals = Number(record.count("decimals"), "integer")
-    blocks: list[Block] = [Text([f"Scale: {record.text('alpha_rule')}; ", decimals, " decimals."])]
+    layout = f", {record.text('layout')}" if "layout" in record.values else ""
+    blocks: list[Block] = [Text([f"Scale: {record.text('alpha_rule')}; ", decimals, f" decimals{layout}."])]
     for i, one in enumerate(record.objects("examples"), 1):
         names, system = one.texts("names"), one.count("system")
         raw, scaled = one.matrix("raw"), one.matrix("scaled")

@@ -11,6 +11,7 @@ from typing import Any, get_args, get_origin
 
 import torch
 
+from data.llmtime import SEPARATORS
 from experiments.accounting.ledger import BUDGET
 from experiments.run_folder.files import read_toml
 from experiments.settings import schedule
@@ -27,6 +28,10 @@ SPLITS = ("in order", "shuffled", "held out first")
 SCALINGS = ("training maximum", "context percentile", "series percentile")
 """What a series is divided by: the training part's largest value / 9.99, for all; or the larger of its variables' 95th
 percentiles / 10, of the points that a forecast sees, or of all: the horizon that it is to forecast included."""
+
+WINDOWS = ("strided", "anywhere")
+"""Training windows `stride` apart, in an order drawn for each pass; or of series in such an order, drawn anew for each
+step: a window begins at any point of its series that leaves enough to fill it. Those of validation do not overlap."""
 
 DTYPES = {"stored": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 MOST_VALIDATIONS = 12  # of a run of a shortened study
@@ -60,9 +65,12 @@ class Settings:
     alpha: float = 0.0  # series are divided by this instead, unless it is 0
     decimals: int = 2
     trailing_zeros: bool = True  # False: as Python's str(), so that the width of a number varies
+    point: bool = True  # False: the last digits are the decimals
+    separator: str = ""  # between the digits of a number, the point among them: of SEPARATORS
 
     # windows and the loss
-    stride: float = 0.5  # between training windows: tokens, or a part of the window if at most 1
+    windows: str = "strided"  # of WINDOWS: where those of training begin
+    stride: float = 0.5  # between strided training windows: tokens, or a part of the window if at most 1
     pad_side: str = "right"
     count_padding: bool = False  # padding as tokens to be predicted
     vocabulary: str = "full"  # what the loss's softmax runs over: "symbols" is the text's own alone, another loss
@@ -124,6 +132,7 @@ class Settings:
             for name in names.split():
                 _require(holds(getattr(self, name)), name, getattr(self, name), expected)
         _require(self.trailing_zeros or self.decimals > 0, "decimals", 0, "at least 1 without trailing zeros")
+        _require(self.trailing_zeros or self.point, "point", False, "true where trailing_zeros is false")
         schedule.check(self.schedule, self.steps, self.warmup, self.decay)
         symbols_alone = self.vocabulary == "symbols" and self.count_padding
         _require(not symbols_alone, "vocabulary", "symbols", "full where padding counts, which is no symbol")
@@ -261,12 +270,14 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("preset", lambda v: v in ("", *PRESETS), f"one of {', '.join(PRESETS)}"),
     ("split", SPLITS.__contains__, f"one of {', '.join(SPLITS)}"),
     ("scaling", SCALINGS.__contains__, f"one of {', '.join(SCALINGS)}"),
+    ("windows", WINDOWS.__contains__, f"one of {', '.join(WINDOWS)}"),
     ("pad_side", ("right", "left").__contains__, "one of right, left"),
     ("dtype", DTYPES.__contains__, f"one of {', '.join(DTYPES)}"),
     ("vocabulary", ("full", "symbols").__contains__, "one of full, symbols"),
     ("stride", lambda v: 0 < v <= 1 or (v > 1 and v % 1 == 0), "a part of the window up to 1, or whole tokens"),
     ("fractions", lambda v: len(v) == 3 and min(v) > 0 and math.isclose(sum(v), 1), "three positive numbers of sum 1"),
     ("decimals", lambda v: 0 <= v <= 6, "0 to 6"),
+    ("separator", SEPARATORS.__contains__, f"one of {', '.join(map(repr, SEPARATORS))}"),
     ("targets", lambda v: bool(v) and all(v), "names of linear layers"),
     ("schedule", schedule.SCHEDULES.__contains__, f"one of {', '.join(schedule.SCHEDULES)}"),
     ("keep", ("last", "best").__contains__, "one of last, best"),

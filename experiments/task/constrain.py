@@ -67,7 +67,7 @@ class Constrained:
 
     @classmethod
     def for_tokenizer(cls, tokenizer: Tokenizer, grammar: Grammar, **options: Any) -> "Constrained":
-        """For a tokenizer that makes one token of each digit, point and separator; ValueError for another."""
+        """For a tokenizer that makes one token of each symbol; ValueError for another."""
         return cls(grammar, symbol_tokens(tokenizer, grammar), **options)
 
     def allowed(self) -> Tensor:

@@ -18,6 +18,7 @@ def preprocessing(task: Task) -> dict[str, Any]:
     return {
         "alpha_rule": task.alpha_rule,
         "decimals": task.settings.decimals,
+        **({"layout": task.layout} if task.layout else {}),
         "examples": [_example(task, int(system)) for system in task.split.train[:2]],
         "round_trip": _round_trip(task),
         "check": _check(task, task.forecast_systems("shown")[0]),

@@ -1,7 +1,7 @@
 """The forecasting task as tokens: data set, split, scale, encoding and tokenizer of one run."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ from data import llmtime, lotka_volterra, splits
 from data.grammar import Grammar
 from data.llmtime import Codec
 from data.lotka_volterra import Dataset
-from data.windows import Windows, make_windows
+from data.windows import Windows, batch_indices, beginnings, draw_windows, make_windows
 from experiments.settings.record import Settings
 from experiments.task.constrain import symbol_tokens
 from experiments.task.shapes import FEWEST_POINTS, SHAPES, Shape, shape
@@ -56,8 +56,15 @@ class Task:
             alphas = _alphas(settings, dataset.series, split.train)
         except ValueError as e:
             raise ValueError(f"{dataset.path}: {e}") from None
-        codec = Codec(settings.decimals, shortest=not settings.trailing_zeros)
+        shortest, point, separator = not settings.trailing_zeros, settings.point, settings.separator
+        codec = Codec(settings.decimals, shortest=shortest, point=point, separator=separator)
         return cls(settings, dataset, split, alphas, codec, tokenizer)
+
+    @property
+    def layout(self) -> str:
+        """What is unlike the default in the text of a number, in words."""
+        said = {"no point": not self.codec.point, "a space between digits": self.codec.separator}
+        return ", ".join(words for words, holds in said.items() if holds)
 
     @property
     def alpha_rule(self) -> str:
@@ -122,18 +129,34 @@ class Task:
         return self._tokens[system, points]
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a series' text, one for each symbol: Qwen's tokenizer would join ",-" and ";-" to one token."""
-        return [token for part in re.split("(-)", text) for token in self.tokenizer.encode(part)]
+        """The ids of a series' text, one for each symbol: Qwen's tokenizer would join ",-", ";-" or " ." to one."""
+        return [token for part in re.split("([- ])", text) for token in self.tokenizer.encode(part)]
 
     @cached_property
     def train_windows(self) -> Windows:
-        """Windows of the training part; they overlap by half by default."""
-        return self._windows(self.split.train, self.settings.stride)
+        """Strided windows of the training part; they overlap by half by default."""
+        return self._windows(self.split.train, make_windows, self._in_tokens(self.settings.stride))
+
+    def train_batch(self, step: int) -> Windows:
+        """The windows of a training step, a function of the seed and the step alone."""
+        settings = self.settings
+        order = settings.batch_size, step, settings.seed
+        if settings.windows == "strided":
+            return self.train_windows.at(batch_indices(len(self.train_windows), *order).tolist())
+        return self._windows(self.split.train, draw_windows, self._step_end, *order)
+
+    @property
+    def train_window_count(self) -> int:
+        """How many windows training steps choose or draw from."""
+        if self.settings.windows == "strided":
+            return len(self.train_windows)
+        tokens, context = map(self.tokens, self.split.train.tolist()), self.settings.context
+        return sum(len(beginnings(one, context, self._step_end)) for one in tokens)
 
     @cached_property
     def validation_windows(self) -> Windows:
         """Windows of the validation part's first series, in which each token is predicted once."""
-        return self._windows(self.validation_systems, stride=1.0)
+        return self._windows(self.validation_systems, make_windows, self._in_tokens(1.0))
 
     @property
     def validation_systems(self) -> NDArray[np.int64]:
@@ -177,7 +200,7 @@ class Task:
     @property
     def tokens_to_forecast(self) -> int:
         """How many tokens the horizon takes at most, when no number is wider than those of the training part."""
-        codec, dataset = Codec(self.codec.decimals, self.widest), self.dataset
+        codec, dataset = replace(self.codec, integer_digits=self.widest), self.dataset
         return self.settings.horizon * codec.step_width(dataset.series.shape[2], dataset.signed)
 
     def read_forecast(self, ids: Sequence[int], system: int) -> NDArray[np.float64]:
@@ -191,13 +214,20 @@ class Task:
         values[decoded.index[within]] = decoded.values[within] * self.alphas[system]
         return values
 
-    def _windows(self, systems: NDArray[np.int64], stride: float) -> Windows:
-        settings = self.settings
-        tokens = [self.tokens(int(system)) for system in systems]
-        # A stride in tokens is cut to the window: beyond it tokens would be skipped.
-        step = max(1, int(stride * settings.context)) if stride <= 1 else min(int(stride), settings.context)
-        pad_id = self.tokenizer.token_id("<|endoftext|>")
-        windows = make_windows(tokens, settings.context, step, pad_id, settings.pad_side)
+    @property
+    def _step_end(self) -> int:
+        """The token of ";"."""
+        return self.tokenizer.encode(";")[0]
+
+    def _in_tokens(self, stride: float) -> int:
+        """A stride in tokens is cut to the window: beyond it tokens would be skipped."""
+        context = self.settings.context
+        return max(1, int(stride * context)) if stride <= 1 else min(int(stride), context)
+
+    def _windows(self, systems: NDArray[np.int64], cut: Callable[..., Windows], *how: int) -> Windows:
+        settings, pad_id = self.settings, self.tokenizer.token_id("<|endoftext|>")
+        tokens = [self.tokens(system) for system in systems.tolist()]
+        windows = cut(tokens, settings.context, *how, pad_id, settings.pad_side)
         if settings.vocabulary == "full":
             return windows
         return replace(windows, vocabulary=np.array(symbol_tokens(self.tokenizer, self.grammar)))

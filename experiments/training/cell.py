@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.windows import Windows, batch_indices
+from data.windows import Windows
 from experiments.accounting import predict
 from experiments.accounting.ledger import Ledger
 from experiments.run_folder import cell_records, files
@@ -188,13 +188,13 @@ class _State:
     def train(self, task: Task, ledger: Ledger, entry: int) -> dict[str, Any]:
         """One step; returns its line of `metrics.jsonl`."""
         settings = self.settings
-        chosen = batch_indices(len(task.train_windows), settings.batch_size, self.step, settings.seed)
+        batch = task.train_batch(self.step)
         self.group.draw(settings.seed, self.step)
         self.optimizer.param_groups[0]["lr"] = settings.rate(self.lr, self.step)
         options, failure = (settings.count_padding, self.group, settings.clip), None
         with FlopMeter() as meter:
             try:
-                loss, norm = training_step(self.model, task.train_windows, chosen, self.optimizer, *options)
+                loss, norm = training_step(self.model, batch, range(len(batch)), self.optimizer, *options)
             except RunFailed as e:
                 failure = e
         self._spend(ledger, entry, "training", meter.training)
@@ -325,7 +325,7 @@ def _summary(task: Task, cell: Cell, model: Qwen, metrics, flops, expected) -> d
         "predicted_flops": expected,
         "convention": "coursework",
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "train_windows": len(task.train_windows),
+        "train_windows": task.train_window_count,
         "validation_windows": len(task.validation_windows),
         "validation_tokens": task.validation_windows.real_tokens,
         "data_sha256": task.dataset.digest,

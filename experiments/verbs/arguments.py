@@ -186,9 +186,13 @@ def _settings(p: argparse.ArgumentParser, *groups: str) -> None:
         add("--data", help="an HDF5 file with /trajectories (systems, points, variables); rebuilt by its law if absent")
     if "data" in groups:
         add("--decimals", type=int, help="digits after the point (2)")
+        point = "write the point of a number (on); off: the last digits are the decimals, fewer tokens"
+        add("--point", action=argparse.BooleanOptionalAction, help=point)
+        add("--separator", help='between the digits of a number: " " or nothing (nothing)')
         add("--alpha", type=float, help="series are divided by this (maximum of the training part / 9.99)")
     if "train" in groups:
         add("--steps", type=int, help="training steps of a cell (120)")
+        add("--windows", help="of training: strided, or anywhere, drawn anew for each step (strided)")
         add("--batch-size", type=int, help="windows of a step (4)")
         add("--val-every", type=int, help="steps between validations (30); 0 for one after training")
         add("--targets", nargs="+", help="linear layers that get LoRA: names, or all-linear (q_proj v_proj)")

@@ -25,6 +25,7 @@ def data(args: Namespace) -> None:
     print(
         f"train {len(task.split.train)} / validation {len(task.split.validation)} / test {len(task.split.test)} "
         f"systems, {settings.split}; {worked['alpha_rule']}; {settings.decimals} decimals"
+        + (f", {task.layout}" if task.layout else "")
     )
     for example in worked["examples"]:
         print(
