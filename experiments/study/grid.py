@@ -72,7 +72,7 @@ def markdown(settings: Settings, results: Sequence[dict[str, Any]], out: Path) -
         [
             *lines,
             f"FLOPs ({best['convention']}): {', '.join(f'{stage} {flops:,}' for stage, flops in stages.items())}, "
-            f"together {total:,}, which is {100 * total / settings.budget:.2g} % of the budget of {settings.budget:.3g}.",
+            f"together {total:,}, {100 * total / settings.budget:.2g} % of the budget of {settings.budget:.3g}.",
             "",
             "Forecasts of the best cell, with their scores:",
             "",
