@@ -70,7 +70,7 @@ def tables(
             "predicted_flops": dict(expected),
             "convention": "coursework",
             "data_sha256": task.dataset.digest,
-            "adapter_sha256": adapter and files.file_digest(adapter / "adapter_model.safetensors"),
+            "adapter_sha256": adapter and files.file_digest(next(adapter.glob("*model.safetensors"))),
         },
         "forecasts.csv": list(_forecasts(task, made)),
         "history.csv": list(_history(task, of["shown"])),

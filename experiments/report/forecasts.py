@@ -13,7 +13,7 @@ from experiments.forecasting.baselines import PARROT
 from experiments.report.document import Block, Column, Figure, Section, Table, Text, not_run, paragraph
 from experiments.report.evaluation import MODEL, NAIVE, Evaluation, Floats, System
 from experiments.report.records import Records
-from experiments.report.study import TITLES, Run, Study
+from experiments.report.study import CONTROLS, TITLES, Run, Study
 from experiments.task.shapes import RULE
 
 UNAIDED = ("seasonal repeat", "law fit")
@@ -25,6 +25,8 @@ def forecasts(study: Study) -> Section:
     blocks: list[Block] = [paragraph("Class of a system: ", RULE)] if study.main() else []
     main = {run.stage: (run, evaluation) for run, evaluation in study.main()}
     for stage in reversed(TITLES):
+        if stage not in main and stage in CONTROLS:
+            continue
         if stage not in main:
             blocks.append(not_run(f"Forecasts of the {TITLES[stage]}"))
         elif main[stage][1].shown:

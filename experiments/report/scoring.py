@@ -9,14 +9,16 @@ from experiments.forecasting.baselines import SEASONAL
 from experiments.report.document import Block, Column, Figure, Inline, Items, Section, Table, Text, not_run
 from experiments.report.evaluation import MODEL, Evaluation
 from experiments.report.records import Row
-from experiments.report.study import TITLES, Run, Study
+from experiments.report.study import CONTROLS, TITLES, Run, Study
 
 SQUARED = "MSE (raw units squared)"
 
 
 def by_stage(study: Study) -> Section:
     """The untrained model, the default run and the final run beside each other, and the plan they belong to."""
-    blocks: list[Block] = [not_run(TITLES[stage].capitalize()) for stage in TITLES if not study.of(stage)]
+    blocks: list[Block] = [
+        not_run(title.capitalize()) for stage, title in TITLES.items() if not study.of(stage) and stage not in CONTROLS
+    ]
     if main := study.main():
         rows = []
         for run, evaluation in main:

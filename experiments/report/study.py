@@ -9,8 +9,9 @@ from typing import Any
 from experiments.report.evaluation import MODEL, Evaluation
 from experiments.report.records import Fields, Records, Row
 
-STAGES = ("baseline", "default", "grid", "context", "final")
-TITLES = {"baseline": "untrained model", "default": "default run", "final": "final run"}
+CONTROLS = {"scratch": "same model from random weights", "small": "small model from random weights"}
+STAGES = ("baseline", "default", "grid", "context", "final", *CONTROLS)
+TITLES = {"baseline": "untrained model", "default": "default run", "final": "final run"} | CONTROLS
 """The runs that are evaluated in full, by stage."""
 PARTS = ("training", "validation", "inference")
 
@@ -81,6 +82,7 @@ class Study:
         found = {}
         for stage in (*STAGES, "study"):
             verb = stage if self.settings.get("protocol") else "grid"
+            verb = "study --controls" if stage in CONTROLS else verb
             found[stage] = f"python -m experiments.run {verb} --config {run}/config.toml --out {run}"
         if "commands" in self.manifest.values:
             found |= {name: str(line) for name, line in self.manifest.fields("commands").values.items()}

@@ -33,6 +33,7 @@ WINDOWS = ("strided", "anywhere")
 """Training windows `stride` apart, in an order drawn for each pass; or of series in such an order, drawn anew for each
 step: a window begins at any point of its series that leaves enough to fill it. Those of validation do not overlap."""
 
+SCRATCH = ("", "same", "small")  # a pretrained model with LoRA; the same shape; a small one with its tokenizer
 DTYPES = {"stored": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 MOST_VALIDATIONS = 12  # of a run of a shortened study
 FEWEST_SERIES = 20  # that tell something of a forecaster
@@ -87,6 +88,7 @@ class Settings:
     lora_alpha: float = 0.0  # the update is scaled by lora_alpha / rank; 0 for the rank, so by 1
     rank_stabilised: bool = False  # by lora_alpha / sqrt(rank) (Kalajdzievski 2023)
     dropout: float = 0.0  # on LoRA's input
+    scratch: str = ""  # of SCRATCH: train all of a model from random weights instead of LoRA
     schedule: str = "constant"  # of SCHEDULES: the learning rate after the warm-up
     warmup: float = 0.0  # steps in which it rises, or a part of the run's below 1
     decay: float = 0.2  # last steps, or a part of the run's, in which warmup-stable-decay falls
@@ -110,6 +112,7 @@ class Settings:
     best_lr: float = 0.0  # what the context sweep and the final run take; 0 for the grid's best
     best_rank: int = 0
     best_context: int = 0  # what the final run takes; 0 for the sweep's best
+    control_lr: float = 1e-3  # of the models from random weights that a study's --controls trains
 
     # forecasts
     points: int = 80  # of a series that a forecast sees
@@ -199,7 +202,8 @@ class Settings:
 
     def trained(self, rank: int) -> dict[str, Any]:
         """What a run of this rank trains, as `predict` takes it: nothing where the rank is 0."""
-        return {"rank": rank, "targets": self.targets, "logit_bias": self.logit_bias} if rank else {}
+        adapted = rank and not self.scratch
+        return {"rank": rank, "targets": self.targets, "logit_bias": self.logit_bias} if adapted else {}
 
     def alpha_of(self, rank: int) -> float:
         """LoRA's alpha where the update is scaled by alpha / rank."""
@@ -265,6 +269,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("contexts", lambda v: bool(v) and all(2 <= one <= _LARGEST for one in v), f"2 to {_LARGEST} tokens each"),
     ("ranks", lambda v: bool(v) and all(1 <= one <= 4096 for one in v), "whole numbers from 1 to 4096"),
     ("lr", lambda v: all(0 < one < 10 for one in v), "positive numbers below 10"),
+    ("control_lr", lambda v: 0 < v < 10, "a positive number below 10"),
     ("default_lr best_lr", lambda v: 0 <= v < 10, "0, or a positive number below 10"),
     ("lr ranks contexts shown targets", lambda v: len(set(v)) == len(v), "each once"),
     ("preset", lambda v: v in ("", *PRESETS), f"one of {', '.join(PRESETS)}"),
@@ -280,6 +285,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("separator", SEPARATORS.__contains__, f"one of {', '.join(map(repr, SEPARATORS))}"),
     ("targets", lambda v: bool(v) and all(v), "names of linear layers"),
     ("schedule", schedule.SCHEDULES.__contains__, f"one of {', '.join(schedule.SCHEDULES)}"),
+    ("scratch", SCRATCH.__contains__, "same, small, or nothing"),
     ("keep", ("last", "best").__contains__, "one of last, best"),
     ("final_lr", lambda v: 0 <= v <= 1, "0 to 1, a part of the learning rate"),
     ("betas", lambda v: len(v) == 2 and all(0 <= one < 1 for one in v), "two numbers of at least 0, less than 1"),

@@ -9,16 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from experiments.accounting.ledger import STAGES as LEDGER_STAGES
+from experiments.accounting.predict import predict
 from experiments.forecasting.forecast import predicted as predicted_forecasts
 from experiments.run_folder import files
 from experiments.run_folder.folder import RunFolder
 from experiments.settings.record import Settings
+from experiments.task.model import shape_of
 from experiments.task.task import Task
 from experiments.training.cell import Cell, predicted
-from qwen_min import QwenConfig, Tokenizer
+from qwen_min import Tokenizer
 from qwen_min.load import resolve
 
 STAGES = ("baseline", "default", "grid", "context", "final")
+CONTROLS = {"scratch": "same", "small": "small"}
+"""Stages after them that only `--controls` runs: models from random weights, trained whole for no more FLOPs than the
+final run; and what `Settings.scratch` is there."""
 UNTRAINED = Cell(0.0, 0)
 JUDGED = ("validation", "shown")
 
@@ -85,7 +90,7 @@ class Plan:
 
     def __init__(self, settings: Settings):
         folder = resolve(settings.model, settings.revision or None, settings.offline)
-        self.config = QwenConfig.from_file(folder / "config.json")
+        self.config = shape_of(settings)
         self.task = Task.prepare(settings, Tokenizer(folder / "tokenizer.json"))
         self.settings = settings
         self._planned: dict[Run, Planned] = {}
@@ -103,8 +108,8 @@ class Plan:
         return self.of(runs_of(self.settings, stage, best or dearest(self.settings)))
 
     def _plan(self, run: Run) -> Planned:
-        task = self.task.under(run.settings)
-        task.check_fits(self.config)
+        task, config = self.task.under(run.settings), shape_of(run.settings)
+        task.check_fits(config)
         forecasts = dict.fromkeys(LEDGER_STAGES, 0)
         if run.parts:
             systems = systems_of(task, run)
@@ -112,8 +117,8 @@ class Plan:
                 task.check(systems)
             except ValueError as e:
                 raise ValueError(f"{e}{'' if run.settings.protocol else ', or --no-forecast-cells'}") from None
-            forecasts = predicted_forecasts(task, self.config, systems, **run.settings.trained(run.cell.rank))
-        self._planned[run] = Planned(run, task, predicted(task, run.cell, self.config), forecasts)
+            forecasts = predicted_forecasts(task, config, systems, **run.settings.trained(run.cell.rank))
+        self._planned[run] = Planned(run, task, predicted(task, run.cell, config), forecasts)
         return self._planned[run]
 
 
@@ -168,7 +173,21 @@ def runs_of(settings: Settings, stage: str, best: Best | None = None) -> list[Ru
             for c in settings.contexts
         ]
     changes = {"context": best.context or max(settings.contexts), "steps": settings.final_steps}
-    return [run("final", best.lr, best.rank, "final", (*JUDGED, "test"), **changes)]
+    final = run("final", best.lr, best.rank, "final", (*JUDGED, "test"), **changes)
+    if stage == "final":
+        return [final]
+    own = final.settings.updated({"scratch": CONTROLS[stage]})
+    steps = _update(final.settings, best.rank) * final.settings.steps // _update(own, best.rank)
+    if not steps:
+        raise ValueError(f"controls: a step of '{stage}' costs more than the final run: expected more final steps")
+    return [Run(stage, stage, Cell(settings.control_lr, best.rank, stage), own.updated({"steps": steps}), final.parts)]
+
+
+def _update(settings: Settings, rank: int) -> int:
+    """FLOPs of a training step as `exact` counts them: `coursework` charges gradients of frozen weights too."""
+    batch, context, symbols = settings.batch_size, settings.context, 13 * (settings.vocabulary == "symbols")
+    how: dict[str, Any] = {"symbols": symbols, "convention": "exact"} | settings.trained(rank)
+    return predict(shape_of(settings), batch, context, training=True, **how).training
 
 
 def carried(settings: Settings, out: Path, stage: str) -> Best:
@@ -182,7 +201,7 @@ def carried(settings: Settings, out: Path, stage: str) -> Best:
         cell = min(_results(out, runs_of(settings, "grid")[1:], "grid"), key=lambda r: r["validation_loss"])
         lr, rank = lr or cell["lr"], rank or cell["rank"]
     overridden = bool(settings.best_lr or settings.best_rank or context)
-    if stage == "final" and not context:
+    if stage != "context" and not context:
         sweep = runs_of(settings, "context", Best(lr, rank, None, overridden))
         context = min(_results(out, sweep, "context"), key=lambda r: r["validation_loss"])["context"]
     return Best(lr, rank, context, overridden)
@@ -226,11 +245,11 @@ def prices(plan: Plan, stages: Sequence[str]) -> tuple[list[dict[str, Any]], int
             counted.add(planned.run.folder)
             row["runs"] += new
             row["steps"] += planned.row["steps"] * new
-            trained = sum(planned.training.values()) * new
+            trained = sum(planned.training.values()) * new * (stage == "final") or trained
             for kind, flops in (planned.flops if new else planned.forecasts).items():
                 row[kind] += flops
         rows.append(row | {"total": sum(row[kind] for kind in LEDGER_STAGES)})
-    if not trained or stages[-1] != "final":
+    if not trained:
         return rows, None
     settings, others = plan.settings, sum(row["total"] for row in rows) - trained
     return rows, max(0, (settings.budget - others) * settings.final_steps // trained)

@@ -12,7 +12,7 @@ from experiments.accounting.ledger import STAGES as LEDGER_STAGES
 from experiments.run_folder import files
 from experiments.run_folder.folder import RunFolder
 from experiments.settings.record import Settings
-from experiments.study.plan import Best, Plan, Run, carried, runs_of
+from experiments.study.plan import CONTROLS, Best, Plan, Run, carried, runs_of
 from experiments.task.preprocessing import preprocessing
 from experiments.training.cell import Cell
 from qwen_min.flops import PRIMITIVES
@@ -27,7 +27,7 @@ def all_runs(settings: Settings, out: Path) -> tuple[list[Run], Best | None]:
     if not settings.protocol:
         return runs_of(settings, "grid"), None
     runs, best = [run for stage in ("baseline", "default", "grid") for run in runs_of(settings, stage)], None
-    for stage in ("context", "final"):
+    for stage in ("context", "final", *(stage for stage in CONTROLS if (out / stage).is_dir())):
         try:
             best = carried(settings, out, stage)
         except ValueError:  # the stage before it has not run

@@ -1,7 +1,7 @@
 """Running a study: what is not finished of some stages, in order, each run trained and judged; all in one folder.
 
 RUN/config.toml  protocol.toml  manifest.json  plan.json, and what `records.py` writes
-RUN/untrained/  default/  cells/<name>/  contexts/<context>/  final/   each a `RunFolder`
+RUN/untrained/  default/  cells/<name>/  contexts/<context>/  final/  scratch/  small/   each a `RunFolder`
 RUN/naive/<part>.csv   forecasts that need no model
 
 The page (`report`) is made from these files alone.
@@ -21,7 +21,7 @@ from experiments.run_folder.owner import Claim, claimed
 from experiments.run_folder.status import PLAN, stages_of
 from experiments.settings.record import Settings
 from experiments.study.manifest import begin, check_drift, undivided
-from experiments.study.plan import STAGES, Best, Plan, Planned, carried, systems_of
+from experiments.study.plan import CONTROLS, STAGES, Best, Plan, Planned, carried, systems_of
 from experiments.study.records import write_records
 from experiments.task.model import trained_model
 from experiments.training.cell import Progress, run_cell
@@ -61,7 +61,7 @@ def run_stages(
         group.tell(files.remove_leftovers, out)
         group.tell(start_work, claim, out, planned, runs)
         for stage in stages:
-            if stage in ("context", "final"):  # it is known now what is carried forward
+            if stage in ("context", "final", *CONTROLS):  # it is known now what is carried forward
                 best = Best(**group.tell(lambda stage=stage: vars(carried(settings, out, stage))))
                 planned[stage] = plan.stage(stage, best)
                 group.tell(write_plan, out, {stage: planned[stage]})
@@ -87,7 +87,9 @@ def write_plan(out: Path, planned: Mapping[str, Sequence[Planned]]) -> None:
     rows = {stage: [one.row | {"parts": list(one.run.parts)} for one in some] for stage, some in planned.items()}
     if any(held.get(stage) != runs for stage, runs in rows.items()):
         now = held | rows
-        files.write_json(path, {"stages": [{"stage": stage, "runs": now[stage]} for stage in STAGES if stage in now]})
+        files.write_json(
+            path, {"stages": [{"stage": stage, "runs": now[stage]} for stage in (*STAGES, *CONTROLS) if stage in now]}
+        )
 
 
 def run_name(out: Path, ledger_path: Path) -> str:

@@ -1,18 +1,40 @@
-"""The model that reads a task: the base model of a run, with its adapter."""
+"""The model that reads a task: the base model of a run, with its adapter; or one from random weights."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from experiments.settings.record import DTYPES, Settings
 from experiments.task.task import Task
-from lora import load_adapter
+from lora import load_adapter, save_adapter
 from lora.layer import lora_layers
-from qwen_min import Qwen, Tokenizer
+from qwen_min import Qwen, QwenConfig, Tokenizer
 from qwen_min.load import resolve
+from qwen_min.tensors import to_bytes
+
+SMALL: dict[str, Any] = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6}
+SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+"""The shape of a small model from random weights, besides the vocabulary and what else it takes from the base model."""
+
+
+def shape_of(settings: Settings) -> QwenConfig:
+    """The configuration of a run's model; no weights are read."""
+    folder = resolve(settings.model, settings.revision or None, settings.offline)
+    config = QwenConfig.from_file(folder / "config.json")
+    return replace(config, **SMALL) if settings.scratch == "small" else config
 
 
 def load_model(settings: Settings) -> Qwen:
-    """The base model of a run, frozen. Raises ValueError where it is to be compiled, and cannot be."""
+    """The base model of a run, frozen; or one from random weights, of the run's seed, all of which trains.
+
+    Raises ValueError where it is to be compiled, and cannot be."""
+    if settings.scratch:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            return Qwen(shape_of(settings)).to(settings.device)
     kept = DTYPES[settings.dtype], settings.device
     where = settings.revision or None, settings.offline
     model = Qwen.from_pretrained(settings.model, *kept, *where, compute_dtype=settings.compute_dtype)
@@ -31,9 +53,21 @@ def prepare(settings: Settings, adapter: str | Path | None, needs_split: bool = 
 
 
 def trained_model(settings: Settings, adapter: str | Path | None) -> Qwen:
-    """The base model, with an adapter if one is named."""
+    """The base model, with an adapter if one is named; or a model that `save_trained` wrote there."""
+    if settings.scratch and adapter:
+        return Qwen.from_pretrained(adapter, None, settings.device).eval()
     model = load_model(settings)
     return load_adapter(model, adapter).eval() if adapter else model.eval()
+
+
+def save_trained(model: Qwen, folder: Path, settings: Settings) -> None:
+    """Write what a run trained: the adapter, or all of a model from random weights."""
+    if not settings.scratch:
+        return save_adapter(model, folder, base=settings.model)
+    (folder / "config.json").write_text(json.dumps(model.config.to_dict(), indent=2) + "\n", encoding="utf-8")
+    tied = ("lm_head.weight",) if model.config.tie_word_embeddings else ()
+    tensors = {name: t.detach() for name, t in model.state_dict().items() if name not in tied}
+    (folder / "model.safetensors").write_bytes(to_bytes(tensors))
 
 
 def trained(model: Qwen) -> dict[str, Any]:

@@ -17,12 +17,12 @@ from experiments.run_folder import cell_records, files
 from experiments.run_folder.errors import RunFailed
 from experiments.run_folder.folder import RunFolder
 from experiments.settings.record import Settings
-from experiments.task.model import load_model
+from experiments.task.model import load_model, save_trained
 from experiments.task.task import Task
 from experiments.training.parallel import ALONE, Alone
 from experiments.training.signals import stoppable
 from experiments.training.step import training_step, validation_loss
-from lora import add_lora, save_adapter
+from lora import add_lora
 from lora.layer import add_logit_bias, lora_layers
 from qwen_min import FlopMeter, Qwen
 from qwen_min.tensors import from_bytes, to_bytes
@@ -176,10 +176,11 @@ class _State:
         self.metrics: list[dict[str, Any]] = []  # the lines of metrics.jsonl, which whoever runs this adds to
         self.settings, self.norms_every = settings, math.ceil(self.steps / GRADIENT_RECORDS) or 1
         if cell.rank:
-            if settings.logit_bias:
+            if settings.logit_bias and not settings.scratch:
                 add_logit_bias(model)
-            alpha = settings.alpha_of(cell.rank)
-            add_lora(model, cell.rank, alpha, settings.targets, settings.dropout, settings.seed)
+            if not settings.scratch:
+                alpha = settings.alpha_of(cell.rank)
+                add_lora(model, cell.rank, alpha, settings.targets, settings.dropout, settings.seed)
             trainable = [p for p in model.parameters() if p.requires_grad]
             self.lr = cell.lr
             self.optimizer = torch.optim.AdamW(trainable, betas=settings.betas, weight_decay=settings.weight_decay)
@@ -223,7 +224,7 @@ class _State:
     def keep(self, folder: RunFolder) -> None:
         """Write the adapter as it is now."""
         with files.atomic_folder(folder.adapter) as adapter:
-            save_adapter(self.model, adapter, base=self.settings.model)
+            save_trained(self.model, adapter, self.settings)
 
     def gradient_norms(self) -> dict[str, Any]:
         """The norm of the last gradient of every LoRA matrix: a line of `gradients.jsonl`."""

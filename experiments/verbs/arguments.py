@@ -65,6 +65,8 @@ def parser() -> argparse.ArgumentParser:
         _settings(p, "data", "train", "forecast", "grid", "best")
         p.add_argument("--out", help="the study's folder (runs/study-PROTOCOL)")
         if name == "study":
+            controls = "then the same shape, and a small one, from random weights, for no more FLOPs than the final run"
+            p.add_argument("--controls", action="store_true", help=controls)
             p.add_argument("--dry-run", action="store_true", help="price every stage; run nothing")
             p.add_argument("--json", action="store_true", help="with --dry-run: print one JSON object and nothing else")
 

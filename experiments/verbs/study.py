@@ -10,7 +10,7 @@ from pathlib import Path
 from experiments import report as page
 from experiments.accounting.ledger import STAGES as LEDGER_STAGES
 from experiments.settings.record import Settings
-from experiments.study.plan import STAGES, Plan, prices
+from experiments.study.plan import CONTROLS, STAGES, Plan, prices
 from experiments.study.run import run_stages
 from experiments.training import parallel, speed
 from experiments.training.progress import Report, counting
@@ -20,7 +20,7 @@ PAGE = ("report.html", "report.md", "figures/", "tables/")
 
 
 def study(args: Namespace) -> None:
-    _run(args, STAGES)
+    _run(args, (*STAGES, *(CONTROLS if hasattr(args, "controls") else ())))
 
 
 def stage(args: Namespace) -> None:
@@ -45,7 +45,7 @@ def _run(args: Namespace, stages: Sequence[str]) -> None:
         _price(settings, stages, hasattr(args, "json"))
         return
     out, ledger = Path(getattr(args, "out", f"runs/study-{settings.protocol}")), ledger_of(args)
-    whole = stages[-1] == "final"
+    whole = len(stages) > 1
     progress = args.group.first(Report, settings.batch_size, settings.label, out) or parallel.Mute()
     with closing(progress):
         run_stages(settings, out, ledger, progress, stages, args.group, hasattr(args, "allow_drift"))
