@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from experiments.forecasting import scores
-from experiments.forecasting.baselines import SEASONAL
 from experiments.forecasting.forecast import Forecasts
 from experiments.run_folder import files
+from experiments.run_folder.folder import Record, RunFolder
 from experiments.task.task import Task
 
 Parts = Mapping[str, list[int]]
@@ -70,6 +70,7 @@ def tables(
             "predicted_flops": dict(expected),
             "convention": "coursework",
             "data_sha256": task.dataset.digest,
+            "trained_on_this_data": trained_on(task, adapter),
             "adapter_sha256": adapter and files.file_digest(adapter / "adapter_model.safetensors"),
         },
         "forecasts.csv": list(_forecasts(task, made)),
@@ -80,6 +81,18 @@ def tables(
         "horizon.csv": [row for part in parts for row in _horizon(task, part, of[part], guesses[part])],
         "tokens.csv": list(_tokens(task, of["shown"])),
     }
+
+
+def trained_on(task: Task, adapter: Path | None) -> bool | str:
+    """Whether an adapter's run trained on series of the task's data set, by the digest in the `result.json` of its
+    folder; "unknown" where there is none that can be read. The untrained model (None) did not."""
+    if adapter is None:
+        return False
+    try:
+        digest = Record(RunFolder(adapter.resolve().parent).result).held.get("data_sha256")
+    except ValueError:
+        digest = None
+    return "unknown" if digest is None else digest == task.dataset.digest
 
 
 def verdict(rows: Sequence[Row], part: str) -> str:
@@ -100,23 +113,38 @@ def _scores(task: Task, part: str, made: Forecasts, guesses: Mapping[str, NDArra
     for unit in ("raw", "scaled"):
         by = task.alphas[made.systems][:, None, None] if unit == "scaled" else np.ones((len(made.systems), 1, 1))
         truth, fallback = made.truth / by, guesses["persistence"] / by
-        reference = guesses[SEASONAL] / by
-        for forecaster, values in guesses.items():
-            full, unparsed = scores.filled(values / by, fallback)
-            every = scores.by_variable(truth, full, names)
-            for v, (variable, errors) in enumerate(every.items()):
+        naive = scores.naive_error(made.context / by)
+        filled = {forecaster: scores.filled(values / by, fallback) for forecaster, values in guesses.items()}
+        every = {forecaster: scores.by_variable(truth, full, names) for forecaster, (full, _) in filled.items()}
+        for forecaster, (full, unparsed) in filled.items():
+            deciles = _deciles(made, forecaster, full, by)
+            for v, (variable, errors) in enumerate(every[forecaster].items()):
                 of = slice(v - 1, v) if v else slice(None)
+                mse = {name: found[variable]["mse"] for name, found in every.items()}
+                reference = scores.reference(mse)
                 each = scores.per_series(truth[..., of], full[..., of])
-                repeated = scores.per_series(truth[..., of], reference[..., of])["mse"]
+                copied = scores.per_series(truth[..., of], filled[reference][0][..., of])["mse"]
                 row: Row = {"part": part, "unit": unit, "forecaster": forecaster, "variable": variable}
                 row |= {"series": len(truth), "steps": unparsed.size, "unparsed_steps": int(unparsed.sum())}
                 for name, values_of_each in each.items():
                     row[f"{name}_low"], row[f"{name}_high"] = scores.interval(values_of_each, seed)
-                seasonal = scores.errors(truth[..., of], reference[..., of])["mse"]
-                row |= errors | {"skill": scores.skill(errors["mse"], seasonal)}
-                row["won"] = scores.won(each["mse"], repeated)
-                row["difference_low"], row["difference_high"] = scores.paired_interval(each["mse"], repeated, seed)
+                row |= errors | {"mase": scores.mase(truth[..., of], full[..., of], naive[..., of])}
+                row |= {"mase_undefined": int((naive[..., of] == 0).sum())}
+                row |= {"wql": scores.weighted_quantile_loss(truth[..., of], deciles[..., of])}
+                row |= {"reference": reference, "skill": scores.skill(errors["mse"], mse[reference])}
+                row["won"] = scores.won(each["mse"], copied)
+                row["win_rate"] = row["won"] / len(truth)
+                row["difference_low"], row["difference_high"] = scores.paired_interval(each["mse"], copied, seed)
                 yield row | _probabilistic(made, forecaster, by, of)
+
+
+def _deciles(made: Forecasts, forecaster: str, full: NDArray[np.float64], by) -> NDArray[np.float64]:
+    """Those of the samples, (9, N, h, V); where there are none, the forecast itself at every level."""
+    if forecaster != "model" or made.samples is None:
+        return np.broadcast_to(full, (len(scores.DECILES), *full.shape))
+    found = scores.quantiles(made.samples / by[:, None])
+    deciles = found[[scores.QUANTILES.index(level) for level in scores.DECILES]]
+    return np.where(np.isnan(deciles), full, deciles)
 
 
 def _probabilistic(made: Forecasts, forecaster: str, by, of: slice) -> Row:
@@ -224,22 +252,33 @@ def table(evaluation: Mapping[str, Any], rows: Sequence[Row], part: str) -> str:
         f"raw units, {evaluation['sampling']}; "
         f"{evaluation['unparsed_steps'][part]} of {steps} steps did not parse (scored as persistence)",
         "",
-        f"{'':16} {'MSE':>8} {'95 % interval':>17} {'RMSE':>8} {'MAE':>8} {'R2':>8} {'skill':>8} {'won':>5}",
+        f"{'':17} {'MSE':>8} {'95 % interval':>17} {'RMSE':>8} {'MAE':>8} {'MASE':>8} {'sMAPE':>8} {'WQL':>8} "
+        f"{'R2':>8} {'skill':>8} {'won':>5}",
     ]
     for row in rows:
         if (row["part"], row["unit"], row["variable"]) == (part, "raw", "all"):
+            reference = row["reference"]
             lines.append(
-                f"{row['forecaster']:16} {row['mse']:8.4f} {row['mse_low']:8.4f}-{row['mse_high']:8.4f} "
-                f"{row['rmse']:8.4f} {row['mae']:8.4f} {_shown(row['r2'])} {_shown(row['skill'])} {row['won']:5}"
+                f"{row['forecaster']:17} {row['mse']:8.4f} {row['mse_low']:8.4f}-{row['mse_high']:8.4f} "
+                f"{row['rmse']:8.4f} {row['mae']:8.4f} {_shown(row['mase'])} {_shown(row['smape'])} "
+                f"{_shown(row['wql'])} {_shown(row['r2'])} {_shown(row['skill'])} {row['win_rate']:5.0%}"
             )
     flops = evaluation["flops"]
     lines += [
         "",
         evaluation["verdict"][part],
-        f"skill: 1 - MSE / MSE of the seasonal repeat; won: series with a lower MSE than its, of {series}",
+        "MASE: error / the one-step naive error within the context; sMAPE: 2 |error| / (|value| + |forecast|); "
+        "WQL: weighted quantile loss",
+        f"skill: 1 - MSE / MSE of the {reference}; won: part of the {series} series with a lower MSE than its",
+        f"trained on this data: {yes_or_no(evaluation['trained_on_this_data'])}",
         f"FLOPs (coursework): validation {flops['validation']:,}, inference {flops['inference']:,}",
     ]
     return "\n".join(lines)
+
+
+def yes_or_no(trained: bool | str) -> str:
+    """What `trained_on` returns, in words."""
+    return trained if isinstance(trained, str) else "yes" if trained else "no"
 
 
 def _shown(value: float | None) -> str:
