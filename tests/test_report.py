@@ -456,7 +456,11 @@ def test_the_anchors_and_the_reference_stand_beside_each_score_and_an_older_eval
         about = path.with_name("evaluation.json")
         old = {k: v for k, v in files.read_json(about).items() if k != "trained_on_this_data"}
         files.write_json(about, old)
+    put_origins = change_json("origins", 3)
+    put_origins(study / "default/evaluation/evaluation.json")
     older = build(study)
+    assert "Scores over the horizons at 3 origins, default run" in older.html
+    assert "Scores over the horizon, final run" in older.html
     assert "Skill over the seasonal repeat, test" in older.html
     for name in ("scores-final", "by-stage"):
         assert [row["skill"] for row in older.table(name)] == [row["skill"] for row in made.table(name)]

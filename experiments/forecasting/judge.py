@@ -23,7 +23,17 @@ TABLES = (
     *("evaluation.json", "forecasts.csv", "history.csv", "scores.csv", "systems.csv", "systems_scaled.csv"),
     *("horizon.csv", "tokens.csv"),
 )
-SETTINGS = ("label", "points", "horizon", "top_k", "top_p", "repetition_penalty", "num_samples", "constrained")
+SETTINGS = (
+    "label",
+    "points",
+    "horizon",
+    "origins",
+    "top_k",
+    "top_p",
+    "repetition_penalty",
+    "num_samples",
+    "constrained",
+)
 BANDS = (("coverage50", "width50", 0.25, 0.75), ("coverage80", "width80", 0.1, 0.9))
 
 
@@ -39,7 +49,8 @@ def tables(
     """Every file of an evaluation by name.
 
     Args:
-        naive: the naive forecasts of each part by forecaster, (N, h, V).
+        made, naive: the forecasts, of several origins joined; and the naive ones of each part by forecaster, (N, h, V).
+            Files of single steps (forecasts.csv, history.csv, tokens.csv) are of the first origin; scores of all.
         parts: the systems of each part; "shown" is always one.
         result: of the run: its `result.json`, or its losses alone.
         expected: FLOPs as predicted.
@@ -48,7 +59,9 @@ def tables(
     of = {part: made.of(systems) for part, systems in parts.items()}
     guesses = {part: {"model": of[part].values, **naive[part]} for part in parts}
     settings, loss = task.settings, result["validation_loss"]
-    every = [row for part in parts for row in _scores(task, part, of[part], guesses[part])]
+    origins = task.origins
+    every = [row for part in parts for row in _scores(origins, part, of[part], guesses[part])]
+    first = made.at(0, len(origins))
     horizon_loss = {part: float(np.concatenate(of[part].losses).mean()) for part in parts}
     return {
         "evaluation.json": {
@@ -56,6 +69,7 @@ def tables(
             "parts": dict(parts),
             "verdict": {part: verdict(every, part) for part in parts},
             "shown_names": {str(system): task.shape_of(system) for system in parts["shown"]},
+            "by_origin": list(_by_origin(origins, of, guesses)) if len(origins) > 1 else [],
             "validation_loss": loss,
             "validation_loss_with_padding": result.get("validation_loss_with_padding"),
             "validation_tokens": result["validation_tokens"],
@@ -65,7 +79,7 @@ def tables(
             "sampling": settings.judged,
             "temperature": settings.sampling_temperature,
             "unparsed_steps": {part: int(np.isnan(of[part].values).any(-1).sum()) for part in parts},
-            "forecast_steps": {part: len(systems) * settings.horizon for part, systems in parts.items()},
+            "forecast_steps": {part: of[part].values[..., 0].size for part in parts},
             "flops": made.flops,
             "predicted_flops": dict(expected),
             "convention": "coursework",
@@ -73,8 +87,8 @@ def tables(
             "trained_on_this_data": trained_on(task, adapter),
             "adapter_sha256": adapter and files.file_digest(adapter / "adapter_model.safetensors"),
         },
-        "forecasts.csv": list(_forecasts(task, made)),
-        "history.csv": list(_history(task, of["shown"])),
+        "forecasts.csv": list(_forecasts(task, first)),
+        "history.csv": list(_history(task, first.of(parts["shown"]))),
         "scores.csv": every,
         "systems.csv": _systems(task, of, guesses, parts),
         "systems_scaled.csv": _systems(task, of, guesses, {"shown": parts["shown"]}, scaled=True),
@@ -108,12 +122,39 @@ def write(folder: Path, tables: Mapping[str, Any]) -> None:
             (files.write_json if name.endswith(".json") else files.write_csv)(new / name, content)
 
 
-def _scores(task: Task, part: str, made: Forecasts, guesses: Mapping[str, NDArray[np.float64]]) -> Iterator[Row]:
-    names, seed = task.dataset.names, task.settings.seed
-    for unit in ("raw", "scaled"):
-        by = task.alphas[made.systems][:, None, None] if unit == "scaled" else np.ones((len(made.systems), 1, 1))
+def _by_origin(origins: Sequence[Task], of: Mapping[str, Forecasts], guesses) -> Iterator[Row]:
+    """The scores in raw units, all variables, at each origin alone."""
+    for i, one in enumerate(origins):
+        found: list[Row] = []
+        for part, made in of.items():
+            own = {name: np.split(values, len(origins), 1)[i] for name, values in guesses[part].items()}
+            found += _scores([one], part, made.at(i, len(origins)), own, ["raw"])
+        rows = [row for row in found if row["variable"] == "all"]
+        yield {"cut_off": one.start + one.settings.points, "scores": rows}
+
+
+def _scales(origins: Sequence[Task], systems: Sequence[int]) -> NDArray[np.float64]:
+    """What each step of each system is divided by, (N, h, 1)."""
+    alphas = np.stack([one.alphas[systems] for one in origins], 1)  # (N, origins)
+    return np.repeat(alphas, origins[0].settings.horizon, 1)[..., None]
+
+
+def _scores(
+    origins: Sequence[Task],
+    part: str,
+    made: Forecasts,
+    guesses: Mapping[str, NDArray[np.float64]],
+    units: Sequence[str] = ("raw", "scaled"),
+) -> Iterator[Row]:
+    names, settings = origins[0].dataset.names, origins[0].settings
+    seed, horizon = settings.seed, settings.horizon
+    contexts = np.split(made.context, len(origins), 1)
+    error = np.concatenate([np.repeat(scores.naive_error(one), horizon, 1) for one in contexts], 1)  # (N, h, V)
+    for unit in units:
+        by = _scales(origins, made.systems)
+        by = by if unit == "scaled" else np.ones_like(by)
         truth, fallback = made.truth / by, guesses["persistence"] / by
-        naive = scores.naive_error(made.context / by)
+        naive = error / by
         filled = {forecaster: scores.filled(values / by, fallback) for forecaster, values in guesses.items()}
         every = {forecaster: scores.by_variable(truth, full, names) for forecaster, (full, _) in filled.items()}
         for forecaster, (full, unparsed) in filled.items():
@@ -129,7 +170,7 @@ def _scores(task: Task, part: str, made: Forecasts, guesses: Mapping[str, NDArra
                 for name, values_of_each in each.items():
                     row[f"{name}_low"], row[f"{name}_high"] = scores.interval(values_of_each, seed)
                 row |= errors | {"mase": scores.mase(truth[..., of], full[..., of], naive[..., of])}
-                row |= {"mase_undefined": int((naive[..., of] == 0).sum())}
+                row |= {"mase_undefined": int((naive[:, ::horizon, of] == 0).sum())}
                 row |= {"wql": scores.weighted_quantile_loss(truth[..., of], deciles[..., of])}
                 row |= {"reference": reference, "skill": scores.skill(errors["mse"], mse[reference])}
                 row["won"] = scores.won(each["mse"], copied)
@@ -168,7 +209,7 @@ def _systems(task: Task, of, guesses, parts: Parts, scaled: bool = False) -> lis
     rows: dict[tuple, Row] = {}
     for part, systems in parts.items():
         for i, system in enumerate(systems):
-            by = task.alphas[system] if scaled else 1.0
+            by = _scales(task.origins, [system])[0] if scaled else 1.0
             for forecaster, values in guesses[part].items():
                 full, unparsed = scores.filled(values[i] / by, guesses[part]["persistence"][i] / by)
                 for variable, errors in scores.by_variable(of[part].truth[i] / by, full, task.dataset.names).items():
@@ -196,8 +237,9 @@ def _horizon(task: Task, part: str, made: Forecasts, guesses) -> Iterator[Row]:
         full, _ = scores.filled(values, guesses["persistence"])
         for v, variable in enumerate(("all", *task.dataset.names)):
             of = slice(v - 1, v) if v else slice(None)
-            by_step = scores.by_step(made.truth[..., of], full[..., of])
-            for step in range(task.settings.horizon):
+            each = (-1, horizon := task.settings.horizon, full[..., of].shape[2])  # a row for a series at an origin
+            by_step = scores.by_step(made.truth[..., of].reshape(each), full[..., of].reshape(each))
+            for step in range(horizon):
                 row = {"part": part, "forecaster": forecaster, "variable": variable, "step": step + 1}
                 yield row | {name: float(values[step]) for name, values in by_step.items()}
 
@@ -228,8 +270,8 @@ def _tokens(task: Task, made: Forecasts) -> Iterator[Row]:
     separator = task.tokenizer.encode(";")
     for system, losses in zip(made.systems, made.losses, strict=True):
         whole = task.tokens(system, settings.points + settings.horizon)
-        step = 0
-        for position, (token, nats) in enumerate(zip(whole[-len(losses) :], losses, strict=True)):
+        true, step = whole[len(task.tokens(system, settings.points)) :], 0
+        for position, (token, nats) in enumerate(zip(true, losses[: len(true)], strict=True)):
             text = task.tokenizer.decode([token])
             row = {"unique_id": system, "position": position, "step": step, "token": token, "text": text}
             yield row | {"nats": float(nats)}
@@ -243,12 +285,14 @@ def _number(value: float) -> float | None:
 def table(evaluation: Mapping[str, Any], rows: Sequence[Row], part: str) -> str:
     """The scores of one part in raw units as aligned text."""
     lines = [f"({evaluation['label']})"] if evaluation["label"] else []
+    cut = ", ".join(str(one["cut_off"]) for one in evaluation["by_origin"])
+    cut = f"at {evaluation['origins']} origins, after points {cut}, " if cut else ""
     series, steps = len(evaluation["parts"][part]), evaluation["forecast_steps"][part]
     lines += [
         f"validation loss {evaluation['validation_loss']:.4f} nats per real token "
         f"(perplexity {evaluation['perplexity']:.3f}), of {evaluation['validation_tokens']:,}; "
         f"of the true horizon {evaluation['horizon_loss'][part]:.4f}",
-        f"forecasts of {series} series ({part}), {evaluation['points']} points -> {evaluation['horizon']}, "
+        f"forecasts of {series} series ({part}), {evaluation['points']} points -> {evaluation['horizon']}, {cut}"
         f"raw units, {evaluation['sampling']}; "
         f"{evaluation['unparsed_steps'][part]} of {steps} steps did not parse (scored as persistence)",
         "",
@@ -263,6 +307,12 @@ def table(evaluation: Mapping[str, Any], rows: Sequence[Row], part: str) -> str:
                 f"{row['rmse']:8.4f} {row['mae']:8.4f} {_shown(row['mase'])} {_shown(row['smape'])} "
                 f"{_shown(row['wql'])} {_shown(row['r2'])} {_shown(row['skill'])} {row['win_rate']:5.0%}"
             )
+    for one in evaluation["by_origin"]:
+        mse = {row["forecaster"]: row for row in one["scores"] if row["part"] == part}
+        lines.append(
+            f"after point {one['cut_off']}: MSE of the model {mse['model']['mse']:.4f}, of the "
+            f"{mse['model']['reference']} {mse[mse['model']['reference']]['mse']:.4f}"
+        )
     flops = evaluation["flops"]
     lines += [
         "",

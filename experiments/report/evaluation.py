@@ -93,6 +93,12 @@ class Evaluation:
         return self.records.csv(self.file("tokens.csv"), unique_id="text", **counts, text="text", nats="number")
 
     @property
+    def scored(self) -> str:
+        """What is scored, in words; an older evaluation.json has one origin."""
+        origins = self.about.values.get("origins", 1)
+        return "the horizon" if origins == 1 else f"the horizons at {origins} origins"
+
+    @property
     def parts(self) -> list[str]:
         return [part for part in ("validation", "test", "shown") if part in self.about.fields("parts").values]
 

@@ -42,9 +42,9 @@ def by_stage(study: Study) -> Section:
             Column("trained_on_this_data", "trained on this data", "text"),
         ]
         caption = (
-            "The model by stage: errors over the horizon alone, all species, raw units. Skill is 1 - MSE / MSE of the "
-            "copy that is named, the better of the seasonal repeat and context parroting; a series is won where the "
-            f"model's MSE is lower. {ANCHORS} Loss in nats per real token."
+            f"The model by stage: errors over {main[0][1].scored} alone, all species, raw units. Skill is 1 - MSE / "
+            "MSE of the copy that is named, the better of the seasonal repeat and context parroting; a series is won "
+            f"where the model's MSE is lower. {ANCHORS} Loss in nats per real token."
         )
         files = [evaluation.file(name) for _, evaluation in main for name in ("scores.csv", "evaluation.json")]
         stages = [run.stage for run, _ in main]
@@ -104,7 +104,7 @@ def _scores(
         intervals = [column.name for column in columns if column.kind == "interval"]
         ends = {name: (own[name], own[f"{name}_low"], own[f"{name}_high"]) for name in intervals}
         values.append([ends[c.name] if c.name in ends else own[c.name] for c in columns])
-    caption = f"Scores over the horizon, {run.title}, {what}; intervals by a bootstrap over series. {ANCHORS}"
+    caption = f"Scores over {evaluation.scored}, {run.title}, {what}; intervals by a bootstrap over series. {ANCHORS}"
     files, name, heads = [evaluation.file("scores.csv")], f"scores-{run.stage}{suffix}", 3 if suffix else 2
     return Table(name, caption, columns, values, files, [run.stage], heads=heads, folded=folded).without_empty()
 
