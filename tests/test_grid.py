@@ -146,7 +146,8 @@ def test_evaluate_scores_the_horizon_beside_naive_forecasts_and_charges_what_it_
     assert written == {key: value for key, value in report.items() if key not in ("scores", "out")}
     assert run.main(["evaluate", "--out", "e", *flags]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert written["verdict"]["validation"] in lines and "the best of the copies; 3 series" in lines[-4]
+    assert written["verdict"]["validation"] in lines and "the best of the copies; 3 series" in lines[-6]
+    assert lines[-3] == "trained on this data: no"
     assert lines[-1] == "written to e: evaluation/, figures/forecasts.png; FLOPs charged to ledger.sqlite"
     with pytest.raises(SystemExit):
         run.main(["evaluate", "--help"])

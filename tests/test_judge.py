@@ -78,8 +78,32 @@ def test_a_perfect_forecast_wins_every_series_and_the_reference_none(task):
     for variable in ("all", "prey", "predator"):
         model = row(scores, unit="raw", forecaster="model", variable=variable)
         assert (model["mse"], model["mae"], model["r2"], model["skill"], model["won"]) == (0, 0, 1, 1, 3)
-        reference = row(scores, unit="raw", forecaster="seasonal repeat", variable=variable)
-        assert (reference["skill"], reference["won"]) == (0, 0)
+        copy = row(scores, unit="raw", forecaster=model["reference"], variable=variable)
+        assert (copy["skill"], copy["won"]) == (0, 0)
+
+
+def test_skill_is_over_the_better_of_two_copies_and_the_anchors_are_those_of_each_series_own_context(task):
+    systems = [700, 701, 702]
+    truth = task.dataset.series[systems, 80:].astype(np.float64)
+    made = forecasts(task, systems, truth + 0.1)
+    made.context[0, :, 1] = 2.0  # no naive error to divide by
+    found = tables(task, made, {"shown": systems})["scores.csv"]
+    step = np.abs(np.diff(made.context, axis=1)).mean(1)  # (N, V)
+    for unit, variable in ((u, v) for u in ("raw", "scaled") for v in ("all", "prey", "predator")):
+        own = {r["forecaster"]: r for r in found if (r["unit"], r["variable"]) == (unit, variable)}
+        best = min(("seasonal repeat", "context parroting"), key=lambda name: own[name]["mse"])
+        assert {r["reference"] for r in own.values()} == {best}
+        model, copy = own["model"], own[best]
+        assert model["skill"] == 1 - model["mse"] / copy["mse"] and model["win_rate"] == model["won"] / 3
+    model = row(found, unit="raw", forecaster="model", variable="all")
+    assert model["mase"] == pytest.approx(np.mean(0.1 / step[step > 0])) and model["mase_undefined"] == 1
+    assert model["wql"] == pytest.approx(0.1 * truth.size / truth.sum())
+    scaled = row(found, unit="scaled", forecaster="model", variable="all")
+    assert [scaled[name] for name in ("mase", "wql", "smape")] == pytest.approx(
+        [model[n] for n in ("mase", "wql", "smape")]
+    )
+    predator = row(found, unit="raw", forecaster="model", variable="predator")
+    assert predator["mase"] == pytest.approx(np.mean(0.1 / step[1:, 1]))
 
 
 def test_a_step_that_did_not_parse_is_scored_as_persistence_counted_and_moves_nothing(task):
@@ -118,6 +142,10 @@ def test_samples_that_bracket_the_truth_cover_it_and_their_quantiles_are_in_the_
     assert (model["width50"], model["width80"]) == (pytest.approx(1.0), pytest.approx(1.6))
     spread = np.abs(offsets.ravel()[:, None] - offsets.ravel()).mean() / 2
     assert model["crps"] == pytest.approx(np.abs(offsets).mean() - spread)
+    pinball = [
+        2 * max(q * -o, (q - 1) * -o) for q, o in zip(np.arange(1, 10) / 10, np.linspace(-0.8, 0.8, 9), strict=True)
+    ]
+    assert model["wql"] == pytest.approx(np.mean(pinball) * truth.size / truth.sum())
     assert row(found["scores.csv"], unit="raw", forecaster="persistence", variable="all")["crps"] is None
     first = found["forecasts.csv"][0]
     assert [first[q] - first["y"] for q in ("q0.1", "q0.5", "q0.9")] == pytest.approx([-0.8, 0, 0.8])
@@ -143,6 +171,24 @@ def test_a_system_of_two_parts_is_listed_once_with_its_class_and_what_was_cut_of
     expected = {"class": "growing", "parts": "validation shown", "cut_mass": 0.5, "cut_mass_mean": 0.05}
     assert expected.items() <= model.items()
     assert row(found, unique_id=708, forecaster="persistence", variable="all")["cut_mass"] is None
+
+
+@pytest.mark.parametrize(
+    ("record", "trained"),
+    [
+        ("{own}", True),
+        ("{'data_sha256': 'another'}", False),
+        (None, "unknown"),
+        ("{'no': 1}", "unknown"),
+        ("{", "unknown"),
+    ],
+)
+def test_what_an_adapter_was_trained_on_is_said_by_its_runs_record(task, tmp_path, record, trained):
+    if record is not None:
+        text = record.replace("{own}", f"{{'data_sha256': '{task.dataset.digest}'}}").replace("'", '"')
+        (tmp_path / "result.json").write_text(text)
+    assert judge.trained_on(task, tmp_path / "adapter") == trained
+    assert judge.trained_on(task, None) is False
 
 
 def test_tables_that_cannot_be_written_leave_the_earlier_ones(task, tmp_path):

@@ -442,6 +442,32 @@ def test_a_table_on_disk_has_every_number_of_the_record_to_the_last_digit(made):
     assert f'title="{flops[-1]}"' in made.html
 
 
+ANCHORS = "smape", "mase", "wql", "win_rate", "reference"
+
+
+def test_the_anchors_and_the_reference_stand_beside_each_score_and_an_older_evaluation_is_shown_without(study, made):
+    for name in ("scores-final", "by-stage"):
+        assert {"seasonal repeat"} == {row["reference"] for row in made.table(name)}
+        assert all(row[column] for row in made.table(name) for column in ANCHORS)
+    assert {row["trained_on_this_data"] for row in made.table("by-stage")} == {"no"}
+    for path in sorted(study.glob("*/evaluation/scores.csv")):
+        path_rows = rows_of(path)
+        files.write_csv(path, [{k: v for k, v in row.items() if k not in ANCHORS} for row in path_rows])
+        about = path.with_name("evaluation.json")
+        old = {k: v for k, v in files.read_json(about).items() if k != "trained_on_this_data"}
+        files.write_json(about, old)
+    put_origins = change_json("origins", 3)
+    put_origins(study / "default/evaluation/evaluation.json")
+    older = build(study)
+    assert "Scores over the horizons at 3 origins, default run" in older.html
+    assert "Scores over the horizon, final run" in older.html
+    assert "Skill over the seasonal repeat, test" in older.html
+    for name in ("scores-final", "by-stage"):
+        assert [row["skill"] for row in older.table(name)] == [row["skill"] for row in made.table(name)]
+        assert {row["reference"] for row in older.table(name)} == {"seasonal repeat"}
+        assert not {"smape", "mase", "wql", "win_rate", "trained_on_this_data"} & older.table(name)[0].keys()
+
+
 def test_running_rmse_ends_at_the_rmse_of_the_horizon_in_both_units(made):
     for suffix, record in (("", "systems.csv"), ("-scaled", "systems_scaled.csv")):
         last = made.table(f"running-rmse-final{suffix}")[-1]

@@ -37,8 +37,8 @@ def test_errors_worked_out_by_hand():
     """e = 1, -1, 2, 0 on y = 1, 2, 4, 5: sum e^2 = 6, sum |e| = 4, mean y = 3, deviations 4 + 1 + 1 + 4 = 10."""
     found = scores.errors([[1], [2], [4], [5]], [[2], [1], [6], [5]])
     assert_allclose(
-        [found[name] for name in ("mse", "rmse", "mae", "mape", "r2")],
-        [6 / 4, 1.5**0.5, 4 / 4, (1 / 1 + 1 / 2 + 2 / 4 + 0 / 5) / 4, 1 - 6 / 10],
+        [found[name] for name in ("mse", "rmse", "mae", "mape", "smape", "r2")],
+        [6 / 4, 1.5**0.5, 4 / 4, (1 / 1 + 1 / 2 + 2 / 4 + 0 / 5) / 4, (2 / 3 + 2 / 3 + 4 / 10 + 0) / 4, 1 - 6 / 10],
         rtol=1e-15,
     )
 
@@ -46,6 +46,10 @@ def test_errors_worked_out_by_hand():
 def test_mape_divides_by_the_size_of_the_true_value_and_by_epsilon_where_that_is_less():
     mape = scores.errors([[-2.0], [0.0], [1e-20]], [[-1.0], [3.0], [0.0]])["mape"]
     assert mape == (1 / 2 + 3 / 2.0**-52 + 1e-20 / 2.0**-52) / 3
+
+
+def test_smape_is_2_where_signs_differ_and_0_where_both_values_are_0():
+    assert scores.errors([[-2.0], [0.0], [0.0]], [[1.0], [3.0], [0.0]])["smape"] == (2 + 2 + 0) / 3
 
 
 def test_errors_come_together_and_by_variable_and_r2_takes_each_variables_own_mean():
@@ -167,6 +171,38 @@ def test_a_paired_interval_keeps_each_series_together():
     other = np.random.default_rng(7).exponential(size=50)
     assert scores.paired_interval(hard, other, 1) == scores.interval(hard - other, 1)
     assert scores.interval(hard, 0)[0] < scores.interval(hard + 0.5, 0)[0] < scores.interval(hard, 0)[1]
+
+
+def test_mase_is_the_error_over_that_of_one_naive_step_in_the_context_and_leaves_out_what_is_constant_there():
+    context = np.array([[[1.0, 5.0], [3.0, 5.0], [2.0, 5.0]], [[0.0, 1.0], [0.5, 4.0], [1.0, 4.0]]])
+    naive = scores.naive_error(context)
+    assert_array_equal(naive, [[[1.5, 0.0]], [[0.5, 1.5]]])
+    truth = np.zeros((2, 2, 2))
+    forecast = np.array([[[3.0, 9.0], [0.0, 9.0]], [[1.0, -3.0], [1.0, 0.0]]])
+    assert scores.mase(truth, forecast, naive) == (3 / 1.5 + 0 + 1 / 0.5 + 1 / 0.5 + 3 / 1.5 + 0) / 6
+    assert scores.mase(truth[:1, :, 1:], forecast[:1, :, 1:], naive[:1, :, 1:]) is None
+    assert_array_equal(scores.naive_error(context[:, :1]), np.zeros((2, 1, 2)))
+
+
+def test_the_weighted_quantile_loss_is_that_of_one_level_after_another():
+    truth, samples = random(3, 4, 2), random(3, 50, 4, 2, seed=1)
+    deciles = np.quantile(samples, scores.DECILES, axis=1)
+    total = 0.0
+    for level, forecast in zip(scores.DECILES, deciles, strict=True):
+        for y, f in zip(truth.ravel(), forecast.ravel(), strict=True):
+            total += 2 * (level * (y - f) if y >= f else (1 - level) * (f - y)) / 9
+    assert_allclose(scores.weighted_quantile_loss(truth, deciles), total / np.abs(truth).sum(), rtol=1e-12)
+    point = np.broadcast_to(deciles[2], deciles.shape)
+    absolute = np.abs(deciles[2] - truth).sum() / np.abs(truth).sum()
+    assert_allclose(scores.weighted_quantile_loss(truth, point), absolute, rtol=1e-12)
+    assert scores.weighted_quantile_loss(0 * truth, deciles) is None
+
+
+def test_the_reference_is_the_parrot_only_where_it_is_better():
+    names = ("context parroting", "seasonal repeat")
+    found = [scores.reference(dict(zip(names, pair, strict=True))) for pair in ((1.0, 2.0), (2.0, 1.0), (1.0, 1.0))]
+    assert found == ["context parroting", "seasonal repeat", "seasonal repeat"]
+    assert scores.reference({"seasonal repeat": 1.0, "persistence": 0.0}) == "seasonal repeat"
 
 
 def test_skill_is_the_share_of_the_references_error_that_is_gone():
@@ -346,6 +382,8 @@ NO_BOUNDS = (ONE, np.zeros((1, 2, 1))), (ONE + 1, ONE), (ONE, ONE + np.inf)
         ((scores.interval,), [([], 0), ([1.0, NAN], 0), ([[1.0]], 0)], "error has shape .*: expected"),
         ((scores.won,), [([1, 2], [1]), ([1], [NAN])], "the other's error has shape .*: expected"),
         ((lambda a, b: scores.paired_interval(a, b, 0),), [([1, 2], [1])], r"the other's error has shape \(1,\)"),
+        ((scores.naive_error,), [(STEPS[0],), (STEPS + NAN,)], "context has shape .*: expected finite values"),
+        ((scores.weighted_quantile_loss,), [(STEPS, STEPS), (STEPS, np.zeros((8, *STEPS.shape)))], "has shape .*: exp"),
         ((scores.quantiles, lambda x: scores.crps(ONE, x)), NO_SAMPLES, "samples have shape .*: expected"),
         ((lambda y: scores.crps(y, np.zeros((1, 3, 1, 1))),), [(STEPS,), (ONE + NAN,)], "truth has shape .*: expected"),
         ((lambda y: scores.coverage(y, ONE, ONE),), [(STEPS,), (ONE + NAN,)], "truth has shape .*: expected"),

@@ -66,8 +66,7 @@ def parrot(context: ArrayLike, horizon: int) -> Array:
     return np.stack(copied[points:])
 
 
-SEASONAL = "seasonal repeat"  # the reference of every skill
-PARROT = "context parroting"
+SEASONAL, PARROT = "seasonal repeat", "context parroting"  # one of them is the reference of a skill
 RULES = {"persistence": persistence, "context mean": context_mean, SEASONAL: seasonal_repeat, PARROT: parrot}
 """The copies: forecasts that only repeat what the context holds, by name."""
 

@@ -34,7 +34,8 @@ def evaluate(
     validate: bool = False,
     progress: Callable[[str], Counted] = lambda doing: lambda done, of: None,
 ) -> tuple[Forecasts, dict[str, float], int]:
-    """Forecasts of `systems`, and with `validate` the loss of the validation windows; and the ledger's entry.
+    """Forecasts of `systems` at every origin, joined; the loss of the validation windows with `validate`; the ledger's
+    entry.
 
     Whoever asked settles the entry once what it got is written: stopped before, it runs again, and this is wasted.
 
@@ -54,8 +55,15 @@ def evaluate(
             windows, padding = task.validation_windows, task.settings.count_padding
             losses = validation_loss(model, windows, padding, progress=progress("windows"))
     ledger.spend(entry, "validation", meter.total)
-    made = forecast(task, model, systems, draft, progress("forecasts"))
-    for stage, flops in made.flops.items():
-        ledger.spend(entry, stage, flops)
+    far, origins, each = progress("forecasts"), task.origins, list[Forecasts]()
+
+    def within_all(done: int, of: int) -> None:
+        far(len(each) * of + done, len(origins) * of)
+
+    for one in origins:
+        each.append(forecast(one, model, systems, draft, within_all))
+        for stage, flops in each[-1].flops.items():
+            ledger.spend(entry, stage, flops)
+    made = Forecasts.joined(each)
     made.flops["validation"] += meter.total
     return made, losses, entry

@@ -28,7 +28,7 @@ class Forecasts:
     context (N, P, V), truth and values (N, h, V), the truth NaN where the data has ended; samples (N, S, h, V) where
     several were drawn, whose median is `values`; `losses`: for each system the nats of every token of its true horizon;
     `cut`, `cut_mean` (N,): the probability that free text would have left the grammar on the way, and the mass cut off
-    per token, if constrained.
+    per token, if constrained. Of several origins (see `joined`) P and h are the sums of theirs.
     """
 
     systems: list[int]
@@ -54,6 +54,30 @@ class Forecasts:
             for name in ("context", "truth", "values", "samples", "cut", "cut_mean")
         }
         return replace(self, systems=list(systems), losses=[self.losses[row] for row in rows], **chosen)
+
+    @classmethod
+    def joined(cls, made: Sequence["Forecasts"]) -> "Forecasts":
+        """Forecasts of the same systems at several origins, their points and steps one after the other."""
+        if len(made) == 1:
+            return made[0]
+        joined: dict[str, Any] = {}
+        for name, axis in (("context", 1), ("truth", 1), ("values", 1), ("samples", 2)):
+            parts = [getattr(one, name) for one in made]
+            joined[name] = None if parts[0] is None else np.concatenate(parts, axis)
+        for name in ("cut", "cut_mean"):
+            parts = [getattr(one, name) for one in made]
+            joined[name] = None if parts[0] is None else np.mean(parts, 0)
+        joined["losses"] = [np.concatenate(of) for of in zip(*(one.losses for one in made), strict=True)]
+        joined["flops"] = {stage: sum(one.flops[stage] for one in made) for stage in made[0].flops}
+        return replace(made[0], **joined)
+
+    def at(self, origin: int, of: int) -> "Forecasts":
+        """Context, truth, values and samples of one of the origins that were joined."""
+        shown: dict[str, Any] = {
+            name: np.split(getattr(self, name), of, 1)[origin] for name in ("context", "truth", "values")
+        }
+        samples = None if self.samples is None else np.split(self.samples, of, 2)[origin]
+        return replace(self, samples=samples, **shown)
 
 
 MOST_GUESSES = 1000  # a forward: no tree gains by more, and a far larger one fills the memory
@@ -84,7 +108,7 @@ def forecast(
         ValueError: there is no such system, or there are several, or samples, with a draft.
     """
     task.check(systems, scored=False)
-    settings, series = task.settings, task.dataset.series.astype(np.float64)
+    settings, series = task.settings, task.series.astype(np.float64)
     check_draft(task, draft)
     if draft and len(systems) != 1:
         raise ValueError(f"draft is {draft} with {len(systems)} systems: expected one")
@@ -198,7 +222,8 @@ def _continue(
 
 
 def predicted(task: Task, config, systems: Sequence[int], draft: int = 0, **trained: Any) -> dict[str, int]:
-    """The most FLOPs that forecasts of these systems take, by ledger stage; text that ends early takes less.
+    """The most FLOPs that forecasts of these systems take, by ledger stage, at all origins; text that ends early takes
+    less.
 
     `trained` is rank, targets and logit_bias, as in `predict`.
 
@@ -207,15 +232,15 @@ def predicted(task: Task, config, systems: Sequence[int], draft: int = 0, **trai
     settings, most = task.settings, config.max_position_embeddings
     flops = {"training": 0, "validation": 0, "inference": 0}
     options = trained | {"samples": settings.num_samples}
-    for batch in _batches(task, systems):
+    for origin, batch in ((one, batch) for one in task.origins for batch in _batches(one, systems)):
         b, prompt, scored = len(batch.places), batch.ids.shape[1], batch.targets.shape[1]
-        if (tokens := prompt + task.tokens_to_forecast - 1) > most:
+        if (tokens := prompt + origin.tokens_to_forecast - 1) > most:
             raise ValueError(
                 f"points is {settings.points}, horizon {settings.horizon}: {tokens} tokens with "
                 f"{len(task.dataset.names)} variables: expected at most {most}, the model's max_position_embeddings"
             )
         alone, both = (
-            predict.generation(config, b, prompt, task.tokens_to_forecast, scored=n, **options) for n in (0, scored)
+            predict.generation(config, b, prompt, origin.tokens_to_forecast, scored=n, **options) for n in (0, scored)
         )
         flops["inference"] += alone if not draft else _drafted(task, config, prompt, draft, **trained)
         flops["validation"] += both - alone

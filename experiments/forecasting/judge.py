@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from experiments.forecasting import scores
-from experiments.forecasting.baselines import SEASONAL
 from experiments.forecasting.forecast import Forecasts
 from experiments.run_folder import files
+from experiments.run_folder.folder import Record, RunFolder
 from experiments.task.task import Task
 
 Parts = Mapping[str, list[int]]
@@ -23,7 +23,17 @@ TABLES = (
     *("evaluation.json", "forecasts.csv", "history.csv", "scores.csv", "systems.csv", "systems_scaled.csv"),
     *("horizon.csv", "tokens.csv"),
 )
-SETTINGS = ("label", "points", "horizon", "top_k", "top_p", "repetition_penalty", "num_samples", "constrained")
+SETTINGS = (
+    "label",
+    "points",
+    "horizon",
+    "origins",
+    "top_k",
+    "top_p",
+    "repetition_penalty",
+    "num_samples",
+    "constrained",
+)
 BANDS = (("coverage50", "width50", 0.25, 0.75), ("coverage80", "width80", 0.1, 0.9))
 
 
@@ -39,7 +49,8 @@ def tables(
     """Every file of an evaluation by name.
 
     Args:
-        naive: the naive forecasts of each part by forecaster, (N, h, V).
+        made, naive: the forecasts, of several origins joined; and the naive ones of each part by forecaster, (N, h, V).
+            Files of single steps (forecasts.csv, history.csv, tokens.csv) are of the first origin; scores of all.
         parts: the systems of each part; "shown" is always one.
         result: of the run: its `result.json`, or its losses alone.
         expected: FLOPs as predicted.
@@ -48,7 +59,9 @@ def tables(
     of = {part: made.of(systems) for part, systems in parts.items()}
     guesses = {part: {"model": of[part].values, **naive[part]} for part in parts}
     settings, loss = task.settings, result["validation_loss"]
-    every = [row for part in parts for row in _scores(task, part, of[part], guesses[part])]
+    origins = task.origins
+    every = [row for part in parts for row in _scores(origins, part, of[part], guesses[part])]
+    first = made.at(0, len(origins))
     horizon_loss = {part: float(np.concatenate(of[part].losses).mean()) for part in parts}
     return {
         "evaluation.json": {
@@ -56,6 +69,7 @@ def tables(
             "parts": dict(parts),
             "verdict": {part: verdict(every, part) for part in parts},
             "shown_names": {str(system): task.shape_of(system) for system in parts["shown"]},
+            "by_origin": list(_by_origin(origins, of, guesses)) if len(origins) > 1 else [],
             "validation_loss": loss,
             "validation_loss_with_padding": result.get("validation_loss_with_padding"),
             "validation_tokens": result["validation_tokens"],
@@ -65,21 +79,34 @@ def tables(
             "sampling": settings.judged,
             "temperature": settings.sampling_temperature,
             "unparsed_steps": {part: int(np.isnan(of[part].values).any(-1).sum()) for part in parts},
-            "forecast_steps": {part: len(systems) * settings.horizon for part, systems in parts.items()},
+            "forecast_steps": {part: of[part].values[..., 0].size for part in parts},
             "flops": made.flops,
             "predicted_flops": dict(expected),
             "convention": "coursework",
             "data_sha256": task.dataset.digest,
+            "trained_on_this_data": trained_on(task, adapter),
             "adapter_sha256": adapter and files.file_digest(next(adapter.glob("*model.safetensors"))),
         },
-        "forecasts.csv": list(_forecasts(task, made)),
-        "history.csv": list(_history(task, of["shown"])),
+        "forecasts.csv": list(_forecasts(task, first)),
+        "history.csv": list(_history(task, first.of(parts["shown"]))),
         "scores.csv": every,
         "systems.csv": _systems(task, of, guesses, parts),
         "systems_scaled.csv": _systems(task, of, guesses, {"shown": parts["shown"]}, scaled=True),
         "horizon.csv": [row for part in parts for row in _horizon(task, part, of[part], guesses[part])],
         "tokens.csv": list(_tokens(task, of["shown"])),
     }
+
+
+def trained_on(task: Task, adapter: Path | None) -> bool | str:
+    """Whether an adapter's run trained on series of the task's data set, by the digest in the `result.json` of its
+    folder; "unknown" where there is none that can be read. The untrained model (None) did not."""
+    if adapter is None:
+        return False
+    try:
+        digest = Record(RunFolder(adapter.resolve().parent).result).held.get("data_sha256")
+    except ValueError:
+        digest = None
+    return "unknown" if digest is None else digest == task.dataset.digest
 
 
 def verdict(rows: Sequence[Row], part: str) -> str:
@@ -95,28 +122,70 @@ def write(folder: Path, tables: Mapping[str, Any]) -> None:
             (files.write_json if name.endswith(".json") else files.write_csv)(new / name, content)
 
 
-def _scores(task: Task, part: str, made: Forecasts, guesses: Mapping[str, NDArray[np.float64]]) -> Iterator[Row]:
-    names, seed = task.dataset.names, task.settings.seed
-    for unit in ("raw", "scaled"):
-        by = task.alphas[made.systems][:, None, None] if unit == "scaled" else np.ones((len(made.systems), 1, 1))
+def _by_origin(origins: Sequence[Task], of: Mapping[str, Forecasts], guesses) -> Iterator[Row]:
+    """The scores in raw units, all variables, at each origin alone."""
+    for i, one in enumerate(origins):
+        found: list[Row] = []
+        for part, made in of.items():
+            own = {name: np.split(values, len(origins), 1)[i] for name, values in guesses[part].items()}
+            found += _scores([one], part, made.at(i, len(origins)), own, ["raw"])
+        rows = [row for row in found if row["variable"] == "all"]
+        yield {"cut_off": one.start + one.settings.points, "scores": rows}
+
+
+def _scales(origins: Sequence[Task], systems: Sequence[int]) -> NDArray[np.float64]:
+    """What each step of each system is divided by, (N, h, 1)."""
+    alphas = np.stack([one.alphas[systems] for one in origins], 1)  # (N, origins)
+    return np.repeat(alphas, origins[0].settings.horizon, 1)[..., None]
+
+
+def _scores(
+    origins: Sequence[Task],
+    part: str,
+    made: Forecasts,
+    guesses: Mapping[str, NDArray[np.float64]],
+    units: Sequence[str] = ("raw", "scaled"),
+) -> Iterator[Row]:
+    names, settings = origins[0].dataset.names, origins[0].settings
+    seed, horizon = settings.seed, settings.horizon
+    contexts = np.split(made.context, len(origins), 1)
+    error = np.concatenate([np.repeat(scores.naive_error(one), horizon, 1) for one in contexts], 1)  # (N, h, V)
+    for unit in units:
+        by = _scales(origins, made.systems)
+        by = by if unit == "scaled" else np.ones_like(by)
         truth, fallback = made.truth / by, guesses["persistence"] / by
-        reference = guesses[SEASONAL] / by
-        for forecaster, values in guesses.items():
-            full, unparsed = scores.filled(values / by, fallback)
-            every = scores.by_variable(truth, full, names)
-            for v, (variable, errors) in enumerate(every.items()):
+        naive = error / by
+        filled = {forecaster: scores.filled(values / by, fallback) for forecaster, values in guesses.items()}
+        every = {forecaster: scores.by_variable(truth, full, names) for forecaster, (full, _) in filled.items()}
+        for forecaster, (full, unparsed) in filled.items():
+            deciles = _deciles(made, forecaster, full, by)
+            for v, (variable, errors) in enumerate(every[forecaster].items()):
                 of = slice(v - 1, v) if v else slice(None)
+                mse = {name: found[variable]["mse"] for name, found in every.items()}
+                reference = scores.reference(mse)
                 each = scores.per_series(truth[..., of], full[..., of])
-                repeated = scores.per_series(truth[..., of], reference[..., of])["mse"]
+                copied = scores.per_series(truth[..., of], filled[reference][0][..., of])["mse"]
                 row: Row = {"part": part, "unit": unit, "forecaster": forecaster, "variable": variable}
                 row |= {"series": len(truth), "steps": unparsed.size, "unparsed_steps": int(unparsed.sum())}
                 for name, values_of_each in each.items():
                     row[f"{name}_low"], row[f"{name}_high"] = scores.interval(values_of_each, seed)
-                seasonal = scores.errors(truth[..., of], reference[..., of])["mse"]
-                row |= errors | {"skill": scores.skill(errors["mse"], seasonal)}
-                row["won"] = scores.won(each["mse"], repeated)
-                row["difference_low"], row["difference_high"] = scores.paired_interval(each["mse"], repeated, seed)
+                row |= errors | {"mase": scores.mase(truth[..., of], full[..., of], naive[..., of])}
+                row |= {"mase_undefined": int((naive[:, ::horizon, of] == 0).sum())}
+                row |= {"wql": scores.weighted_quantile_loss(truth[..., of], deciles[..., of])}
+                row |= {"reference": reference, "skill": scores.skill(errors["mse"], mse[reference])}
+                row["won"] = scores.won(each["mse"], copied)
+                row["win_rate"] = row["won"] / len(truth)
+                row["difference_low"], row["difference_high"] = scores.paired_interval(each["mse"], copied, seed)
                 yield row | _probabilistic(made, forecaster, by, of)
+
+
+def _deciles(made: Forecasts, forecaster: str, full: NDArray[np.float64], by) -> NDArray[np.float64]:
+    """Those of the samples, (9, N, h, V); where there are none, the forecast itself at every level."""
+    if forecaster != "model" or made.samples is None:
+        return np.broadcast_to(full, (len(scores.DECILES), *full.shape))
+    found = scores.quantiles(made.samples / by[:, None])
+    deciles = found[[scores.QUANTILES.index(level) for level in scores.DECILES]]
+    return np.where(np.isnan(deciles), full, deciles)
 
 
 def _probabilistic(made: Forecasts, forecaster: str, by, of: slice) -> Row:
@@ -140,7 +209,7 @@ def _systems(task: Task, of, guesses, parts: Parts, scaled: bool = False) -> lis
     rows: dict[tuple, Row] = {}
     for part, systems in parts.items():
         for i, system in enumerate(systems):
-            by = task.alphas[system] if scaled else 1.0
+            by = _scales(task.origins, [system])[0] if scaled else 1.0
             for forecaster, values in guesses[part].items():
                 full, unparsed = scores.filled(values[i] / by, guesses[part]["persistence"][i] / by)
                 for variable, errors in scores.by_variable(of[part].truth[i] / by, full, task.dataset.names).items():
@@ -168,8 +237,9 @@ def _horizon(task: Task, part: str, made: Forecasts, guesses) -> Iterator[Row]:
         full, _ = scores.filled(values, guesses["persistence"])
         for v, variable in enumerate(("all", *task.dataset.names)):
             of = slice(v - 1, v) if v else slice(None)
-            by_step = scores.by_step(made.truth[..., of], full[..., of])
-            for step in range(task.settings.horizon):
+            each = (-1, horizon := task.settings.horizon, full[..., of].shape[2])  # a row for a series at an origin
+            by_step = scores.by_step(made.truth[..., of].reshape(each), full[..., of].reshape(each))
+            for step in range(horizon):
                 row = {"part": part, "forecaster": forecaster, "variable": variable, "step": step + 1}
                 yield row | {name: float(values[step]) for name, values in by_step.items()}
 
@@ -200,8 +270,8 @@ def _tokens(task: Task, made: Forecasts) -> Iterator[Row]:
     end = task.tokenizer.encode(";")
     for system, losses in zip(made.systems, made.losses, strict=True):
         whole = task.tokens(system, settings.points + settings.horizon)
-        step = 0
-        for position, (token, nats) in enumerate(zip(whole[-len(losses) :], losses, strict=True)):
+        true, step = whole[len(task.tokens(system, settings.points)) :], 0
+        for position, (token, nats) in enumerate(zip(true, losses[: len(true)], strict=True)):
             text = task.tokenizer.decode([token])
             row = {"unique_id": system, "position": position, "step": step, "token": token, "text": text}
             yield row | {"nats": float(nats)}
@@ -215,31 +285,50 @@ def _number(value: float) -> float | None:
 def table(evaluation: Mapping[str, Any], rows: Sequence[Row], part: str) -> str:
     """The scores of one part in raw units as aligned text."""
     lines = [f"({evaluation['label']})"] if evaluation["label"] else []
+    cut = ", ".join(str(one["cut_off"]) for one in evaluation["by_origin"])
+    cut = f"at {evaluation['origins']} origins, after points {cut}, " if cut else ""
     series, steps = len(evaluation["parts"][part]), evaluation["forecast_steps"][part]
     lines += [
         f"validation loss {evaluation['validation_loss']:.4f} nats per real token "
         f"(perplexity {evaluation['perplexity']:.3f}), of {evaluation['validation_tokens']:,}; "
         f"of the true horizon {evaluation['horizon_loss'][part]:.4f}",
-        f"forecasts of {series} series ({part}), {evaluation['points']} points -> {evaluation['horizon']}, "
+        f"forecasts of {series} series ({part}), {evaluation['points']} points -> {evaluation['horizon']}, {cut}"
         f"raw units, {evaluation['sampling']}; "
         f"{evaluation['unparsed_steps'][part]} of {steps} steps did not parse (scored as persistence)",
         "",
-        f"{'':16} {'MSE':>8} {'95 % interval':>17} {'RMSE':>8} {'MAE':>8} {'R2':>8} {'skill':>8} {'won':>5}",
+        f"{'':17} {'MSE':>8} {'95 % interval':>17} {'RMSE':>8} {'MAE':>8} {'MASE':>8} {'sMAPE':>8} {'WQL':>8} "
+        f"{'R2':>8} {'skill':>8} {'won':>5}",
     ]
     for row in rows:
         if (row["part"], row["unit"], row["variable"]) == (part, "raw", "all"):
+            reference = row["reference"]
             lines.append(
-                f"{row['forecaster']:16} {row['mse']:8.4f} {row['mse_low']:8.4f}-{row['mse_high']:8.4f} "
-                f"{row['rmse']:8.4f} {row['mae']:8.4f} {_shown(row['r2'])} {_shown(row['skill'])} {row['won']:5}"
+                f"{row['forecaster']:17} {row['mse']:8.4f} {row['mse_low']:8.4f}-{row['mse_high']:8.4f} "
+                f"{row['rmse']:8.4f} {row['mae']:8.4f} {_shown(row['mase'])} {_shown(row['smape'])} "
+                f"{_shown(row['wql'])} {_shown(row['r2'])} {_shown(row['skill'])} {row['win_rate']:5.0%}"
             )
+    for one in evaluation["by_origin"]:
+        mse = {row["forecaster"]: row for row in one["scores"] if row["part"] == part}
+        lines.append(
+            f"after point {one['cut_off']}: MSE of the model {mse['model']['mse']:.4f}, of the "
+            f"{mse['model']['reference']} {mse[mse['model']['reference']]['mse']:.4f}"
+        )
     flops = evaluation["flops"]
     lines += [
         "",
         evaluation["verdict"][part],
-        f"skill: 1 - MSE / MSE of the seasonal repeat; won: series with a lower MSE than its, of {series}",
+        "MASE: error / the one-step naive error within the context; sMAPE: 2 |error| / (|value| + |forecast|); "
+        "WQL: weighted quantile loss",
+        f"skill: 1 - MSE / MSE of the {reference}; won: part of the {series} series with a lower MSE than its",
+        f"trained on this data: {yes_or_no(evaluation['trained_on_this_data'])}",
         f"FLOPs (coursework): validation {flops['validation']:,}, inference {flops['inference']:,}",
     ]
     return "\n".join(lines)
+
+
+def yes_or_no(trained: bool | str) -> str:
+    """What `trained_on` returns, in words."""
+    return trained if isinstance(trained, str) else "yes" if trained else "no"
 
 
 def _shown(value: float | None) -> str:

@@ -18,9 +18,18 @@ Forecasts = dict[str, NDArray[np.float64]]
 def forecasts(task: Task, systems: Sequence[int], progress: Counted = lambda done, of: None) -> Forecasts:
     """Persistence, the context's mean, a seasonal repeat, and for predator and prey a fit of their law, (N, h, V).
 
-    `progress` takes how many fits are done, which take a while, and of how many."""
+    Those of several origins stand one after the other, (N, sum of their h, V). `progress` takes how many fits are done,
+    which take a while, and of how many."""
+    return _joined([_forecasts(one, systems, progress) for one in task.origins])
+
+
+def _joined(origins: Sequence[Forecasts]) -> Forecasts:
+    return {name: np.concatenate([one[name] for one in origins], 1) for name in origins[0]}
+
+
+def _forecasts(task: Task, systems: Sequence[int], progress: Counted) -> Forecasts:
     settings, dataset = task.settings, task.dataset
-    series = dataset.series[np.asarray(systems, int)].astype(np.float64)
+    series = task.series[np.asarray(systems, int)].astype(np.float64)
     context = series[:, : settings.points]
     found = {name: np.stack([rule(one, settings.horizon) for one in context]) for name, rule in RULES.items()}
     if dataset.names == ("prey", "predator") and settings.points >= FEWEST_POINTS:
@@ -34,20 +43,25 @@ def forecasts(task: Task, systems: Sequence[int], progress: Counted = lambda don
 
 
 def kept(task: Task, systems: Sequence[int], path: Path, progress: Counted = lambda done, of: None) -> Forecasts:
-    """The forecasts of `systems`, from the CSV at `path`, or made and written there.
+    """The forecasts of `systems`, from the CSV at `path`, or made and written there; of later origins at `path`-2, ...
 
     Raises:
         ValueError: the file is not what this wrote for these systems.
     """
+    paths = [path, *(path.with_stem(f"{path.stem}-{number}") for number in range(2, len(task.origins) + 1))]
+    return _joined([_kept(*each, systems, progress) for each in zip(task.origins, paths, strict=True)])
+
+
+def _kept(task: Task, path: Path, systems: Sequence[int], progress: Counted) -> Forecasts:
     settings, names = task.settings, task.dataset.names
     time = task.time[settings.points :]
     if not path.is_file():
-        made = forecasts(task, systems, progress)
+        made = _forecasts(task, systems, progress)
         written = []
         for name, values in made.items():
             for i, v, step in np.ndindex(len(systems), len(names), settings.horizon):
                 row = {"forecaster": name, "unique_id": systems[i], "ds": float(time[step]), "variable": names[v]}
-                row["y"] = float(task.dataset.series[systems[i], settings.points + step, v])
+                row["y"] = float(task.series[systems[i], settings.points + step, v])
                 written.append(row | {"y_hat": float(values[i, step, v])})
         files.write_csv(path, written)
         return made

@@ -1,7 +1,7 @@
 """The measures by which forecasts are judged: errors of one forecast, and scores of many samples of it.
 
 Letters: N series, h forecast steps, V variables, S samples. Only the horizon is ever scored. Errors have the
-units of the data (MSE their square); MAPE, R2, skill and coverage have none. Everything is float64.
+units of the data (MSE their square); MAPE, sMAPE, R2, MASE, WQL, skill and coverage have none. Everything is float64.
 """
 
 import math
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from experiments.forecasting.baselines import RULES
+from experiments.forecasting.baselines import PARROT, RULES, SEASONAL
 from experiments.settings.record import FEWEST_SERIES
 
 Array = NDArray[np.float64]
@@ -21,6 +21,7 @@ AS_GOOD, MOST_TIMES = 1.05, 1e6  # ratios of two MSEs: below it they count as eq
 LEVEL, DRAWS = 0.95, 2000  # of bootstrap intervals
 EPSILON = float(np.finfo(np.float64).eps)
 QUANTILES = (0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9)
+DECILES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of the weighted quantile loss
 
 
 def filled(forecast: ArrayLike, fallback: ArrayLike) -> tuple[Array, Mask]:
@@ -35,25 +36,29 @@ def filled(forecast: ArrayLike, fallback: ArrayLike) -> tuple[Array, Mask]:
 
 
 def errors(truth: ArrayLike, forecast: ArrayLike) -> dict[str, Any]:
-    """Return MSE, RMSE, MAE, MAPE and R2 of a forecast, pooled over everything given. Arguments (..., h, V).
+    """Return MSE, RMSE, MAE, MAPE, sMAPE and R2 of a forecast, pooled over everything given. Arguments (..., h, V).
 
     With e = forecast - y: mse = mean e^2, rmse = sqrt(mse), mae = mean |e|,
-    mape = mean(|e| / max(|y|, machine epsilon)), a fraction, which the values nearest to 0 decide, and
+    mape = mean(|e| / max(|y|, machine epsilon)), a fraction, which the values nearest to 0 decide,
+    smape = mean(2 |e| / (|y| + |forecast|)), a fraction from 0 to 2, 0 where both values are 0, and
     r2 = 1 - sum e^2 / sum (y - m)^2, where m is the mean of y over what is given, each variable's own. So two
     variables of unlike level do not explain each other; where no variable changes, r2 is None.
 
     Raises ValueError where shapes differ, nothing is given, or a value is not finite.
-    Source: scikit-learn, "Metrics and scoring", regression metrics."""
+    Source: scikit-learn, "Metrics and scoring", regression metrics; sMAPE: Makridakis, Spiliotis & Assimakopoulos 2020,
+    "The M4 competition"."""
     y, got = (values.reshape(-1, values.shape[-1]) for values in _pair(truth, forecast))  # (all steps, V)
     e = got - y
     above = y - y[0]  # exactly 0 where a variable is constant, as y less its rounded mean is not
     spread = float(np.sum((above - above.mean(axis=0)) ** 2))
     mse = float(np.mean(e**2))
+    size = np.abs(y) + np.abs(got)
     return {
         "mse": mse,
         "rmse": float(np.sqrt(mse)),
         "mae": float(np.mean(np.abs(e))),
         "mape": float(np.mean(np.abs(e) / np.maximum(np.abs(y), EPSILON))),
+        "smape": float(np.mean(np.divide(2 * np.abs(e), size, out=np.zeros_like(e), where=size > 0))),
         "r2": 1 - float(np.sum(e**2)) / spread if spread else None,
     }
 
@@ -88,6 +93,40 @@ def by_step(truth: ArrayLike, forecast: ArrayLike) -> dict[str, Array]:
     return {"mse": mse, "mae": mae, "running_rmse": np.sqrt(np.cumsum(mse) / np.arange(1, len(mse) + 1))}
 
 
+def naive_error(context: ArrayLike) -> Array:
+    """Return mean |x[t] - x[t-1]| of each variable, (N, 1, V), from (N, P, V): 0 where it is constant, or P is 1."""
+    x = _float(context)
+    if x.ndim != 3 or not x.size or not np.isfinite(x).all():
+        raise ValueError(f"context has shape {x.shape}: expected finite values, (series, points, variables)")
+    return np.abs(np.diff(x, axis=1)).sum(axis=1, keepdims=True) / max(1, x.shape[1] - 1)
+
+
+def mase(truth: ArrayLike, forecast: ArrayLike, naive: ArrayLike) -> float | None:
+    """Return the mean absolute scaled error: mean(|e| / q), where q is the `naive_error` of the context of the series.
+
+    1 is the error that the naive forecast of one step has within the context; over a horizon of several steps it has
+    more. Where q is 0 the ratio is not defined: such a variable of a series is left out; None where all are.
+    `truth`, `forecast` (N, h, V); `naive` (N, 1, V), or (N, h, V) where a step has a context of its own.
+    Source: Hyndman & Koehler 2006, "Another look at measures of forecast accuracy", section 3."""
+    y, got = _pair(truth, forecast, dimensions=3)
+    q = np.broadcast_to(_float(naive), y.shape)
+    return float(np.mean(np.abs(got - y)[q > 0] / q[q > 0])) if (q > 0).any() else None
+
+
+def weighted_quantile_loss(truth: ArrayLike, deciles: ArrayLike) -> float | None:
+    """Return 2 sum max(p e, (p - 1) e) / sum |y|, e = y - its forecast at level p, the mean over the levels DECILES.
+
+    `truth` (N, h, V), `deciles` (9, N, h, V). Of a point forecast, which stands for each of its quantiles, it is
+    sum |e| / sum |y|. None where every true value is 0.
+    Source: Ansari et al. 2024, "Chronos: learning the language of time series", the metric WQL."""
+    f = _float(deciles)
+    y = _finite("truth", truth, f.shape[1:])
+    e = y - _finite("deciles", f, (len(DECILES), *y.shape))
+    p = np.reshape(DECILES, (-1, 1, 1, 1))
+    size = float(np.abs(y).sum())
+    return 2 * float(np.maximum(p * e, (p - 1) * e).sum()) / len(DECILES) / size if size else None
+
+
 def interval(per_series_values: ArrayLike, seed: int) -> tuple[float, float]:
     """Return (low, high), the percentile bootstrap interval of the mean over series, of `LEVEL`.
 
@@ -116,7 +155,9 @@ def skill(model_mse: float, reference_mse: float) -> float | None:
 
 
 def won(model: ArrayLike, reference: ArrayLike) -> int:
-    """Return the number of series whose error is lower with the model. Both (N,); a tie is not won."""
+    """Return the number of series whose error is lower with the model. Both (N,); a tie is not won.
+
+    Divided by N it is the win rate."""
     first = _one_for_each_series(model)
     return int(np.sum(first < _finite("the other's error", reference, first.shape)))
 
@@ -135,6 +176,12 @@ def verdict(mse: Mapping[str, float], series: int, untrained: float | None = Non
         text += f", and training {'left' if link == 'as' else 'made'} {them} {said} {link} the untrained model's"
     few = "one series tells" if series == 1 else f"{series} series tell"
     return text + (f"; {few} little." if series < FEWEST_SERIES else ".")
+
+
+def reference(mse: Mapping[str, float]) -> str:
+    """Return the copy that skill is measured against: context parroting where its MSE is lower than the seasonal
+    repeat's on the same series, else the seasonal repeat. `mse` by forecaster."""
+    return PARROT if mse.get(PARROT, math.inf) < mse[SEASONAL] else SEASONAL
 
 
 def best_copy(mse: Mapping[str, float]) -> str:

@@ -7,6 +7,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from experiments.forecasting.baselines import SEASONAL
 from experiments.forecasting.scores import QUANTILES, verdict
 from experiments.report.records import Fields, Records, Row
 
@@ -22,6 +23,8 @@ _SCORES = {
     **dict.fromkeys(("mse_low", "mse_high", "mae_low", "mae_high", "r2", "skill"), "number or nothing"),
     **dict.fromkeys(("crps", "coverage50", "coverage80", "width50", "width80"), "number or nothing"),
     **dict.fromkeys(("difference_low", "difference_high"), "number or nothing?"),
+    **dict.fromkeys(("smape", "mase", "wql", "win_rate"), "number or nothing?"),
+    "reference": "text?",
 }
 _SYSTEMS = {
     **dict.fromkeys(("unique_id", "class", "parts", "forecaster", "variable"), "text"),
@@ -65,7 +68,9 @@ class Evaluation:
 
     @cached_property
     def scores(self) -> list[Row]:
-        return self.records.csv(self.file("scores.csv"), **_SCORES)
+        """The rows of scores.csv; an older one has no column for the reference, which was the seasonal repeat."""
+        rows = self.records.csv(self.file("scores.csv"), **_SCORES)
+        return [row | {"reference": row["reference"] or SEASONAL} for row in rows]
 
     @cached_property
     def systems(self) -> list[Row]:
@@ -86,6 +91,12 @@ class Evaluation:
     def tokens(self) -> list[Row]:
         counts = dict.fromkeys(("position", "step", "token"), "count")
         return self.records.csv(self.file("tokens.csv"), unique_id="text", **counts, text="text", nats="number")
+
+    @property
+    def scored(self) -> str:
+        """What is scored, in words; an older evaluation.json has one origin."""
+        origins = self.about.values.get("origins", 1)
+        return "the horizon" if origins == 1 else f"the horizons at {origins} origins"
 
     @property
     def parts(self) -> list[str]:

@@ -44,10 +44,10 @@ def summary(study: Study) -> Section:
             mse, low, high = (Number(row[name]) for name in ("mse", "mse_low", "mse_high"))
             interval: Inline = [mse, " over the horizon, raw units, 95 % interval ", low, " to ", high]
             facts.append((f"Final MSE, {part}", interval))
-            skill = Number(row["skill"])
-            facts.append((f"Skill over the seasonal repeat, {part}", [skill, " (1 - MSE / its MSE)"]))
+            skill, copy = Number(row["skill"]), row["reference"]
+            facts.append((f"Skill over the {copy}, {part}", [skill, " (1 - MSE / its MSE)"]))
             won, of = Number(row["won"], "integer"), Number(row["series"], "integer")
-            facts.append((f"Series won, {part}", [won, " of ", of, " have a lower MSE than the seasonal repeat"]))
+            facts.append((f"Series won, {part}", [won, " of ", of, f" have a lower MSE than the {copy}"]))
     facts.append(("Budget", spent_of_budget(study)))
     if study.plan:
         files.append("study.json")

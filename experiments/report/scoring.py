@@ -5,13 +5,19 @@ from collections.abc import Sequence
 from functools import partial
 
 from experiments import plots
-from experiments.forecasting.baselines import SEASONAL
+from experiments.forecasting.judge import yes_or_no
 from experiments.report.document import Block, Column, Figure, Inline, Items, Section, Table, Text, not_run
 from experiments.report.evaluation import MODEL, Evaluation
 from experiments.report.records import Row
 from experiments.report.study import CONTROLS, TITLES, Run, Study
 
 SQUARED = "MSE (raw units squared)"
+ERRORS = ("rmse", "mae", "mape", "smape", "mase", "wql")
+ANCHORED = (Column("smape", "sMAPE", "share"), Column("mase", "MASE"), Column("wql", "WQL", "share"))
+ANCHORS = (
+    "MASE is the error over that of the one-step naive forecast within the context, without the variables that are "
+    "constant there; sMAPE 2 |error| / (|value| + |forecast|); WQL the weighted quantile loss."
+)
 
 
 def by_stage(study: Study) -> Section:
@@ -26,20 +32,25 @@ def by_stage(study: Study) -> Section:
                 if row := evaluation.score(part):
                     loss = evaluation.about.number("validation_loss") if part == "validation" else None
                     mse = row["mse"], row["mse_low"], row["mse_high"]
-                    kept = [row[name] for name in ("rmse", "mae", "mape", "r2", "skill", "won", "series")]
-                    rows.append([run.title, part, loss, mse, *kept])
+                    kept = [row[name] for name in (*ERRORS, "r2", "skill", "reference", "won", "series", "win_rate")]
+                    trained = evaluation.about.values.get("trained_on_this_data")
+                    rows.append([run.title, part, loss, mse, *kept, trained if trained is None else yes_or_no(trained)])
         columns = [
             *(Column("run", "run", "text"), Column("part", "part", "text"), Column("loss", "validation loss")),
             *(Column("mse", "MSE (95 % interval)", "interval"), Column("rmse", "RMSE"), Column("mae", "MAE")),
-            *(Column("mape", "MAPE", "share"), Column("r2", "R²"), Column("skill", "skill")),
-            *(Column("won", "series won", "integer"), Column("series", "of", "integer")),
+            *(Column("mape", "MAPE", "share"), *ANCHORED, Column("r2", "R²"), Column("skill", "skill")),
+            *(Column("reference", "over", "text"), Column("won", "series won", "integer")),
+            *(Column("series", "of", "integer"), Column("win_rate", "win rate", "share")),
+            Column("trained_on_this_data", "trained on this data", "text"),
         ]
         caption = (
-            "The model by stage: errors over the horizon alone, all species, raw units. Skill is 1 - MSE / MSE of the "
-            "seasonal repeat; a series is won where the model's MSE is lower. Loss in nats per real token."
+            f"The model by stage: errors over {main[0][1].scored} alone, all species, raw units. Skill is 1 - MSE / "
+            "MSE of the copy that is named, the better of the seasonal repeat and context parroting; a series is won "
+            f"where the model's MSE is lower. {ANCHORS} Loss in nats per real token."
         )
         files = [evaluation.file(name) for _, evaluation in main for name in ("scores.csv", "evaluation.json")]
-        blocks.append(Table("by-stage", caption, columns, rows, files, [run.stage for run, _ in main], heads=2))
+        stages = [run.stage for run, _ in main]
+        blocks.append(Table("by-stage", caption, columns, rows, files, stages, heads=2).without_empty())
         said: list[Inline] = [
             [f"{run.title.capitalize()}, {part}: {found.verdict(part, study.untrained_mse(found, part))}"]
             for run, found in main
@@ -79,22 +90,23 @@ def _scores(
         *(Column("part", "part", "text"), Column("forecaster", "forecaster", "text")),
         *(Column("variable", "species", "text"), Column("series", "series", "integer")),
         *(Column("mse", "MSE (95 % interval)", "interval"), Column("rmse", "RMSE")),
-        *(Column("mae", "MAE (95 % interval)", "interval"), Column("mape", "MAPE", "share"), Column("r2", "R²")),
-        *(Column("skill", "skill"), Column("difference", "MSE - seasonal repeat's (95 % interval)", "interval")),
-        Column("won", "series won", "integer"),
+        *(Column("mae", "MAE (95 % interval)", "interval"), Column("mape", "MAPE", "share"), *ANCHORED),
+        *(Column("r2", "R²"), Column("skill", "skill"), Column("reference", "over", "text")),
+        Column("difference", "MSE - its (95 % interval)", "interval"),
+        *(Column("won", "series won", "integer"), Column("win_rate", "win rate", "share")),
         *(Column("unparsed_steps", "steps not parsed", "integer"), Column("steps", "of", "integer")),
     ]
     if not suffix:
         columns = [column for column in columns if column.name != "variable"]
-    repeated = {_key(row): row["mse"] for row in rows if row["forecaster"] == SEASONAL}
+    copied = {_key(row): row["mse"] for row in rows if row["forecaster"] == row["reference"]}
     values = []
     for row in rows:
-        known = row["difference_low"] is not None and _key(row) in repeated
-        own = row | {"difference": row["mse"] - repeated[_key(row)] if known else None}
+        known = row["difference_low"] is not None and _key(row) in copied
+        own = row | {"difference": row["mse"] - copied[_key(row)] if known else None}
         intervals = [column.name for column in columns if column.kind == "interval"]
         ends = {name: (own[name], own[f"{name}_low"], own[f"{name}_high"]) for name in intervals}
         values.append([ends[c.name] if c.name in ends else own[c.name] for c in columns])
-    caption = f"Scores over the horizon, {run.title}, {what}; intervals by a bootstrap over series."
+    caption = f"Scores over {evaluation.scored}, {run.title}, {what}; intervals by a bootstrap over series. {ANCHORS}"
     files, name, heads = [evaluation.file("scores.csv")], f"scores-{run.stage}{suffix}", 3 if suffix else 2
     return Table(name, caption, columns, values, files, [run.stage], heads=heads, folded=folded).without_empty()
 

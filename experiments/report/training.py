@@ -220,10 +220,11 @@ def _errors(study: Study, runs: Sequence[Run], stage: str) -> list[Table]:
                 if (row["forecaster"], row["variable"]) == ("model", "all"):
                     mse = (row["mse"], row["mse_low"], row["mse_high"])
                     rows.append([run.title, row["part"], row["unit"], row["series"], mse, row["mae"], row["skill"]])
+                    rows[-1].append(row["reference"])
     columns = [
         *(Column("run", "run", "text"), Column("part", "part", "text"), Column("unit", "unit", "text")),
         *(Column("series", "series", "integer"), Column("mse", "MSE (95 % interval)", "interval")),
-        *(Column("mae", "MAE"), Column("skill", "skill over the seasonal repeat")),
+        *(Column("mae", "MAE"), Column("skill", "skill"), Column("reference", "over", "text")),
     ]
     caption = "Errors of the forecasts of these runs, all species."
     return [Table(f"{stage}-errors", caption, columns, rows, files, [stage])] if rows else []

@@ -117,6 +117,7 @@ class Settings:
     # forecasts
     points: int = 80  # of a series that a forecast sees
     horizon: int = 20  # points that it forecasts
+    origins: int = 1  # cut-offs of a series that forecasts start at, evenly spaced; see `Task.origins`
     forecast_series: int = 20  # of a part that are forecast; 0 for all
     forecast_cells: bool = True  # forecast with each cell and context too; of a protocol's, the shown series alone
     shown: tuple[int, ...] = ()  # systems drawn one by one; none for the first of each class
@@ -258,7 +259,7 @@ class Settings:
 
 _LARGEST = 2**20  # far above what any run needs: a damaged file must not ask for all memory
 _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("steps default_steps context_steps final_steps points horizon", lambda v: v >= 1, "at least 1"),
+    ("steps default_steps context_steps final_steps points horizon origins", lambda v: v >= 1, "at least 1"),
     ("checkpoint_every default_rank", lambda v: v >= 1, "at least 1"),
     ("val_every val_series forecast_series shown_series best_rank best_context top_k", lambda v: v >= 0, "0 or more"),
     ("alpha temperature lora_alpha warmup decay weight_decay clip", lambda v: 0 <= v < math.inf, "0 or more"),

@@ -34,6 +34,7 @@ class Task:
     alphas: NDArray[np.float64]  # (S,)
     codec: Codec
     tokenizer: Tokenizer
+    start: int = 0  # the first point that a forecast sees
     _tokens: dict[tuple[int, int | None], list[int]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -81,10 +82,38 @@ class Task:
         """The same data and text under settings that differ in the training alone: steps, context, learning rate."""
         return replace(self, settings=settings)
 
+    @cached_property
+    def origins(self) -> list["Task"]:
+        """The task at each of N cut-offs, its start at 0, k, 2k, ...: k is the most with which all N forecasts have a
+        truth, (P - points - horizon) // (N - 1). So the first is that of a single one, the last nearest to the end.
+
+        Raises:
+            ValueError: fewer than N fit.
+        """
+        settings, held = self.settings, self.dataset.series.shape[1]
+        count, free = settings.origins, held - settings.points - settings.horizon
+        if count > max(1, free + 1):
+            window = f"{settings.points} + {settings.horizon} of {held} points"
+            raise ValueError(f"origins is {count}: expected at most {max(1, free + 1)}, where {window} fit")
+        own = settings.scaling == "context percentile" and not settings.alpha  # of the points seen: each origin's
+        starts = [i * (free // (count - 1)) for i in range(1, count)]
+        return [self] + [
+            replace(self, start=start, alphas=self._alphas_from(start) if own else self.alphas, _tokens={})
+            for start in starts
+        ]
+
+    def _alphas_from(self, start: int) -> NDArray[np.float64]:
+        return _alphas(self.settings, self.dataset.series[:, start:], self.split.train)
+
+    @property
+    def series(self) -> NDArray[np.float32]:
+        """All series from the start on, (S, P - start, V)."""
+        return self.dataset.series[:, self.start :]
+
     @property
     def time(self) -> NDArray[np.float64]:
         """When the points and the horizon of a forecast are, (points + horizon,): beyond the data in its last step."""
-        known, wanted = self.dataset.time, self.settings.points + self.settings.horizon
+        known, wanted = self.dataset.time[self.start :], self.settings.points + self.settings.horizon
         step = known[-1] - known[-2]
         return np.concatenate((known, known[-1] + step * np.arange(1, wanted - len(known) + 1)))[:wanted]
 
@@ -115,11 +144,11 @@ class Task:
         self.tokenizer.check_fits(config.vocab_size)
 
     def scaled(self, system: int) -> NDArray[np.float64]:
-        """Series `system` divided by its alpha, (P, V)."""
-        return self.dataset.series[system].astype(np.float64) / self.alphas[system]
+        """Series `system` from the start on, divided by its alpha, (P - start, V)."""
+        return self.series[system].astype(np.float64) / self.alphas[system]
 
     def text(self, system: int, points: int | None = None) -> str:
-        """The LLMTIME text of the first `points` steps of a series (all by default)."""
+        """The LLMTIME text of `points` steps of a series from the start on (all by default)."""
         return self.codec.encode(self.scaled(system)[:points])
 
     def tokens(self, system: int, points: int | None = None) -> list[int]:

@@ -94,6 +94,8 @@ def parser() -> argparse.ArgumentParser:
     p = verb("evaluate", "validation loss, and forecasts scored beside naive ones")
     _settings(p, "data", "forecast")
     p.add_argument("--adapter", help="an adapter folder; none is the untrained model")
+    spaced = "evenly spaced, the first after --points points, scored together and one by one (1)"
+    p.add_argument("--origins", type=int, metavar="N", help=f"cut-offs of each series, {spaced}")
     p.add_argument("--part", default="validation", help="whose series are forecast: validation or test (validation)")
     tables = "evaluation.json, scores.csv, forecasts.csv and more go into its evaluation/, a figure into its figures/"
     p.add_argument("--out", help=f"a folder: {tables} (nothing is written)")

@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def evaluate(args: Namespace) -> None:
     rated = [row for row in tables["scores.csv"] if (row["part"], row["unit"]) == (args.part, "raw")]
     if out:
         judge.write(out / "evaluation", tables)
-        _draw(task, made.of(parts["shown"]), out / "figures" / "forecasts.png")
+        _draw(task, made.at(0, len(task.origins)).of(parts["shown"]), out / "figures" / "forecasts.png")
     if hasattr(args, "json"):
         print_json(evaluation | {"scores": rated} | ({"out": str(out)} if out else {}))
         return
@@ -57,7 +58,7 @@ def evaluate(args: Namespace) -> None:
 
 
 def forecast(args: Namespace) -> None:
-    settings, adapter = gather(args), getattr(args, "adapter", None)
+    settings, adapter = replace(gather(args), origins=1), getattr(args, "adapter", None)
     path = Path(getattr(args, "out", f"forecast-{args.system}.png"))
     files.check_file(path)
     task, model = prepare(settings, adapter, needs_split=False)
