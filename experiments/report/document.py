@@ -49,6 +49,37 @@ class Column:
     kind: Kind = "number"
 
 
+_KINDS: dict[Kind, str] = {
+    "text": "run part stage unit variable forecaster class unique_id system name state verdict primitive called note "
+    "what how record token id sampling constrained",
+    "code": "matrix text piece command file sha256",
+    "integer": "series steps step position point rank context won best_step unparsed unparsed_steps validation_tokens "
+    "top_k num_samples points horizon price",
+    "flops": "flops predicted difference claimed reproduced exact training_flops",
+    "share": "mape share share_of_budget share_of_exact coverage50 coverage80",
+    "rate": "lr top_p repetition_penalty",
+}
+_KIND_OF = {name: kind for kind, names in _KINDS.items() for name in names.split()}
+_TITLES = {
+    **{"unique_id": "system", "variable": "species", "lr": "learning rate"},
+    **{"mse": "MSE", "rmse": "RMSE", "mae": "MAE", "mape": "MAPE", "r2": "R²", "crps": "CRPS", "sha256": "SHA-256"},
+    **{"won": "series won", "unparsed_steps": "steps not parsed", "token": "token id", "id": "token id"},
+    **{"training_flops": "training FLOPs", "validation_loss_with_padding": "with padding counted"},
+}
+
+
+def named(names: str, intervals: str = "", **titles: str) -> list[Column]:
+    """The columns of these names, each of the kind that it has in every table, unless it is one of `intervals`.
+
+    A title is the one given here, or that of every table, or the name in words."""
+    columns = []
+    for name in names.split():
+        title, kind = titles.get(name) or _TITLES.get(name) or name.replace("_", " "), _KIND_OF.get(name, "number")
+        interval = Column(name, f"{title} (95 % interval)", "interval")
+        columns.append(interval if name in intervals.split() else Column(name, title, kind))
+    return columns
+
+
 @dataclass(frozen=True)
 class Table:
     """Rows of values under columns, shown on the page and written to tables/`name`.csv.
@@ -153,10 +184,6 @@ class Section:
     title: str
     blocks: Sequence[Block]
     footnotes: Sequence[tuple[int, str]] = ()
-
-
-def paragraph(*parts: str | Number) -> Text:
-    return Text(parts)
 
 
 def not_run(what: str) -> Text:

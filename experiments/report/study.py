@@ -24,23 +24,11 @@ class Run:
 
     @property
     def title(self) -> str:
-        return TITLES.get(self.stage, self.row["name"] if self.stage == "grid" else f"context {self.context}")
+        return TITLES.get(self.stage, self.row["name"] if self.stage == "grid" else f"context {self.row['context']}")
 
     @property
     def folder(self) -> str:
         return self.row["folder"]
-
-    @property
-    def lr(self) -> float:
-        return self.row["lr"]
-
-    @property
-    def rank(self) -> int:
-        return self.row["rank"]
-
-    @property
-    def context(self) -> int | None:
-        return self.row["context"]
 
 
 class Study:
@@ -55,6 +43,7 @@ class Study:
         self.plan = records.json("study.json") if records.has("study.json") else None
         self.label = self.manifest.text("label") if "label" in self.manifest.values else ""
         self.runs = self._runs()
+        self._evaluations: dict[str, Evaluation | None] = {}
 
     @property
     def title(self) -> str:
@@ -125,10 +114,6 @@ class Study:
             there = self.records.has(f"{run.folder}/evaluation/evaluation.json")
             self._evaluations[run.folder] = Evaluation(self.records, run.folder) if there else None
         return self._evaluations[run.folder]
-
-    @cached_property
-    def _evaluations(self) -> dict[str, Evaluation | None]:
-        return {}
 
     @cached_property
     def flops(self) -> list[Row]:
