@@ -86,11 +86,9 @@ def from_pretrained(cls, name_or_folder, dtype, device, revision, offline, compu
     config = QwenConfig.from_file(folder / "config.json")
     with torch.device("meta"):  # shapes without memory; the mapped tensors then become the parameters
         model = cls(config)
-    expected = {
-        name: t
-        for name, t in model.state_dict().items()
-        if not (name == "lm_head.weight" and config.tie_word_embeddings)
-    }
+    expected = model.state_dict()
+    if config.tie_word_embeddings:
+        del expected["lm_head.weight"]
     tensors = read_tensors(folder, expected, dtype, device)
     model.load_state_dict(tensors, strict=False, assign=True)  # read_tensors was strict already
     model.tie_weights()

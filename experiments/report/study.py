@@ -51,9 +51,7 @@ class Study:
 
     @property
     def budget(self) -> int:
-        if self.plan:
-            return self.plan.count("budget")
-        return Fields(str(self.root / "config.toml"), self.settings).count("budget")
+        return (self.plan or Fields(str(self.root / "config.toml"), self.settings)).count("budget")
 
     @property
     def claimed(self) -> dict[str, Any]:
@@ -66,14 +64,12 @@ class Study:
     @property
     def commands(self) -> dict[str, str]:
         """The command of each stage, as the manifest has it or from the folder's own settings, and of this page."""
-        run = shlex.quote(str(self.root))
-        found = {}
-        for stage in (*STAGES, "study"):
-            verb = stage if self.settings.get("protocol") else "grid"
-            found[stage] = f"python -m experiments.run {verb} --config {run}/config.toml --out {run}"
+        start, run = "python -m experiments.run", shlex.quote(str(self.root))
+        verbs = {stage: stage if self.settings.get("protocol") else "grid" for stage in (*STAGES, "study")}
+        found = {stage: f"{start} {verb} --config {run}/config.toml --out {run}" for stage, verb in verbs.items()}
         if "commands" in self.manifest.values:
             found |= {name: str(line) for name, line in self.manifest.fields("commands").values.items()}
-        return found | {"report": f"python -m experiments.run report {run}"}
+        return found | {"report": f"{start} report {run}"}
 
     def of(self, stage: str) -> list[Run]:
         return [run for run in self.runs if run.stage == stage]
