@@ -126,10 +126,8 @@ def read_tensors(
                         f"{path}: tensor {listed([name])} stands in {where[name].name} too: expected it once"
                     )
                 where[name] = path
-    complaints = [f"missing {listed(expected.keys() - where.keys())}"] if expected.keys() - where.keys() else []
-    if where.keys() - expected.keys():
-        complaints.append(f"unexpected {listed(where.keys() - expected.keys())}")
-    if complaints:
+    odd = {"missing": expected.keys() - where.keys(), "unexpected": where.keys() - expected.keys()}
+    if complaints := [f"{what} {listed(names)}" for what, names in odd.items() if names]:
         raise ValueError(
             f"{files[0] if len(files) == 1 else folder}: tensors {'; '.join(complaints)}: "
             f"expected those of the {len(expected)} that config.json asks for"
