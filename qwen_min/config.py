@@ -93,12 +93,8 @@ class QwenConfig:
         if fields.get("model_type") != "qwen2":
             raise ValueError(f"model_type is {fields.get('model_type')!r:.200}: expected 'qwen2'")
         _refuse_unsupported(fields)
-        missing = [
-            name
-            for name in cls.__dataclass_fields__
-            if name not in fields and name not in ("rope_theta", "tie_word_embeddings")
-        ]
-        if missing:
+        required = [name for name in cls.__dataclass_fields__ if name not in ("rope_theta", "tie_word_embeddings")]
+        if missing := [name for name in required if name not in fields]:
             raise ValueError(f"{', '.join(missing)} missing: expected every size of the model")
         known = {name: fields[name] for name in cls.__dataclass_fields__ if name in fields}
         # Hugging Face leaves out what equals its default, and its default for this flag is false.

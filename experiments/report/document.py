@@ -123,10 +123,8 @@ class Table:
         """The table as CSV: every value exact, an undefined one empty, and the label, if any, in every row."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        head: list[str] = []
-        for column in self.columns:
-            ends = ("", "_low", "_high") if column.kind == "interval" else ("",)
-            head += [column.name + end for end in ends]
+        ends = {"interval": ("", "_low", "_high")}
+        head = [column.name + end for column in self.columns for end in ends.get(column.kind, ("",))]
         labels = [label] if label else []
         writer.writerow(head + ["label"][: len(labels)])
         for row in self.rows:
@@ -198,19 +196,7 @@ def shown(value: Any, kind: Kind = "number") -> str:
             return NOTHING
         ends = "" if low is None or high is None else f" ({shown(low)} to {shown(high)})"
         return shown(mean) + ends
-    if value is None or value == "":
-        return NOTHING
-    if kind in ("text", "code"):
-        return str(value)
-    if kind == "integer":
-        return f"{value:,}"
-    if kind == "flops":
-        return base.scientific(value)
-    if kind == "share":
-        return f"{_significant(100 * value)}\N{NO-BREAK SPACE}%"
-    if kind == "rate":
-        return base.number(value)
-    return _significant(value)
+    return NOTHING if value is None or value == "" else _SHOWN[kind](value)
 
 
 def plain(value: Any) -> str:
@@ -220,3 +206,10 @@ def plain(value: Any) -> str:
 
 def _significant(value: float) -> str:
     return base.short(value, "#.4g").removesuffix(".") if value else "0"
+
+
+_SHOWN: dict[Kind, Callable[[Any], str]] = {
+    **{"text": str, "code": str, "number": _significant, "integer": "{:,}".format},
+    **{"flops": base.scientific, "rate": base.number},
+    "share": lambda value: f"{_significant(100 * value)}\N{NO-BREAK SPACE}%",
+}

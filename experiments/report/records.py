@@ -90,8 +90,7 @@ class Records:
 
     def json(self, name: str) -> Fields:
         value = self._once(name, files.read_json)
-        if not isinstance(value, dict):
-            raise ValueError(f"{self.root / name}: is a {type(value).__name__}: expected an object")
+        files.check(self.root / name, value, {})
         return Fields(str(self.root / name), value)
 
     def jsonl(self, name: str) -> list[Fields]:
