@@ -12,6 +12,7 @@ def sampling(study: Study) -> Section:
         return Section("sampling", title, [not_run("The evaluation")])
     titles = {"sampling": "how", "num_samples": "samples", "points": "points seen", "horizon": "points forecast"}
     names = "run sampling temperature top_k top_p repetition_penalty num_samples constrained points horizon"
+    columns = named(names, **titles)
     rows = []
     for run, evaluation in main:
         about = evaluation.about
@@ -19,9 +20,7 @@ def sampling(study: Study) -> Section:
         rows.append([run.title, about.text("sampling"), how[0], int(how[1]), *how[2:], about.count("num_samples")])
         rows[-1] += ["yes" if about.flag("constrained") else "no", about.count("points"), about.count("horizon")]
     files, stages = [evaluation.file("evaluation.json") for _, evaluation in main], [run.stage for run, _ in main]
-    blocks: list[Block] = [
-        Table("sampling", "How the forecasts were drawn.", named(names, **titles), rows, files, stages)
-    ]
+    blocks: list[Block] = [Table("sampling", "How the forecasts were drawn.", columns, rows, files, stages)]
     return Section("sampling", title, [*blocks, *_probabilistic(study), *_constrained(study)])
 
 
@@ -60,8 +59,8 @@ def _constrained(study: Study) -> list[Block]:
         shown += [[run.title, row["unique_id"], row["class"], row["cut_mass"], row["cut_mass_mean"]] for row in rows]
     files, stages = [evaluation.file("systems.csv") for _, evaluation in main], [run.stage for run, _ in main]
     means = named("run part series mean largest", mean="mean over series")
-    titles = {"cut_mass": "of the whole forecast", "cut_mass_mean": "mean of a token"}
-    each = named("run system class cut_mass cut_mass_mean", **titles)
+    names = "run system class cut_mass cut_mass_mean"
+    each = named(names, cut_mass="of the whole forecast", cut_mass_mean="mean of a token")
     caption = "Probability that free decoding would have left the encoding's grammar on the way, which was cut off"
     return [
         Table("cut-mass", f"{caption}.", means, parts, files, stages, heads=2),

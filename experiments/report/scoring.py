@@ -26,11 +26,8 @@ def by_stage(study: Study) -> Section:
                     mse = row["mse"], row["mse_low"], row["mse_high"]
                     kept = [row[name] for name in ("rmse", "mae", "mape", "r2", "skill", "won", "series")]
                     rows.append([run.title, part, loss, mse, *kept])
-        names, titles = (
-            "run part loss mse rmse mae mape r2 skill won series",
-            {"loss": "validation loss", "series": "of"},
-        )
-        columns = named(names, intervals="mse", **titles)
+        names = "run part loss mse rmse mae mape r2 skill won series"
+        columns = named(names, intervals="mse", loss="validation loss", series="of")
         caption = (
             "The model by stage: errors over the horizon alone, all species, raw units. Skill is 1 - MSE / MSE of the "
             "seasonal repeat; a series is won where the model's MSE is lower. Loss in nats per real token."
@@ -73,8 +70,7 @@ def _scores(
     run: Run, evaluation: Evaluation, rows: Sequence[Row], suffix: str, what: str, folded: bool = True
 ) -> Table:
     names = "part forecaster variable series mse rmse mae mape r2 skill difference won unparsed_steps steps"
-    titles = {"difference": "MSE - seasonal repeat's", "steps": "of"}
-    columns = named(names, intervals="mse mae difference", **titles)
+    columns = named(names, intervals="mse mae difference", difference="MSE - seasonal repeat's", steps="of")
     if not suffix:
         columns = [column for column in columns if column.name != "variable"]
     repeated = {_key(row): row["mse"] for row in rows if row["forecaster"] == SEASONAL}
@@ -160,8 +156,7 @@ def _plan(study: Study) -> Table:
         predicted = sum(flops.count(part) for part in flops.values)
         at = known[0], one.text("folder")
         rows.setdefault(at, [*known, predicted, "run" if at in ran else "not run"])
-    names, titles = "stage name lr rank context steps predicted state", {"name": "run", "predicted": "predicted FLOPs"}
-    columns = named(names, **titles)
+    columns = named("stage name lr rank context steps predicted state", name="run", predicted="predicted FLOPs")
     files = ["study.json", *(["results.csv"] if study.runs else [])]
     return Table("plan", "Every run that was planned.", columns, list(rows.values()), files, heads=2)
 

@@ -159,8 +159,7 @@ def _metrics(run: Run) -> str:
 def _curve(study: Study, run: Run) -> dict[str, Any]:
     """A run as `plots.loss_curves` takes it."""
     lines = study.records.jsonl(_metrics(run))
-    found: dict[str, Any] = {"name": run.title, "group": run.stage}
-    found |= {name: run.row[name] for name in ("lr", "rank")}
+    found = {"name": run.title, "lr": run.row["lr"], "rank": run.row["rank"], "group": run.stage}
     for kind, key in (("train", "loss"), ("validation", "validation_loss")):
         found[kind] = [
             (line.count("step"), line.count("training"), line.number(key)) for line in lines if key in line.values
@@ -212,7 +211,7 @@ def _errors(study: Study, runs: Sequence[Run], stage: str) -> list[Table]:
                 if (row["forecaster"], row["variable"]) == ("model", "all"):
                     mse = (row["mse"], row["mse_low"], row["mse_high"])
                     rows.append([run.title, row["part"], row["unit"], row["series"], mse, row["mae"], row["skill"]])
-    titles = {"skill": "skill over the seasonal repeat"}
-    columns = named("run part unit series mse mae skill", intervals="mse", **titles)
+    names = "run part unit series mse mae skill"
+    columns = named(names, intervals="mse", skill="skill over the seasonal repeat")
     caption = "Errors of the forecasts of these runs, all species."
     return [Table(f"{stage}-errors", caption, columns, rows, files, [stage])] if rows else []
