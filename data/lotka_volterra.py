@@ -94,7 +94,6 @@ def rebuild(path: Path) -> None:
     Of the 1000 published series 991 come out bit-identical (990 with scipy 1.12 to 1.15), the others within
     1.2e-7. Raises ValueError where scipy integrates to other values, OSError where nothing can be written.
     """
-    path = Path(path)
     time, series = integrate()
     draft = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.h5")  # two processes never share a draft
     try:

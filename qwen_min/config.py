@@ -6,15 +6,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-# hidden, layers, query heads, key/value heads, feed-forward, tied head, vocabulary (the releases' own config.json)
+# The first six fields of a config and whether the head is tied, from the releases' own config.json
 _SIZES = {
-    "0.5B": (896, 24, 14, 2, 4864, True, 151936),
-    "1.5B": (1536, 28, 12, 2, 8960, True, 151936),
-    "3B": (2048, 36, 16, 2, 11008, True, 151936),
-    "7B": (3584, 28, 28, 4, 18944, False, 152064),
-    "14B": (5120, 48, 40, 8, 13824, False, 152064),
-    "32B": (5120, 64, 40, 8, 27648, False, 152064),
-    "72B": (8192, 80, 64, 8, 29568, False, 152064),
+    "0.5B": ((151936, 896, 4864, 24, 14, 2), True),
+    "1.5B": ((151936, 1536, 8960, 28, 12, 2), True),
+    "3B": ((151936, 2048, 11008, 36, 16, 2), True),
+    "7B": ((152064, 3584, 18944, 28, 28, 4), False),
+    "14B": ((152064, 5120, 13824, 48, 40, 8), False),
+    "32B": ((152064, 5120, 27648, 64, 40, 8), False),
+    "72B": ((152064, 8192, 29568, 80, 64, 8), False),
 }
 
 
@@ -39,15 +39,7 @@ class QwenConfig:
     tie_word_embeddings: bool
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "max_position_embeddings",
-        ):
+        for name in (name for name, field in self.__dataclass_fields__.items() if field.type is int):
             value = getattr(self, name)
             # Bounds far above any model: a damaged file must not ask for a billion layers, or overflow a shape.
             most = 1024 if name == "num_hidden_layers" else 2**24
@@ -83,19 +75,8 @@ class QwenConfig:
             raise ValueError(
                 f"{name!r} is not a known size: expected one of " + ", ".join(f"Qwen2.5-{s}" for s in _SIZES)
             )
-        hidden, layers, heads, kv_heads, feed_forward, tied, vocabulary = _SIZES[size]
-        return cls(
-            vocabulary,
-            hidden,
-            feed_forward,
-            layers,
-            heads,
-            kv_heads,
-            rope_theta=1e6,
-            rms_norm_eps=1e-6,
-            max_position_embeddings=32768,
-            tie_word_embeddings=tied,
-        )
+        sizes, tied = _SIZES[size]
+        return cls(*sizes, rope_theta=1e6, rms_norm_eps=1e-6, max_position_embeddings=32768, tie_word_embeddings=tied)
 
     @classmethod
     def from_file(cls, path: Path) -> "QwenConfig":
@@ -112,12 +93,8 @@ class QwenConfig:
         if fields.get("model_type") != "qwen2":
             raise ValueError(f"model_type is {fields.get('model_type')!r:.200}: expected 'qwen2'")
         _refuse_unsupported(fields)
-        missing = [
-            name
-            for name in cls.__dataclass_fields__
-            if name not in fields and name not in ("rope_theta", "tie_word_embeddings")
-        ]
-        if missing:
+        required = [name for name in cls.__dataclass_fields__ if name not in ("rope_theta", "tie_word_embeddings")]
+        if missing := [name for name in required if name not in fields]:
             raise ValueError(f"{', '.join(missing)} missing: expected every size of the model")
         known = {name: fields[name] for name in cls.__dataclass_fields__ if name in fields}
         # Hugging Face leaves out what equals its default, and its default for this flag is false.

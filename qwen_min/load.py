@@ -86,11 +86,9 @@ def from_pretrained(cls, name_or_folder, dtype, device, revision, offline, compu
     config = QwenConfig.from_file(folder / "config.json")
     with torch.device("meta"):  # shapes without memory; the mapped tensors then become the parameters
         model = cls(config)
-    expected = {
-        name: t
-        for name, t in model.state_dict().items()
-        if not (name == "lm_head.weight" and config.tie_word_embeddings)
-    }
+    expected = model.state_dict()
+    if config.tie_word_embeddings:
+        del expected["lm_head.weight"]
     tensors = read_tensors(folder, expected, dtype, device)
     model.load_state_dict(tensors, strict=False, assign=True)  # read_tensors was strict already
     model.tie_weights()
@@ -128,10 +126,8 @@ def read_tensors(
                         f"{path}: tensor {listed([name])} stands in {where[name].name} too: expected it once"
                     )
                 where[name] = path
-    complaints = [f"missing {listed(expected.keys() - where.keys())}"] if expected.keys() - where.keys() else []
-    if where.keys() - expected.keys():
-        complaints.append(f"unexpected {listed(where.keys() - expected.keys())}")
-    if complaints:
+    odd = {"missing": expected.keys() - where.keys(), "unexpected": where.keys() - expected.keys()}
+    if complaints := [f"{what} {listed(names)}" for what, names in odd.items() if names]:
         raise ValueError(
             f"{files[0] if len(files) == 1 else folder}: tensors {'; '.join(complaints)}: "
             f"expected those of the {len(expected)} that config.json asks for"

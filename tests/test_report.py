@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from html import unescape
 from html.parser import HTMLParser
+from inspect import isfunction
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,7 +43,7 @@ def sketching() -> Iterator[Calls]:
         return draw
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in plots.__all__:
+        for name in (name for name, found in vars(plots).items() if isfunction(found)):
             patch.setattr(plots, name, sketch(name))
         yield asked
 
@@ -214,8 +215,7 @@ def test_the_page_of_a_grid_alone_is_drawn_and_says_what_was_not_run(tmp_path):
 
 def test_the_figures_that_a_grid_has_not_are_drawn_from_the_records_of_a_study(sampled, tmp_path):
     """One of each kind; the other tests look at what is asked to be drawn."""
-    blocks = report.blocks(report.annotated(Study(sampled.folder)))
-    figures = {block.name: block for block in blocks if isinstance(block, Figure)}
+    figures = {figure.name: figure for figure in report.blocks(report.annotated(Study(sampled.folder)), Figure)}
     kinds = ("mse-test", "gradients-final", "forecasts-final", "running-rmse-final", "phase-final")
     for name in (*kinds, "token-loss-final", "horizon-final-validation"):
         path = tmp_path / f"{name}.png"
@@ -483,8 +483,8 @@ def test_the_forecast_that_is_drawn_is_the_one_that_is_recorded(made, monkeypatc
     monkeypatch.setattr(
         plots, "forecast_grid", lambda systems, names, **o: drawn.update(o, systems=systems, names=names)
     )
-    blocks = report.blocks(report.annotated(Study(made.folder)))
-    next(b for b in blocks if isinstance(b, Figure) and b.name == "forecasts-final").draw(path=tmp_path / "x.png")
+    figures = report.blocks(report.annotated(Study(made.folder)), Figure)
+    next(figure for figure in figures if figure.name == "forecasts-final").draw(path=tmp_path / "x.png")
     assert (drawn["names"], drawn["label"]) == (["prey", "predator"], study_folder.TOY)
     rows = rows_of(made.folder / "final/evaluation/forecasts.csv")
     for system, number in zip(drawn["systems"], study_folder.PARTS["shown"], strict=True):
@@ -534,7 +534,7 @@ def test_a_run_that_two_stages_share_stands_in_both(study):
     cell = next(row for row in record["stages"] if row["name"] == "lr1e-05-r4")
     record["stages"] = [row for row in record["stages"] if row["stage"] != "default"] + [cell | {"stage": "default"}]
     files.write_json(study / "study.json", record)
-    tables = {table.name: table for table in report.tables(report.annotated(Study(study)))}
+    tables = {table.name: table for table in report.blocks(report.annotated(Study(study)), Table)}
     assert len(tables["grid"].rows) == 3 and all(value is not None for row in tables["grid"].rows for value in row)
     assert tables["gradients-default"].rows
 
@@ -542,7 +542,7 @@ def test_a_run_that_two_stages_share_stands_in_both(study):
 def test_the_lowest_cell_is_marked_and_the_chosen_one_named(study):
     change_csv("validation_loss", 0.01, name="lr1e-05-r4")(study / "results.csv")
     change_json("best/overridden", True)(study / "study.json")
-    tables = {table.name: table for table in report.tables(report.annotated(Study(study)))}
+    tables = {table.name: table for table in report.blocks(report.annotated(Study(study)), Table)}
     (row, column), mark = next(iter(tables["grid"].marks.items()))
     assert (tables["grid"].rows[row][column], mark) == (0.01, "lowest")
     assert "lr0.0001-r8: learning rate 1e-4, rank 8, context 512 (set by hand)" in texts(study)["summary"]
@@ -730,7 +730,7 @@ def test_a_folder_that_is_none_is_refused(tmp_path):
 
 
 def test_tables_and_figures_have_names_of_their_own(sampled):
-    blocks = list(report.blocks(report.annotated(Study(sampled.folder))))
+    sections = report.annotated(Study(sampled.folder))
     for kind in (Table, Figure):
-        names = [block.name for block in blocks if isinstance(block, kind)]
+        names = [block.name for block in report.blocks(sections, kind)]
         assert len(names) == len(set(names)) and all(re.fullmatch(r"[\w-]+", name) for name in names)

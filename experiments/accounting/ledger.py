@@ -83,12 +83,12 @@ class Ledger:
         if (self.path.exists() and not self.path.is_file()) or not self.path.parent.is_dir():
             raise ValueError(f"{self.path}: is no file, or in no folder: expected a file, or a place for one")
         self._place = self.path.absolute()  # with its folder: the name ":memory:" alone is none of a file
-        self._file: tuple[int, int] | None = None  # what is open: its device and number
+        self._file: os.stat_result | None = None  # what is open
         with self._errors():
             self._database = sqlite3.connect(self._place, timeout=_PATIENCE, isolation_level=None)
             try:
                 self._prepare()
-                self._file = self._stands_at_its_place()
+                self._file = self._place.stat()
             except BaseException:
                 self._database.close()
                 raise
@@ -343,20 +343,14 @@ class Ledger:
                     self._database.execute("ROLLBACK")
                 raise
 
-    def _stands_at_its_place(self) -> tuple[int, int]:
-        """The device and number of the file at the ledger's path."""
-        held = self._place.stat()
-        return held.st_dev, held.st_ino
-
     @contextmanager
     def _errors(self) -> Iterator[None]:
         try:
-            if self._file and self._file != self._stands_at_its_place():
+            if self._file and not os.path.samestat(self._file, self._place.stat()):
                 raise FileNotFoundError
         except FileNotFoundError:  # SQLite would debit what is open, which nobody finds again
-            raise OSError(
-                f"{self.path}: was moved or replaced while in use: expected it to stay in its place"
-            ) from None
+            moved = f"{self.path}: was moved or replaced while in use: expected it to stay in its place"
+            raise OSError(moved) from None
         try:
             yield
         except sqlite3.ProgrammingError:  # a ledger that is closed: no fault of the file

@@ -184,10 +184,7 @@ def _drafts(protocol: str) -> dict[int, str]:
 
 
 def _sum(amounts: Iterable[Mapping[str, int]]) -> Flops:
-    total: Counter[str] = Counter()
-    for flops in amounts:
-        total.update(flops)
-    return dict(total)
+    return dict(sum(map(Counter, amounts), Counter()))
 
 
 def _rows(

@@ -214,8 +214,8 @@ def _clock(job: dict[str, Any], work: Callable[[], Any]) -> float:
     return _now(job) - began
 
 
-def _best(job: dict[str, Any], work: Callable[[], Any], times: int = 6) -> float:
-    return min(_clock(job, work) for _ in range(times))
+def _best(job: dict[str, Any], work: Callable[[], Any]) -> float:
+    return min(_clock(job, work) for _ in range(6))
 
 
 def _ids(job: dict[str, Any]) -> torch.Tensor:

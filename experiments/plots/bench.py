@@ -69,25 +69,20 @@ def bench_scaling(points: Sequence[Mapping[str, Any]], path: str | Path, title: 
     figure, panels = base.new_figure(2 * len(axes_of), 1.9, columns=2, sharex=False)
     for row, (name, of) in enumerate(axes_of.items()):
         time, memory = panels[2 * row : 2 * row + 2]
-        for side in SIDES:
-            if side not in of[0]:
-                continue
-            at = np.array([point["value"] for point in of if side in point], np.float64)
-            seconds = np.array([point[side]["seconds"] for point in of if side in point], np.float64)
-            time.plot(at, seconds, **_LINES[side])
+        for side in (side for side in SIDES if side in of[0]):
+            here = [(point["value"], point[side]) for point in of if side in point]
+            at = [size for size, _ in here]
+            time.plot(at, [found["seconds"] for _, found in here], **_LINES[side])
             if "whole_seconds" in of[0][side]:
-                whole = np.array([point[side]["whole_seconds"] for point in of if side in point], np.float64)
-                time.plot(at, whole, **_LINES[side] | _WHOLE)
-            memory.plot(at, [_peak(point[side]) for point in of if side in point], **_LINES[side])
+                time.plot(at, [found["whole_seconds"] for _, found in here], **_LINES[side] | _WHOLE)
+            memory.plot(at, [_peak(found) for _, found in here], **_LINES[side])
         floors = [(point["value"], point["floor_seconds"]) for point in of if point.get("floor_seconds") is not None]
         if floors:
             time.plot(*zip(*floors, strict=True), **_FLOOR)
-        time.set_title(base.wrapped(of[0]["per"], 3.0), fontsize=base.SMALL)
-        memory.set_title("peak memory", fontsize=base.SMALL)
-        time.set_ylabel("seconds", fontsize=base.SMALL)
-        memory.set_ylabel("GB", fontsize=base.SMALL)
-        for axes in (time, memory):
+        for axes, what, unit in ((time, base.wrapped(of[0]["per"], 3.0), "seconds"), (memory, "peak memory", "GB")):
             _logarithmic(axes, [point["value"] for point in of])
+            axes.set_title(what, fontsize=base.SMALL)
+            axes.set_ylabel(unit, fontsize=base.SMALL)
             axes.set_xlabel(base.plain(name), fontsize=base.SMALL)
             axes.tick_params(labelsize=base.SMALL)
     sides = [side for side in SIDES if any(side in point for point in points)]

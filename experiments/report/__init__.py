@@ -7,20 +7,21 @@ the other modules make its sections, and templates/ its two forms.
 import base64
 import struct
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from experiments.report import accounting, claims, forecasts, overview, sampling, scoring, training
-from experiments.report.document import Block, Facts, Figure, Inline, Section, Table
+from experiments.report.document import Facts, Figure, Inline, Section, Table
 from experiments.report.records import Fields, short
 from experiments.report.study import Study
 from experiments.run_folder import files
 from experiments.training.progress import Counted
 
+B = TypeVar("B", Table, Figure)
 SECTIONS: tuple[Callable[[Study], Section], ...] = (
     *(overview.summary, scoring.by_stage, overview.preprocessing, training.curves, training.grid, training.context),
     *(training.gradients, forecasts.forecasts, scoring.scores, sampling.sampling, claims.figures),
@@ -55,7 +56,7 @@ def build(run: Path, progress: Counted = lambda done, of: None) -> Path:
     html, markdown = rendered(study, sections, images)
     for name, png in images.items():
         files.write_bytes(run / "figures" / f"{name}.png", png)
-    for table in tables(sections):
+    for table in blocks(sections, Table):
         files.write_text(run / "tables" / f"{table.name}.csv", table.csv(study.label if table.model else ""))
     files.write_text(run / "report.md", markdown)
     files.write_text(run / "report.html", html)
@@ -81,17 +82,13 @@ def annotated(study: Study) -> list[Section]:
     return sections
 
 
-def blocks(sections: list[Section]) -> Iterator[Block]:
-    return (block for section in sections for block in section.blocks)
-
-
-def tables(sections: list[Section]) -> list[Table]:
-    return [block for block in blocks(sections) if isinstance(block, Table)]
+def blocks(sections: list[Section], kind: type[B]) -> list[B]:
+    return [block for section in sections for block in section.blocks if isinstance(block, kind)]
 
 
 def drawn(sections: list[Section], progress: Counted) -> dict[str, bytes]:
     """Every figure of the page as PNG, by name."""
-    figures = [block for block in blocks(sections) if isinstance(block, Figure)]
+    figures = blocks(sections, Figure)
     with tempfile.TemporaryDirectory() as folder:
         images: dict[str, bytes] = {}
         for figure in figures:

@@ -4,19 +4,7 @@ from collections import defaultdict
 from functools import partial
 
 from experiments import plots
-from experiments.report.document import (
-    Block,
-    Column,
-    Figure,
-    Inline,
-    Items,
-    Number,
-    Section,
-    Table,
-    Text,
-    not_run,
-    paragraph,
-)
+from experiments.report.document import Block, Figure, Inline, Items, Number, Section, Table, Text, named, not_run
 from experiments.report.records import Row
 from experiments.report.study import PARTS, Study
 
@@ -55,11 +43,8 @@ def _spent(study: Study) -> Table:
         spent, predicted = row["flops"], row["predicted"]
         more = spent - predicted if predicted is not None else None
         rows.append([row["stage"], row["part"], spent, predicted, more, row["share_of_budget"]])
-    columns = [
-        *(Column("stage", "stage", "text"), Column("part", "part", "text"), Column("flops", "spent", "flops")),
-        *(Column("predicted", "predicted", "flops"), Column("difference", "spent - predicted", "flops")),
-        Column("share_of_budget", "share of the budget", "share"),
-    ]
+    titles = {"flops": "spent", "difference": "spent - predicted", "share_of_budget": "share of the budget"}
+    columns = named("stage part flops predicted difference share_of_budget", **titles)
     caption = "FLOPs by stage, convention coursework: counted where each op ran, beside what was predicted."
     stages = [stage for stage in dict.fromkeys(row["stage"] for row in study.flops) if stage != "all"]
     return Table("flops", caption, columns, rows, [study.flops_file], stages, heads=2)
@@ -68,7 +53,7 @@ def _spent(study: Study) -> Table:
 def _prices(study: Study) -> Table:
     prices = study.records.json("study.json").fields("prices")
     rows = [[name.replace("_", " "), prices.count(name)] for name in prices.values]
-    columns = [Column("primitive", "primitive", "text"), Column("price", "FLOPs", "integer")]
+    columns = named("primitive price", price="FLOPs")
     caption = "Price of each primitive: negation and subtraction as add, inversion as divide, logarithm as exponential."
     return Table("prices", caption, columns, rows, ["study.json"])
 
@@ -80,24 +65,20 @@ def _claimed(study: Study) -> list[Block]:
     counts = dict.fromkeys(("claimed", "reproduced", "exact"), "count or nothing")
     counts |= {"share_of_exact": "number or nothing", "label": "text?", "note": "text?"}
     rows = study.records.csv("accounting.csv", stage="text", part="text", **counts)
-    columns = [
-        *(Column("stage", "stage", "text"), Column("part", "part", "text"), Column("called", "its own name", "text")),
-        *(Column("claimed", "the report", "flops"), Column("reproduced", "by its own formulas", "flops")),
-        *(Column("exact", "exact", "flops"), Column("share_of_exact", "claimed / exact", "share")),
-        Column("note", "note", "text"),
-    ]
+    titles = {"called": "its own name", "claimed": "the report", "reproduced": "by its own formulas"}
+    titles |= {"share_of_exact": "claimed / exact"}
+    columns = named("stage part called claimed reproduced exact share_of_exact note", **titles)
     about = study.records.json("accounting.json")
     said = str(about.values.get("title") or "FLOPs that the report claims, beside the exact count of the same plan")
     caption = f"{said[0].upper()}{said[1:].rstrip('.')}."
-    notes: list[Block] = [paragraph(about.text("note"))] if about.values.get("note") else []
+    notes: list[Block] = [Text([about.text("note")])] if about.values.get("note") else []
     rows = [row | {"called": row["label"]} for row in rows]  # a column "label" is the page's own
     values = [[row[column.name] for column in columns] for row in rows]
-    table = Table(
-        "accounting", caption, columns, values, ["accounting.csv", "accounting.json"], heads=3
-    ).without_empty()
+    files = ["accounting.csv", "accounting.json"]
+    table = Table("accounting", caption, columns, values, files, heads=3).without_empty()
     mistakes: list[Inline] = [[mistake] for mistake in about.texts("mistakes")]
     heading = Text(["Claimed beside exact"], "heading")
-    return [heading, *notes, table, paragraph("Mistakes of that accounting:"), Items(mistakes)]
+    return [heading, *notes, table, Text(["Mistakes of that accounting:"]), Items(mistakes)]
 
 
 def spent_of_budget(study: Study) -> Inline:

@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.report.document import Block, Column, Kind, Section, Table, not_run, paragraph
+from experiments.report.document import Block, Column, Section, Table, Text, named, not_run
 from experiments.report.records import Fields
 from experiments.report.study import STAGES, TITLES, Study
 
 PROTOCOL = "protocol.toml"
+BESIDE = (Column("claimed", "the report"), Column("ours", "ours"))
 
 
 def look_up(study: Study, folder: str, where: Mapping[str, Any]) -> float | None:
@@ -53,14 +54,12 @@ def _sweep(study: Study, stage: str, name: str) -> Table:
     rows, files = [], [PROTOCOL]
     for one in entry.objects(key):
         choice = {field: one.number(field) for field in by}
-        same = [run for run in study.of(stage) if all(getattr(run, field) == choice[field] for field in by)]
+        same = [run for run in study.of(stage) if choice.items() <= run.row.items()]
         ours = look_up(study, same[0].folder, where) if same and "file" in where else None
         if ours is not None:
             files.append(f"{same[0].folder}/{where['file']}")
         rows.append([*choice.values(), one.number("value"), ours])
-    titles: dict[str, tuple[str, Kind]] = {"lr": ("learning rate", "rate"), "rank": ("rank", "integer")}
-    columns = [Column(field, *titles.get(field, (field, "integer"))) for field in by]
-    columns += [Column("claimed", "the report"), Column("ours", "ours")]
+    columns = [*named(" ".join(by)), *BESIDE]
     caption = f"The report's own numbers ({measure}) beside ours, where ours has the same choice"
     caption += f" ({source(where)})." if "file" in where else "."
     return Table(f"{name.replace('_', '-')}-claimed", caption, columns, rows, files, [stage], heads=len(by))
@@ -70,7 +69,7 @@ def figures(study: Study) -> Section:
     """Every other number of the report beside ours."""
     title = "Claimed beside ours"
     if not (claimed := study.claimed.get("figure")):
-        return Section("claimed", title, [paragraph("This protocol makes no claims of its own.")])
+        return Section("claimed", title, [Text(["This protocol makes no claims of its own."])])
     rows, files, ran = [], [PROTOCOL], []
     for one in Fields(str(study.root / PROTOCOL), {"figure": claimed}).objects("figure"):
         stage = one.text("stage")
@@ -85,10 +84,7 @@ def figures(study: Study) -> Section:
         state = "" if ours is not None else "not recorded" if run else "not run"
         how = state or (one.text("ours") if "ours" in one.values else "")
         rows.append([TITLES.get(stage, stage), one.text("what"), one.number("value"), ours, how, source(one.values)])
-    columns = [
-        *(Column("stage", "run", "text"), Column("what", "what", "text"), Column("claimed", "the report")),
-        *(Column("ours", "ours"), Column("how", "how ours is found", "text"), Column("record", "record", "text")),
-    ]
+    columns = [*named("stage what", stage="run"), *BESIDE, *named("how record", how="how ours is found")]
     caption = "The report's own numbers beside ours, found in the records of the same stage."
     blocks: list[Block] = [
         Table("claimed", caption, columns, rows, list(dict.fromkeys(files)), list(dict.fromkeys(ran)), heads=2)

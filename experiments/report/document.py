@@ -49,6 +49,38 @@ class Column:
     kind: Kind = "number"
 
 
+_KINDS: dict[Kind, str] = {
+    "text": "run part stage unit variable forecaster class unique_id system name state verdict primitive called note "
+    "what how record token id sampling constrained reference trained_on_this_data",
+    "code": "matrix text piece command file sha256",
+    "integer": "series steps step position point rank context won best_step unparsed unparsed_steps validation_tokens "
+    "top_k num_samples points horizon price",
+    "flops": "flops predicted difference claimed reproduced exact training_flops",
+    "share": "mape smape wql win_rate share share_of_budget share_of_exact coverage50 coverage80",
+    "rate": "lr top_p repetition_penalty",
+}
+_KIND_OF = {name: kind for kind, names in _KINDS.items() for name in names.split()}
+_TITLES = {
+    **{"unique_id": "system", "variable": "species", "lr": "learning rate"},
+    **{"mse": "MSE", "rmse": "RMSE", "mae": "MAE", "mape": "MAPE", "r2": "R²", "crps": "CRPS", "sha256": "SHA-256"},
+    **{"smape": "sMAPE", "mase": "MASE", "wql": "WQL", "reference": "over"},
+    **{"won": "series won", "unparsed_steps": "steps not parsed", "token": "token id", "id": "token id"},
+    **{"training_flops": "training FLOPs", "validation_loss_with_padding": "with padding counted"},
+}
+
+
+def named(names: str, intervals: str = "", **titles: str) -> list[Column]:
+    """The columns of these names, each of the kind that it has in every table, unless it is one of `intervals`.
+
+    A title is the one given here, or that of every table, or the name in words."""
+    columns = []
+    for name in names.split():
+        title, kind = titles.get(name) or _TITLES.get(name) or name.replace("_", " "), _KIND_OF.get(name, "number")
+        interval = Column(name, f"{title} (95 % interval)", "interval")
+        columns.append(interval if name in intervals.split() else Column(name, title, kind))
+    return columns
+
+
 @dataclass(frozen=True)
 class Table:
     """Rows of values under columns, shown on the page and written to tables/`name`.csv.
@@ -92,10 +124,8 @@ class Table:
         """The table as CSV: every value exact, an undefined one empty, and the label, if any, in every row."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        head: list[str] = []
-        for column in self.columns:
-            ends = ("", "_low", "_high") if column.kind == "interval" else ("",)
-            head += [column.name + end for end in ends]
+        ends = {"interval": ("", "_low", "_high")}
+        head = [column.name + end for column in self.columns for end in ends.get(column.kind, ("",))]
         labels = [label] if label else []
         writer.writerow(head + ["label"][: len(labels)])
         for row in self.rows:
@@ -155,10 +185,6 @@ class Section:
     footnotes: Sequence[tuple[int, str]] = ()
 
 
-def paragraph(*parts: str | Number) -> Text:
-    return Text(parts)
-
-
 def not_run(what: str) -> Text:
     return Text([f"{what}: not run."])
 
@@ -171,19 +197,7 @@ def shown(value: Any, kind: Kind = "number") -> str:
             return NOTHING
         ends = "" if low is None or high is None else f" ({shown(low)} to {shown(high)})"
         return shown(mean) + ends
-    if value is None or value == "":
-        return NOTHING
-    if kind in ("text", "code"):
-        return str(value)
-    if kind == "integer":
-        return f"{value:,}"
-    if kind == "flops":
-        return base.scientific(value)
-    if kind == "share":
-        return f"{_significant(100 * value)}\N{NO-BREAK SPACE}%"
-    if kind == "rate":
-        return base.number(value)
-    return _significant(value)
+    return NOTHING if value is None or value == "" else _SHOWN[kind](value)
 
 
 def plain(value: Any) -> str:
@@ -193,3 +207,10 @@ def plain(value: Any) -> str:
 
 def _significant(value: float) -> str:
     return base.short(value, "#.4g").removesuffix(".") if value else "0"
+
+
+_SHOWN: dict[Kind, Callable[[Any], str]] = {
+    **{"text": str, "code": str, "number": _significant, "integer": "{:,}".format},
+    **{"flops": base.scientific, "rate": base.number},
+    "share": lambda value: f"{_significant(100 * value)}\N{NO-BREAK SPACE}%",
+}

@@ -26,6 +26,7 @@ _SCORES = {
     **dict.fromkeys(("smape", "mase", "wql", "win_rate"), "number or nothing?"),
     "reference": "text?",
 }
+_SERIES = {"unique_id": "text", "ds": "number", "variable": "text", "y": "number"}
 _SYSTEMS = {
     **dict.fromkeys(("unique_id", "class", "parts", "forecaster", "variable"), "text"),
     **dict.fromkeys(("mse", "rmse", "mae", "mape"), "number"),
@@ -82,10 +83,9 @@ class Evaluation:
 
     @cached_property
     def horizon(self) -> list[Row]:
-        columns = {"part": "text", "forecaster": "text", "variable": "text", "step": "count"}
-        return self.records.csv(
-            self.file("horizon.csv"), **columns, **dict.fromkeys(("mse", "mae", "running_rmse"), "number")
-        )
+        columns = dict.fromkeys(("part", "forecaster", "variable"), "text") | {"step": "count"}
+        columns |= dict.fromkeys(("mse", "mae", "running_rmse"), "number")
+        return self.records.csv(self.file("horizon.csv"), **columns)
 
     @cached_property
     def tokens(self) -> list[Row]:
@@ -106,18 +106,15 @@ class Evaluation:
     def shown(self) -> list[str]:
         return [str(system) for system in self.about.counts("parts.shown")] if "shown" in self.parts else []
 
-    def score(self, part: str, forecaster: str = "model", unit: str = "raw", variable: str = "all") -> Row | None:
-        """The one row of scores.csv that is asked for, if there is one."""
-        wanted = {"part": part, "forecaster": forecaster, "unit": unit, "variable": variable}
+    def score(self, part: str) -> Row | None:
+        """The model's row of scores.csv, all variables, raw units, if there is one."""
+        wanted = {"part": part, "forecaster": MODEL, "unit": "raw", "variable": "all"}
         return next((row for row in self.scores if wanted.items() <= row.items()), None)
 
     def mse(self, part: str) -> dict[str, float]:
         """The MSE by forecaster, all variables, raw units."""
-        return {
-            row["forecaster"]: row["mse"]
-            for row in self.scores
-            if (row["part"], row["unit"], row["variable"]) == (part, "raw", "all")
-        }
+        wanted = {"part": part, "unit": "raw", "variable": "all"}
+        return {row["forecaster"]: row["mse"] for row in self.scores if wanted.items() <= row.items()}
 
     def verdict(self, part: str, untrained: float | None) -> str:
         """`scores.verdict` of a part that was scored; `untrained`: the untrained model's MSE on it, if there is one."""
@@ -132,28 +129,19 @@ class Evaluation:
     def forecasts(self) -> list[System]:
         """The shown systems as the model forecast them."""
         levels = {level: f"q{level:g}" for level in QUANTILES}
-        rows = self.records.csv(
-            self.file("forecasts.csv"),
-            **{"unique_id": "text", "ds": "number", "variable": "text", "y": "number", "y_hat": "number or nothing"},
-            **dict.fromkeys(levels.values(), "number or nothing"),
-        )
-        return [self._system(system, self.file("forecasts.csv"), rows, levels) for system in self.shown]
+        file, either = self.file("forecasts.csv"), dict.fromkeys(("y_hat", *levels.values()), "number or nothing")
+        rows = self.records.csv(file, **_SERIES, **either)
+        return [self._system(system, file, rows, levels) for system in self.shown]
 
     def naive(self, forecaster: str) -> list[System]:
         """The shown systems as a naive forecaster has them; none where it is not recorded."""
-        columns = {"forecaster": "text", "unique_id": "text", "ds": "number", "variable": "text", "y": "number"}
-        rows = self.records.csv(NAIVE, **columns, y_hat="number or nothing")
+        rows = self.records.csv(NAIVE, forecaster="text", **_SERIES, y_hat="number or nothing")
         rows = [row for row in rows if row["forecaster"] == forecaster]
         return [self._system(system, NAIVE, rows, {}) for system in self.shown] if rows else []
 
     @cached_property
     def _history(self) -> list[Row]:
-        columns = {"unique_id": "text", "ds": "number", "variable": "text", "y": "number"}
-        return self.records.csv(self.file("history.csv"), **columns)
-
-    @cached_property
-    def _shapes(self) -> dict[str, str]:
-        return {row["unique_id"]: row["class"] for row in self.systems}
+        return self.records.csv(self.file("history.csv"), **_SERIES)
 
     def _system(self, system: str, file: str, rows: Sequence[Row], levels: Mapping[float, str]) -> System:
         """One series as the rows of a file forecast it, with the columns of its quantiles by level."""
@@ -164,7 +152,7 @@ class Evaluation:
         truth, forecast = (self._grid(file, future, column, system) for column in ("y", "y_hat"))
         bands = {level: self._grid(file, future, column, system) for level, column in levels.items()}
         sampled = any(np.isfinite(values).any() for values in bands.values())
-        shape = self._shapes.get(system, "")
+        shape = next((row["class"] for row in reversed(self.systems) if row["unique_id"] == system), "")
         return System(system, shape, np.array(time), context, truth, forecast, bands if sampled else None)
 
     def _grid(self, file: str, rows: Sequence[Row], column: str, system: str) -> Floats:

@@ -10,7 +10,7 @@ import numpy as np
 from experiments import plots
 from experiments.forecasting import scores
 from experiments.forecasting.baselines import PARROT
-from experiments.report.document import Block, Column, Figure, Section, Table, Text, not_run, paragraph
+from experiments.report.document import Block, Column, Figure, Section, Table, Text, named, not_run
 from experiments.report.evaluation import MODEL, NAIVE, Evaluation, Floats, System
 from experiments.report.records import Records
 from experiments.report.study import CONTROLS, TITLES, Run, Study
@@ -22,7 +22,7 @@ UNAIDED = ("seasonal repeat", "law fit")
 
 def forecasts(study: Study) -> Section:
     """Every shown system under the final, the default and the untrained model, and what needs no model."""
-    blocks: list[Block] = [paragraph("Class of a system: ", RULE)] if study.main() else []
+    blocks: list[Block] = [Text(["Class of a system: ", RULE])] if study.main() else []
     main = {run.stage: (run, evaluation) for run, evaluation in study.main()}
     for stage in reversed(TITLES):
         if stage not in main and stage in CONTROLS:
@@ -70,32 +70,25 @@ def _names(evaluation: Evaluation, systems: Sequence[System]) -> list[Block]:
     given = evaluation.about.fields("shown_names").values if "shown_names" in evaluation.about.values else {}
     other = [s for s in systems if s.id in given and given[s.id] != s.shape]
     said = "; ".join(f"system {s.id} is {given[s.id]} there and {s.shape} by the computed class" for s in other)
-    return [paragraph(f"The report's names differ: {said}.")] if other else []
+    return [Text([f"The report's names differ: {said}."])] if other else []
 
 
 def _systems(run: Run, evaluation: Evaluation, kind: str) -> Table:
     """Errors of each shown system and species: the model's in "raw" or "scaled" units, or the "naive" forecasters'."""
-    columns = [
-        *(Column("unique_id", "system", "text"), Column("class", "class", "text")),
-        *(Column("variable", "species", "text"), Column("forecaster", "forecaster", "text")),
-        *(Column("mse", "MSE"), Column("rmse", "RMSE"), Column("mae", "MAE"), Column("mape", "MAPE", "share")),
-        *(Column("r2", "R²"), Column("unparsed_steps", "steps not parsed", "integer")),
-    ]
-    columns = [c for c in columns if c.name != ("unparsed_steps" if kind == "naive" else "forecaster")]
+    unaided, scaled = kind == "naive", kind == "scaled"
+    by, of = ("forecaster ", "") if unaided else ("", " unparsed_steps")
+    columns = named(f"unique_id class variable {by}mse rmse mae mape r2{of}")
     rows = [
         [row[column.name] for column in columns]
-        for row in (evaluation.systems_scaled if kind == "scaled" else evaluation.systems)
-        if row["unique_id"] in evaluation.shown and (row["forecaster"] == MODEL) != (kind == "naive")
+        for row in (evaluation.systems_scaled if scaled else evaluation.systems)
+        if row["unique_id"] in evaluation.shown and (row["forecaster"] == MODEL) != unaided
     ]
     rows.sort(key=lambda row: evaluation.shown.index(row[0]))
-    about = "Errors of each shown system over its horizon"
-    if kind == "naive":
-        name, caption = "systems-naive", f"{about}, forecasts without a model, raw units."
-    elif kind == "scaled":
-        name, caption = f"systems-{run.stage}-scaled", f"{about}, {run.title}, scaled units, as the reports have them."
-    else:
-        name, caption = f"systems-{run.stage}", f"{about}, {run.title}, raw units."
-    files, unaided = [evaluation.file("systems_scaled.csv" if kind == "scaled" else "systems.csv")], kind == "naive"
+    about = "forecasts without a model" if unaided else run.title
+    unit = "scaled units, as the reports have them" if scaled else "raw units"
+    caption = f"Errors of each shown system over its horizon, {about}, {unit}."
+    name = f"systems-{'naive' if unaided else run.stage}{'-scaled' if scaled else ''}"
+    files = [evaluation.file("systems_scaled.csv" if scaled else "systems.csv")]
     return Table(name, caption, columns, rows, files, [run.stage], heads=3, folded=unaided, model=not unaided)
 
 
@@ -126,7 +119,7 @@ def _running_table(
     run: Run, evaluation: Evaluation, running: Mapping[str, Floats], scales: Mapping[str, float]
 ) -> Table:
     """Running RMSE by step, a column for each system and species; in scaled units where `scales` are given."""
-    columns, values = [Column("step", "step", "integer")], []
+    columns, values = named("step"), []
     for system, raw in running.items():
         if not scales or system in scales:
             columns += [Column(f"{system}_{name}", f"{system} {name}") for name in evaluation.names]
@@ -151,10 +144,7 @@ def _tokens(study: Study, run: Run, evaluation: Evaluation) -> list[Block]:
     title, file = f"Loss by token, system {system}, {run.title}", [evaluation.file("tokens.csv")]
     draw = partial(plots.token_loss, nats, steps, texts, title=title, label=study.label)
     figure = Figure(f"token-loss-{run.stage}", f"{caption}, along the horizon.", draw, file, [run.stage])
-    columns = [
-        *(Column("position", "position", "integer"), Column("step", "step", "integer")),
-        *(Column("token", "token id", "text"), Column("text", "text", "code"), Column("nats", "nats")),
-    ]
+    columns = named("position step token text nats")
     values = [[row[column.name] for column in columns] for row in rows]
     return [figure, Table(f"tokens-{run.stage}", f"{caption}.", columns, values, file, [run.stage], folded=True)]
 

@@ -9,11 +9,9 @@ import numpy as np
 from experiments import plots
 from experiments.forecasting.scores import best_copy
 from experiments.report.accounting import budget_bar, spent_of_budget
-from experiments.report.document import Block, Column, Facts, Figure, Inline, Number, Section, Table, Text, not_run
+from experiments.report.document import Column, Facts, Figure, Inline, Number, Section, Table, Text, named, not_run
 from experiments.report.evaluation import MODEL, Evaluation
 from experiments.report.study import Study
-
-TOKENS = (Column("position", "position", "integer"), Column("id", "token id", "text"), Column("piece", "text", "code"))
 
 
 def summary(study: Study) -> Section:
@@ -90,7 +88,8 @@ def preprocessing(study: Study) -> Section:
     record = study.records.json(file)
     decimals = Number(record.count("decimals"), "integer")
     layout = f", {record.text('layout')}" if "layout" in record.values else ""
-    blocks: list[Block] = [Text([f"Scale: {record.text('alpha_rule')}; ", decimals, f" decimals{layout}."])]
+    scale = f"Scale: {record.text('alpha_rule')}; "
+    blocks: list[Table | Text] = [Text([scale, decimals, f" decimals{layout}."])]
     for i, one in enumerate(record.objects("examples"), 1):
         names, system = one.texts("names"), one.count("system")
         raw, scaled = one.matrix("raw"), one.matrix("scaled")
@@ -99,7 +98,7 @@ def preprocessing(study: Study) -> Section:
             raise ValueError(f"{one.where}: raw and scaled differ in shape: expected a row a point, a value a name")
         if len(ids) != len(pieces):
             raise ValueError(f"{one.where}: {len(ids)} ids and {len(pieces)} pieces: expected one for one")
-        columns = [Column("point", "point", "integer")]
+        columns = named("point")
         columns += [Column(f"{name}_{unit}", f"{name}, {unit}") for unit in ("raw", "scaled") for name in names]
         rows = [[p, *a, *b] for p, (a, b) in enumerate(zip(raw, scaled, strict=True), 1)]
         points = one.count("points")
@@ -112,14 +111,14 @@ def preprocessing(study: Study) -> Section:
             Table(f"preprocessing-{i}", caption, columns, rows, [file]),
             Text([one.text("text")], "pre"),
             Text([" ".join(map(str, ids))], "pre"),
-            Table(f"tokens-example-{i}", said, TOKENS, tokens, [file], folded=True),
+            Table(f"tokens-example-{i}", said, named("position id piece", piece="text"), tokens, [file], folded=True),
         ]
     return Section("preprocessing", title, [*blocks, _round_trip(study), _check(study)])
 
 
 def _round_trip(study: Study) -> Table:
     trip = study.records.json("preprocessing.json").fields("round_trip")
-    columns = [Column("unit", "unit", "text"), Column("max", "largest absolute error"), Column("mean", "mean")]
+    columns = named("unit max mean", max="largest absolute error")
     rows: list[list] = []
     for unit in ("scaled", "raw"):
         rows.append([unit, trip.number(f"max_abs_error_{unit}"), trip.number(f"mean_abs_error_{unit}")])
@@ -147,12 +146,17 @@ def settings(study: Study) -> Section:
     rows = [[name, _text(value)] for name, value in study.settings.items()]
     made = [[name, _text(value)] for name, value in _flat(study.manifest.values) if not name.startswith("commands.")]
     commands = [[stage, command] for stage, command in study.commands.items()]
-    command = [Column("stage", "stage", "text"), Column("command", "command", "code")]
     return Section(
         "settings",
         "Settings, versions, digests, commands",
         [
-            Table("commands", "The command of every stage, and of this page.", command, commands, ["manifest.json"]),
+            Table(
+                "commands",
+                "The command of every stage, and of this page.",
+                named("stage command"),
+                commands,
+                ["manifest.json"],
+            ),
             Table("settings", "Every setting.", columns, rows, ["config.toml"]),
             Table("manifest", "What it was made with.", columns, made, ["manifest.json"]),
         ],
@@ -161,7 +165,7 @@ def settings(study: Study) -> Section:
 
 def records_read(study: Study) -> Table:
     """The digest of every record that the page was made from; the last of the page."""
-    columns = [Column("file", "record", "code"), Column("sha256", "SHA-256", "code")]
+    columns = named("file sha256", file="record")
     rows = [[name, digest] for name, digest in sorted(study.records.digests.items())]
     return Table("records", "Every record that this page was made from.", columns, rows, [], folded=True)
 

@@ -40,9 +40,7 @@ class Fields:
         return Fields(f"{self.where}: {key}", self._of(key, "an object", lambda v: isinstance(v, dict)))
 
     def objects(self, key: str) -> list["Fields"]:
-        found = self._of(
-            key, "a list of objects", lambda v: isinstance(v, list) and all(isinstance(o, dict) for o in v)
-        )
+        found = self._list(key, "a list of objects", lambda v: isinstance(v, dict))
         return [Fields(f"{self.where}: {key}[{i}]", o) for i, o in enumerate(found)]
 
     def texts(self, key: str) -> list[str]:
@@ -55,9 +53,8 @@ class Fields:
         return self._list(key, "a list of numbers", lambda v: type(v) in (int, float))
 
     def matrix(self, key: str) -> list[list[float]]:
-        return self._list(
-            key, "a list of lists of numbers", lambda v: isinstance(v, list) and all(type(x) in (int, float) for x in v)
-        )
+        holds = lambda v: isinstance(v, list) and all(type(x) in (int, float) for x in v)  # noqa: E731
+        return self._list(key, "a list of lists of numbers", holds)
 
     def _list(self, key: str, wanted: str, holds: Callable[[Any], bool]) -> list[Any]:
         return self._of(key, wanted, lambda v: isinstance(v, list) and all(map(holds, v)))
@@ -93,8 +90,7 @@ class Records:
 
     def json(self, name: str) -> Fields:
         value = self._once(name, files.read_json)
-        if not isinstance(value, dict):
-            raise ValueError(f"{self.root / name}: is a {type(value).__name__}: expected an object")
+        files.check(self.root / name, value, {})
         return Fields(str(self.root / name), value)
 
     def jsonl(self, name: str) -> list[Fields]:
@@ -116,13 +112,14 @@ class Records:
         for at, row in enumerate(rows, 2):
             new: Row = dict(row)
             for column, kind in columns.items():
-                convert, wanted = _KINDS[kind.removesuffix("?")]
+                kind, nothing, _ = kind.removesuffix("?").partition(" or nothing")
+                convert, wanted = _KINDS[kind]
+                there = column in row and (row[column] or not nothing)
                 try:
-                    new[column] = convert(row[column]) if column in row else None
+                    new[column] = convert(row[column]) if there else None
                 except ValueError:
-                    raise ValueError(
-                        f"{self.root / name}: line {at}: {column} is {row[column][:40]!r}: expected {wanted}"
-                    ) from None
+                    fault = f"{column} is {row[column][:40]!r}: expected {wanted}{nothing}"
+                    raise ValueError(f"{self.root / name}: line {at}: {fault}") from None
             read.append(new)
         return read
 
@@ -145,18 +142,8 @@ def _number(text: str) -> float:
     return value
 
 
-def _number_or_nothing(text: str) -> float | None:
-    return _number(text) if text else None
-
-
-def _count_or_nothing(text: str) -> int | None:
-    return int(text) if text else None
-
-
 _KINDS: dict[str, tuple[Callable[[str], Any], str]] = {
     "text": (str, "text"),
     "number": (_number, "a finite number"),
-    "number or nothing": (_number_or_nothing, "a finite number or nothing"),
     "count": (int, "a whole number"),
-    "count or nothing": (_count_or_nothing, "a whole number or nothing"),
 }

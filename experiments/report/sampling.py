@@ -1,6 +1,6 @@
 """How forecasts were drawn: the sampling, how good the samples are as a distribution, what constraints cut off."""
 
-from experiments.report.document import Block, Column, Section, Table, not_run, paragraph
+from experiments.report.document import Block, Section, Table, Text, named, not_run
 from experiments.report.evaluation import MODEL
 from experiments.report.study import Study
 
@@ -10,13 +10,9 @@ def sampling(study: Study) -> Section:
     title, main = "Sampling", study.main()
     if not main:
         return Section("sampling", title, [not_run("The evaluation")])
-    columns = [
-        *(Column("run", "run", "text"), Column("sampling", "how", "text"), Column("temperature", "temperature")),
-        *(Column("top_k", "top k", "integer"), Column("top_p", "top p", "rate")),
-        *(Column("repetition_penalty", "repetition penalty", "rate"), Column("num_samples", "samples", "integer")),
-        *(Column("constrained", "constrained", "text"), Column("points", "points seen", "integer")),
-        Column("horizon", "points forecast", "integer"),
-    ]
+    titles = {"sampling": "how", "num_samples": "samples", "points": "points seen", "horizon": "points forecast"}
+    names = "run sampling temperature top_k top_p repetition_penalty num_samples constrained points horizon"
+    columns = named(names, **titles)
     rows = []
     for run, evaluation in main:
         about = evaluation.about
@@ -32,13 +28,10 @@ def _probabilistic(study: Study) -> list[Block]:
     """CRPS, coverage and width of the bands, where forecasts are samples."""
     sampled = [(run, evaluation) for run, evaluation in study.main() if evaluation.about.count("num_samples") > 1]
     if not sampled:
-        return [paragraph("One continuation for each series, so there are no bands to score.")]
-    columns = [
-        *(Column("run", "run", "text"), Column("part", "part", "text"), Column("variable", "species", "text")),
-        *(Column("series", "series", "integer"), Column("crps", "CRPS")),
-        *(Column("coverage50", "within the 50 % band", "share"), Column("coverage80", "within the 80 % band", "share")),
-        *(Column("width50", "width of the 50 % band"), Column("width80", "width of the 80 % band")),
-    ]
+        return [Text(["One continuation for each series, so there are no bands to score."])]
+    titles = {f"coverage{share}": f"within the {share} % band" for share in (50, 80)}
+    titles |= {f"width{share}": f"width of the {share} % band" for share in (50, 80)}
+    columns = named("run part variable series crps coverage50 coverage80 width50 width80", **titles)
     rows = [
         [run.title, *(row[column.name] for column in columns[1:])]
         for run, evaluation in sampled
@@ -54,7 +47,7 @@ def _constrained(study: Study) -> list[Block]:
     """How much probability constrained decoding cut off."""
     main = [(run, evaluation) for run, evaluation in study.main() if evaluation.about.flag("constrained")]
     if not main:
-        return [paragraph("Decoding was free: no token was ruled out.")]
+        return [Text(["Decoding was free: no token was ruled out."])]
     shown, parts = [], []
     for run, evaluation in main:
         own = {row["unique_id"]: row for row in evaluation.systems if row["forecaster"] == MODEL}
@@ -65,14 +58,9 @@ def _constrained(study: Study) -> list[Block]:
         rows = [own[system] for system in evaluation.shown if system in own]
         shown += [[run.title, row["unique_id"], row["class"], row["cut_mass"], row["cut_mass_mean"]] for row in rows]
     files, stages = [evaluation.file("systems.csv") for _, evaluation in main], [run.stage for run, _ in main]
-    means = [
-        *(Column("run", "run", "text"), Column("part", "part", "text"), Column("series", "series", "integer")),
-        *(Column("mean", "mean over series"), Column("largest", "largest")),
-    ]
-    each = [
-        *(Column("run", "run", "text"), Column("system", "system", "text"), Column("class", "class", "text")),
-        *(Column("cut_mass", "of the whole forecast"), Column("cut_mass_mean", "mean of a token")),
-    ]
+    means = named("run part series mean largest", mean="mean over series")
+    names = "run system class cut_mass cut_mass_mean"
+    each = named(names, cut_mass="of the whole forecast", cut_mass_mean="mean of a token")
     caption = "Probability that free decoding would have left the encoding's grammar on the way, which was cut off"
     return [
         Table("cut-mass", f"{caption}.", means, parts, files, stages, heads=2),

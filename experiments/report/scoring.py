@@ -6,14 +6,13 @@ from functools import partial
 
 from experiments import plots
 from experiments.forecasting.judge import yes_or_no
-from experiments.report.document import Block, Column, Figure, Inline, Items, Section, Table, Text, not_run
+from experiments.report.document import Block, Column, Figure, Inline, Items, Section, Table, Text, named, not_run
 from experiments.report.evaluation import MODEL, Evaluation
 from experiments.report.records import Row
 from experiments.report.study import CONTROLS, TITLES, Run, Study
 
 SQUARED = "MSE (raw units squared)"
 ERRORS = ("rmse", "mae", "mape", "smape", "mase", "wql")
-ANCHORED = (Column("smape", "sMAPE", "share"), Column("mase", "MASE"), Column("wql", "WQL", "share"))
 ANCHORS = (
     "MASE is the error over that of the one-step naive forecast within the context, without the variables that are "
     "constant there; sMAPE 2 |error| / (|value| + |forecast|); WQL the weighted quantile loss."
@@ -35,14 +34,8 @@ def by_stage(study: Study) -> Section:
                     kept = [row[name] for name in (*ERRORS, "r2", "skill", "reference", "won", "series", "win_rate")]
                     trained = evaluation.about.values.get("trained_on_this_data")
                     rows.append([run.title, part, loss, mse, *kept, trained if trained is None else yes_or_no(trained)])
-        columns = [
-            *(Column("run", "run", "text"), Column("part", "part", "text"), Column("loss", "validation loss")),
-            *(Column("mse", "MSE (95 % interval)", "interval"), Column("rmse", "RMSE"), Column("mae", "MAE")),
-            *(Column("mape", "MAPE", "share"), *ANCHORED, Column("r2", "R²"), Column("skill", "skill")),
-            *(Column("reference", "over", "text"), Column("won", "series won", "integer")),
-            *(Column("series", "of", "integer"), Column("win_rate", "win rate", "share")),
-            Column("trained_on_this_data", "trained on this data", "text"),
-        ]
+        names = f"run part loss mse {' '.join(ERRORS)} r2 skill reference won series win_rate trained_on_this_data"
+        columns = named(names, intervals="mse", loss="validation loss", series="of")
         caption = (
             f"The model by stage: errors over {main[0][1].scored} alone, all species, raw units. Skill is 1 - MSE / "
             "MSE of the copy that is named, the better of the seasonal repeat and context parroting; a series is won "
@@ -86,16 +79,10 @@ def scores(study: Study) -> Section:
 def _scores(
     run: Run, evaluation: Evaluation, rows: Sequence[Row], suffix: str, what: str, folded: bool = True
 ) -> Table:
-    columns = [
-        *(Column("part", "part", "text"), Column("forecaster", "forecaster", "text")),
-        *(Column("variable", "species", "text"), Column("series", "series", "integer")),
-        *(Column("mse", "MSE (95 % interval)", "interval"), Column("rmse", "RMSE")),
-        *(Column("mae", "MAE (95 % interval)", "interval"), Column("mape", "MAPE", "share"), *ANCHORED),
-        *(Column("r2", "R²"), Column("skill", "skill"), Column("reference", "over", "text")),
-        Column("difference", "MSE - its (95 % interval)", "interval"),
-        *(Column("won", "series won", "integer"), Column("win_rate", "win rate", "share")),
-        *(Column("unparsed_steps", "steps not parsed", "integer"), Column("steps", "of", "integer")),
-    ]
+    names = (
+        "part forecaster variable series mse rmse mae mape smape mase wql r2 skill reference difference won win_rate "
+    )
+    columns = named(f"{names} unparsed_steps steps", intervals="mse mae difference", difference="MSE - its", steps="of")
     if not suffix:
         columns = [column for column in columns if column.name != "variable"]
     copied = {_key(row): row["mse"] for row in rows if row["forecaster"] == row["reference"]}
@@ -146,14 +133,10 @@ def _losses(main: Sequence[tuple[Run, Evaluation]]) -> Table:
         rows.append([run.title, *own, about.number("perplexity"), about.count("validation_tokens")])
         for part in parts:
             rows[-1] += [about.number_or_none(f"horizon_{what}.{part}") for what in ("loss", "perplexity")]
-    columns = [
-        *(Column("run", "run", "text"), Column("validation_loss", "validation loss")),
-        *(Column("validation_loss_with_padding", "with padding counted"), Column("perplexity", "perplexity")),
-        Column("validation_tokens", "real tokens", "integer"),
-    ]
+    names = "run validation_loss validation_loss_with_padding perplexity validation_tokens"
+    columns = named(names, validation_tokens="real tokens")
     for part in parts:
-        columns += [Column(f"horizon_loss_{part}", f"horizon loss, {part}")]
-        columns += [Column(f"horizon_perplexity_{part}", f"horizon perplexity, {part}")]
+        columns += [Column(f"horizon_{what}_{part}", f"horizon {what}, {part}") for what in ("loss", "perplexity")]
     caption = (
         "Token cross-entropy in nats per real token, and perplexity, its exponential: over the validation windows, and "
         "over the tokens of the true horizon after its context."
@@ -168,10 +151,7 @@ def _unparsed(main: Sequence[tuple[Run, Evaluation]]) -> Table:
         for part in evaluation.parts:
             lost, of = (evaluation.about.count(f"{name}_steps.{part}") for name in ("unparsed", "forecast"))
             rows.append([run.title, part, lost, of, lost / of if of else None])
-    columns = [
-        *(Column("run", "run", "text"), Column("part", "part", "text"), Column("unparsed", "not parsed", "integer")),
-        *(Column("steps", "of steps", "integer"), Column("share", "share", "share")),
-    ]
+    columns = named("run part unparsed steps share", unparsed="not parsed", steps="of steps")
     caption = "Steps of the forecasts that did not parse; each is scored as persistence, none is dropped or moved."
     files = [evaluation.file("evaluation.json") for _, evaluation in main]
     return Table("unparsed", caption, columns, rows, files, [run.stage for run, _ in main], heads=2)
@@ -188,12 +168,7 @@ def _plan(study: Study) -> Table:
         predicted = sum(flops.count(part) for part in flops.values)
         at = known[0], one.text("folder")
         rows.setdefault(at, [*known, predicted, "run" if at in ran else "not run"])
-    columns = [
-        *(Column("stage", "stage", "text"), Column("name", "run", "text"), Column("lr", "learning rate", "rate")),
-        *(Column("rank", "rank", "integer"), Column("context", "context", "integer")),
-        *(Column("steps", "steps", "integer"), Column("predicted", "predicted FLOPs", "flops")),
-        Column("state", "state", "text"),
-    ]
+    columns = named("stage name lr rank context steps predicted state", name="run", predicted="predicted FLOPs")
     files = ["study.json", *(["results.csv"] if study.runs else [])]
     return Table("plan", "Every run that was planned.", columns, list(rows.values()), files, heads=2)
 
@@ -215,7 +190,7 @@ def _horizon(study: Study, run: Run, evaluation: Evaluation, part: str) -> list[
     said = {"ylabel": SQUARED, "title": f"Error by horizon step, {run.title}, {part}", "label": study.label}
     caption = f"MSE at each step of the horizon over the {part} series, {run.title}, raw units."
     figure = Figure(name, caption, partial(plots.horizon_error, lines, **said), file, [run.stage])
-    columns = [Column("step", "step", "integer")]
+    columns = named("step")
     columns += [Column(f"mse_{name.replace(' ', '_')}", f"MSE, {name}") for name in names]
     columns += [Column("mae_model", "MAE, model")]
     columns += [Column(f"running_rmse_{v}", f"running RMSE, model, {v}") for v in running]

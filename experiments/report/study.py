@@ -25,23 +25,11 @@ class Run:
 
     @property
     def title(self) -> str:
-        return TITLES.get(self.stage, self.row["name"] if self.stage == "grid" else f"context {self.context}")
+        return TITLES.get(self.stage, self.row["name"] if self.stage == "grid" else f"context {self.row['context']}")
 
     @property
     def folder(self) -> str:
         return self.row["folder"]
-
-    @property
-    def lr(self) -> float:
-        return self.row["lr"]
-
-    @property
-    def rank(self) -> int:
-        return self.row["rank"]
-
-    @property
-    def context(self) -> int | None:
-        return self.row["context"]
 
 
 class Study:
@@ -56,6 +44,7 @@ class Study:
         self.plan = records.json("study.json") if records.has("study.json") else None
         self.label = self.manifest.text("label") if "label" in self.manifest.values else ""
         self.runs = self._runs()
+        self._evaluations: dict[str, Evaluation | None] = {}
 
     @property
     def title(self) -> str:
@@ -63,9 +52,7 @@ class Study:
 
     @property
     def budget(self) -> int:
-        if self.plan:
-            return self.plan.count("budget")
-        return Fields(str(self.root / "config.toml"), self.settings).count("budget")
+        return (self.plan or Fields(str(self.root / "config.toml"), self.settings)).count("budget")
 
     @property
     def claimed(self) -> dict[str, Any]:
@@ -78,15 +65,13 @@ class Study:
     @property
     def commands(self) -> dict[str, str]:
         """The command of each stage, as the manifest has it or from the folder's own settings, and of this page."""
-        run = shlex.quote(str(self.root))
-        found = {}
-        for stage in (*STAGES, "study"):
-            verb = stage if self.settings.get("protocol") else "grid"
-            verb = "study --controls" if stage in CONTROLS else verb
-            found[stage] = f"python -m experiments.run {verb} --config {run}/config.toml --out {run}"
+        start, run = "python -m experiments.run", shlex.quote(str(self.root))
+        verbs = {stage: stage if self.settings.get("protocol") else "grid" for stage in (*STAGES, "study")}
+        verbs |= dict.fromkeys(CONTROLS, "study --controls")
+        found = {stage: f"{start} {verb} --config {run}/config.toml --out {run}" for stage, verb in verbs.items()}
         if "commands" in self.manifest.values:
             found |= {name: str(line) for name, line in self.manifest.fields("commands").values.items()}
-        return found | {"report": f"python -m experiments.run report {run}"}
+        return found | {"report": f"{start} report {run}"}
 
     def of(self, stage: str) -> list[Run]:
         return [run for run in self.runs if run.stage == stage]
@@ -127,10 +112,6 @@ class Study:
             there = self.records.has(f"{run.folder}/evaluation/evaluation.json")
             self._evaluations[run.folder] = Evaluation(self.records, run.folder) if there else None
         return self._evaluations[run.folder]
-
-    @cached_property
-    def _evaluations(self) -> dict[str, Evaluation | None]:
-        return {}
 
     @cached_property
     def flops(self) -> list[Row]:

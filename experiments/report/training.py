@@ -9,7 +9,7 @@ import numpy as np
 from experiments import plots
 from experiments.plots.gradients import by_layer
 from experiments.report.claims import sweep
-from experiments.report.document import Block, Column, Figure, Number, Section, Table, Text, not_run, paragraph
+from experiments.report.document import Block, Column, Figure, Number, Section, Table, Text, named, not_run
 from experiments.report.evaluation import Floats
 from experiments.report.study import STAGES, Run, Study
 
@@ -30,7 +30,7 @@ def curves(study: Study) -> Section:
         "all": ("all runs", ["default", "grid", "context", "final"]),
     }
     padded = "The training loss counts padding as tokens; the validation loss is per real token."
-    blocks: list[Block] = [paragraph(padded)] if study.settings.get("count_padding") else []
+    blocks: list[Block] = [Text([padded])] if study.settings.get("count_padding") else []
     shown: list[list[str]] = []
     for name, (what, stages) in groups.items():
         ran = [stage for stage in stages if study.of(stage)]
@@ -63,10 +63,10 @@ def grid(study: Study) -> Section:
     runs = study.of("grid")
     if not runs:
         return Section("grid", "Learning rate and rank", [not_run("The grid"), *sweep(study, "grid")])
-    losses = {(run.lr, run.rank): run.row["validation_loss"] for run in runs}
+    losses = {(run.row["lr"], run.row["rank"]): run.row["validation_loss"] for run in runs}
     rates, ranks = sorted({lr for lr, _ in losses}), sorted({rank for _, rank in losses})
     at = min(losses, key=lambda cell: losses[cell])
-    columns = [Column("lr", "learning rate", "rate"), *(Column(f"rank_{rank}", f"rank {rank}") for rank in ranks)]
+    columns = [*named("lr"), *(Column(f"rank_{rank}", f"rank {rank}") for rank in ranks)]
     rows = [[lr, *(losses.get((lr, rank)) for rank in ranks)] for lr in rates]
     marks = {(rates.index(at[0]), 1 + ranks.index(at[1])): "lowest"}
     caption = "Validation loss (nats per real token) by learning rate and LoRA rank."
@@ -88,7 +88,7 @@ def context(study: Study) -> Section:
 
 def gradients(study: Study) -> Section:
     """The gradient norm of every A and B, with a warning where one vanishes or explodes."""
-    blocks: list[Block] = [paragraph(RULE)]
+    blocks: list[Block] = [Text([RULE])]
     for stage in ("default", "final"):
         if not (runs := study.of(stage)):
             blocks.append(not_run(f"Gradients of the {stage} run"))
@@ -134,10 +134,8 @@ def _gradients(study: Study, run: Run) -> list[Block]:
     caption = f"Gradient norm of every LoRA matrix in the {run.title}, by layer and projection."
     draw = partial(plots.gradient_norms, steps, norms, title=title, label=study.label, flagged=flagged)
     figure = Figure(name, caption, draw, [file], [run.stage])
-    columns = [
-        *(Column("matrix", "matrix", "code"), Column("first", "first tenth"), Column("last", "last tenth")),
-        *(Column("ratio", "last / first"), Column("verdict", "verdict", "text")),
-    ]
+    titles = {"first": "first tenth", "last": "last tenth", "ratio": "last / first"}
+    columns = named("matrix first last ratio verdict", **titles)
     values = [
         [matrix, first, last, last / first if first and last is not None else None, what or "neither"]
         for matrix, (first, last, what) in found.items()
@@ -150,7 +148,7 @@ def _gradients(study: Study, run: Run) -> list[Block]:
             many, of = Number(len(these), "integer"), Number(len(names), "integer")
             start = f"Warning: in the {run.title} the gradient {what} in "
             said.append(Text([start, many, " of ", of, f" matrices: {', '.join(these)}."], "warning"))
-    none = paragraph(f"In the {run.title} no gradient vanishes or explodes.")
+    none = Text([f"In the {run.title} no gradient vanishes or explodes."])
     return [Text([run.title.capitalize()], "heading"), *(said or [none]), figure, table]
 
 
@@ -161,7 +159,7 @@ def _metrics(run: Run) -> str:
 def _curve(study: Study, run: Run) -> dict[str, Any]:
     """A run as `plots.loss_curves` takes it."""
     lines = study.records.jsonl(_metrics(run))
-    found: dict[str, Any] = {"name": run.title, "lr": run.lr, "rank": run.rank, "group": run.stage}
+    found = {"name": run.title, "lr": run.row["lr"], "rank": run.row["rank"], "group": run.stage}
     for kind, key in (("train", "loss"), ("validation", "validation_loss")):
         found[kind] = [
             (line.count("step"), line.count("training"), line.number(key)) for line in lines if key in line.values
@@ -182,10 +180,8 @@ def _validations(study: Study) -> Table:
                 at = line.count("step"), line.count("training")
                 padded = line.number_or_none("validation_loss_with_padding")
                 rows.append([run.title, *at, line.number("validation_loss"), padded])
-    columns = [
-        *(Column("run", "run", "text"), Column("step", "step", "integer"), Column("flops", "training FLOPs", "flops")),
-        *(Column("validation_loss", "validation loss"), Column("with_padding", "with padding counted")),
-    ]
+    titles = {"flops": "training FLOPs", "with_padding": "with padding counted"}
+    columns = named("run step flops validation_loss with_padding", **titles)
     files = list(dict.fromkeys(_metrics(run) for run in study.runs))
     stages = list(dict.fromkeys(run.stage for run in study.runs))
     caption = "Validation loss (nats per real token) of every run at every step where it was taken."
@@ -194,19 +190,14 @@ def _validations(study: Study) -> Table:
 
 def _runs(name: str, caption: str, runs: Sequence[Run]) -> Table:
     """Runs with their losses: nats per real token."""
-    columns = [
-        *(Column("name", "run", "text"), Column("lr", "learning rate", "rate"), Column("rank", "rank", "integer")),
-        *(Column("context", "context", "integer"), Column("steps", "steps", "integer")),
-        *(Column("validation_loss", "validation loss"), Column("validation_loss_with_padding", "with padding counted")),
-        *(Column("best_validation_loss", "lowest on the way"), Column("best_step", "at step", "integer")),
-        *(Column("last_losses_mean", "training loss, last 10"), Column("training_flops", "training FLOPs", "flops")),
-    ]
-    rows = [[run.context if c.name == "context" else run.row.get(c.name) for c in columns] for run in runs]
-    rows = [[run.title, *row[1:]] for run, row in zip(runs, rows, strict=True)]
-    at = [column.name for column in columns].index("validation_loss")
+    names = "name lr rank context steps validation_loss validation_loss_with_padding best_validation_loss best_step"
+    titles = {"name": "run", "best_validation_loss": "lowest on the way", "best_step": "at step"}
+    titles |= {"last_losses_mean": "training loss, last 10"}
+    columns = named(f"{names} last_losses_mean training_flops", **titles)
+    rows = [[run.title, *(run.row.get(column.name) for column in columns[1:])] for run in runs]
     losses = [run.row["validation_loss"] for run in runs]
     caption += " Losses in nats per real token."
-    marks = {(losses.index(min(losses)), at): "lowest"}
+    marks = {(losses.index(min(losses)), names.split().index("validation_loss")): "lowest"}
     return Table(f"{name}-runs", caption, columns, rows, ["results.csv"], [name], marks).without_empty()
 
 
@@ -221,10 +212,6 @@ def _errors(study: Study, runs: Sequence[Run], stage: str) -> list[Table]:
                     mse = (row["mse"], row["mse_low"], row["mse_high"])
                     rows.append([run.title, row["part"], row["unit"], row["series"], mse, row["mae"], row["skill"]])
                     rows[-1].append(row["reference"])
-    columns = [
-        *(Column("run", "run", "text"), Column("part", "part", "text"), Column("unit", "unit", "text")),
-        *(Column("series", "series", "integer"), Column("mse", "MSE (95 % interval)", "interval")),
-        *(Column("mae", "MAE"), Column("skill", "skill"), Column("reference", "over", "text")),
-    ]
+    columns = named("run part unit series mse mae skill reference", intervals="mse")
     caption = "Errors of the forecasts of these runs, all species."
     return [Table(f"{stage}-errors", caption, columns, rows, files, [stage])] if rows else []

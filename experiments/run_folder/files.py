@@ -156,8 +156,7 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     Raises a one-line ValueError naming file, line and fault."""
     records = [_loads(line, f"{path}: line {n}: ") for n, line in enumerate(_read(path).split(b"\n")[:-1], 1)]
     for number, record in enumerate(records, 1):
-        if not isinstance(record, dict):
-            raise ValueError(f"{path}: line {number}: is a {type(record).__name__}: expected an object")
+        check(f"{path}: line {number}", record, {})
     return records
 
 

@@ -20,8 +20,7 @@ class Record:
                 raise
             value = None  # asked for before it is opened, it could have gone meanwhile
         self.there, self.held = value is not None, {} if value is None else value
-        if not isinstance(self.held, dict):
-            raise ValueError(f"{path}: is a {type(value).__name__}: expected an object")
+        files.check(path, self.held, {})
 
     @property
     def flops(self) -> dict[str, int]:

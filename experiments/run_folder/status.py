@@ -125,22 +125,15 @@ class _Records:
         self.lines = files.read_jsonl(self.metrics) if self.metrics.is_file() else []
         judged = evaluation.held.get("parts", {})
         self.done = folder.finished and all(part in judged for part in run["parts"])
-        self.flops = sum(self._last(kind, int) or 0 for kind in ("training", "validation")) + sum(
-            evaluation.flops.values()
-        )
+        self.flops = sum(self._last(kind, int) or 0 for kind in ("training", "validation"))
+        self.flops += sum(evaluation.flops.values())
         self.predicted = sum(run["predicted"].values())
         self.left = 0 if self.done else max(0, self.predicted - self.flops)
         self.written = max(_written(self.metrics), _written(evaluation.path))
 
     def row(self, current: bool) -> Row:
-        if self.done:
-            state = "done"
-        elif current:
-            state = "running"
-        elif self.failure.there:
-            state = "failed"
-        else:
-            state = "interrupted" if self.written else "waiting"
+        holds = {"done": self.done, "running": current, "failed": self.failure.there, "interrupted": self.written}
+        state = next((name for name, held in holds.items() if held), "waiting")
         return Row(
             **{name: self.run[name] for name in ("name", "stage", "folder", "steps")},
             state=state,

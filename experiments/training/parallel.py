@@ -125,9 +125,8 @@ class Mute:
 class Ranks(Alone):
     """One of several processes of a `torch.distributed` group that has begun."""
 
-    def __init__(self, rank: int, world: int):
-        self.rank, self.world = rank, world
-        self._averaged: Any = None
+    def __init__(self, rank: int, world: int, averaged: Any = None):
+        self.rank, self.world, self._averaged = rank, world, averaged
 
     def check(self, settings: "Settings") -> None:
         import torch
@@ -147,10 +146,9 @@ class Ranks(Alone):
         torch.cuda.set_device(local)
 
     def of(self, model: "Qwen") -> "Ranks":
-        from torch import nn
-        from torch.nn.parallel import DistributedDataParallel
+        import torch
 
-        class Loss(nn.Module):  # what DistributedDataParallel averages the gradients of is a module's forward
+        class Loss(torch.nn.Module):  # what DistributedDataParallel averages the gradients of is a module's forward
             def __init__(self):
                 super().__init__()
                 self.model = model
@@ -159,9 +157,7 @@ class Ranks(Alone):
                 return self.model.loss(*batch, **options)
 
         # Parameters need no first broadcast: they come from the same seed or checkpoint, and the base from its files.
-        group = Ranks(self.rank, self.world)
-        group._averaged = DistributedDataParallel(Loss(), init_sync=False)
-        return group
+        return Ranks(self.rank, self.world, torch.nn.parallel.DistributedDataParallel(Loss(), init_sync=False))
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
         return items[self.rank :: self.world]
@@ -174,10 +170,9 @@ class Ranks(Alone):
 
     def sum(self, value):
         import torch
-        from torch import distributed
 
         total = torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64)
-        distributed.all_reduce(total)
+        torch.distributed.all_reduce(total)
         return total.item()
 
     def first(self, work: Callable[..., T], *args) -> T | None:
@@ -199,7 +194,6 @@ class Ranks(Alone):
     @contextmanager
     def together(self) -> Iterator[None]:
         import torch
-        from torch import distributed
 
         failure: Exception | None = None
         try:
@@ -209,7 +203,7 @@ class Ranks(Alone):
                 raise
             failure = e
         failed = torch.tensor(self.world if failure is None else self.rank)
-        distributed.all_reduce(failed, distributed.ReduceOp.MIN)
+        torch.distributed.all_reduce(failed, torch.distributed.ReduceOp.MIN)
         source = int(failed)
         if source == self.world:
             return
@@ -223,14 +217,13 @@ class Ranks(Alone):
     def _broadcast(self, value: Any, source: int) -> Any:
         """The `value` of rank `source`: bytes, or what JSON holds."""
         import torch
-        from torch import distributed
 
         data = b"=" + value if isinstance(value, bytes) else json.dumps(value).encode()
         size = torch.tensor(len(data))
-        distributed.broadcast(size, source)
+        torch.distributed.broadcast(size, source)
         sent = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         held = sent if self.rank == source else torch.empty(int(size), dtype=torch.uint8)
-        distributed.broadcast(held, source)
+        torch.distributed.broadcast(held, source)
         data = held.numpy().tobytes()
         return data[1:] if data[:1] == b"=" else json.loads(data)
 
@@ -252,14 +245,13 @@ def joined(verb: str, trains: bool) -> Iterator[Alone]:
     if not trains:
         raise ValueError(f"{verb} in {world()} processes: expected torchrun for training alone ({', '.join(VERBS)})")
     import torch
-    from torch import distributed
 
     # Numbers and messages are on the CPU, gradients where the model is.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     # Who waits for the others there sees no signal but one that ends it at once. Nothing has begun yet.
     try:
         with handled(signal.SIG_DFL, signal.SIGINT, signal.SIGTERM):
-            distributed.init_process_group(backend, timeout=PATIENCE)
+            torch.distributed.init_process_group(backend, timeout=PATIENCE)
     except (RuntimeError, ValueError) as e:
         raise OSError(
             f"torchrun's processes do not find each other ({' '.join(str(e).split())[:120]}): expected all of them, "
@@ -274,7 +266,7 @@ def joined(verb: str, trains: bool) -> Iterator[Alone]:
         # Whoever averaged gradients has to be gone before the group: if its reducer is the last to hold the group, that
         # ends with Python's lock held, and now and then waits forever for a thread of its own that wants the lock.
         gc.collect()
-        distributed.destroy_process_group()
+        torch.distributed.destroy_process_group()
 
 
 def lost(error: Exception) -> bool:
