@@ -21,6 +21,7 @@ from experiments.plots import base
 UNITS = "units of the data"
 _BANDS = ((0.1, 0.9, "80 % band", "#EBD3E1"), (0.25, 0.75, "50 % band", "#D9A3C3"))  # two tints of one colour
 _COPY: base.Style = {"color": "0.5", "linestyle": ":", "linewidth": 1.6}
+_DENSITY = "#F0C987"
 _FORECAST: base.Style = {"color": "black", "linestyle": "--", "linewidth": 1.4, "markerfacecolor": "white"}
 
 
@@ -34,21 +35,31 @@ def forecast(
     title: str,
     label: str = "",
     quantiles: Mapping[float, ArrayLike] | None = None,
+    densities: Sequence[tuple[ArrayLike, ArrayLike]] = (),
 ) -> None:
     """Draw one forecast beside the truth, a panel for each variable over one time axis.
 
     `time` (P+h,); `context` (P, V), shaded; `truth` and `forecast` (h, V), in the units of the data.
-    `quantiles`, each (h, V), has the levels 0.1, 0.25, 0.75 and 0.9 at least: the 80 % and the 50 % band."""
+    `quantiles`, each (h, V), has the levels 0.1, 0.25, 0.75 and 0.9 at least: the 80 % and the 50 % band.
+    `densities`, of each variable or none: values (n,) and probabilities (n,) of the first step, drawn under it."""
     series = _Series.of(
         {"time": time, "context": context, "truth": truth, "forecast": forecast, "quantiles": quantiles}, names
     )
     figure, panels = base.new_figure(len(names), 2.0)
     for i, (axes, name) in enumerate(zip(panels, names, strict=True)):
         _over_time(axes, series, i)
+        if densities:
+            values, probabilities = (np.asarray(one, np.float64) for one in densities[i])
+            wide = probabilities / probabilities.max() * np.ptp(series.time) / 12
+            axes.fill_betweenx(
+                values, at := series.time[len(series.past)], at + wide, color=_DENSITY, linewidth=0, zorder=1
+            )
         axes.set_ylabel(f"{base.plain(name)}\n({UNITS})")
     panels[-1].set_xlabel(f"time ({UNITS})")
     figure.align_ylabels(panels)
-    base.legend_below(figure, _entries(names, bool(series.bands), series.gaps))
+    handles = _entries(names, bool(series.bands), series.gaps)
+    handles += [Rectangle((0, 0), 1, 1, color=_DENSITY, label="density of the first step")] * bool(densities)
+    base.legend_below(figure, handles)
     base.save(figure, path, title, label)
 
 

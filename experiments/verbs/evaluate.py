@@ -1,22 +1,26 @@
 """Verbs that forecast: `evaluate`, `forecast`."""
 
 from argparse import Namespace
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from experiments import plots
 from experiments.accounting.ledger import Ledger
-from experiments.forecasting import judge, naive, scores
+from experiments.forecasting import density, judge, naive, scores
+from experiments.forecasting.density import Density
 from experiments.forecasting.evaluate import evaluate as charged
 from experiments.forecasting.evaluate import priced
 from experiments.forecasting.forecast import Forecasts, check_draft
 from experiments.forecasting.scores import QUANTILES
 from experiments.run_folder import files
-from experiments.task.model import prepare
+from experiments.task.model import prepare, trained
 from experiments.task.task import Task
 from experiments.training.progress import Report, counting
 from experiments.verbs.common import gather, ledger_of, print_json, wrote
@@ -64,13 +68,25 @@ def forecast(args: Namespace) -> None:
     task, model = prepare(settings, adapter, needs_split=False)
     check_draft(task, args.draft)
     task.check([args.system], scored=False)
-    expected = priced(task, model, [args.system], draft=args.draft)
+    expected, dense = priced(task, model, [args.system], draft=args.draft), hasattr(args, "density")
+    if dense and not settings.constrained:
+        raise ValueError("density with free text: expected constrained")
+    most = {"inference": density.priced(task, model.config, args.system, **trained(model)) if dense else 0}
     with closing(Report(1)) as report, Ledger(ledger_of(args), settings.budget) as ledger:
         run, cell = f"forecast {adapter or settings.model}", f"system {args.system}"
         far, draft = partial(counting, report, "forecast"), args.draft
+        reserved = ledger.reserve(run, f"{cell} density", most) if dense else 0
         made, _, entry = charged(task, model, [args.system], expected, ledger, run, cell, draft=draft, progress=far)
         ledger.settle(entry)
-    _draw(task, made, path)
+        flops, found = sum(made.flops.values()), list[Density]()
+        if dense:
+            found, took = density.densities(task, model, args.system, _written(task, made, made.values))
+            ledger.spend(reserved, "inference", took)
+            ledger.settle(reserved)
+            flops += took
+    _draw(task, made, path, found)
+    if found:
+        files.write_json(path.with_suffix(".density.json"), _densities(task, made, found))
     plain = naive.forecasts(task, [args.system])
     values, unparsed = scores.filled(made.values, plain["persistence"])
     print(
@@ -92,11 +108,28 @@ def forecast(args: Namespace) -> None:
             mse[name] = errors["mse"]
             print(f"{name:16} MSE {errors['mse']:.4f}  MAE {errors['mae']:.4f}")
         print(scores.verdict(mse, series=1))
-    print(f"written: {path}; {sum(made.flops.values()):,} FLOPs (coursework) charged to {ledger_of(args)}")
+    beside = f" and {path.with_suffix('.density.json')}" if found else ""
+    print(f"written: {path}{beside}; {flops:,} FLOPs (coursework) charged to {ledger_of(args)}")
 
 
-def _draw(task: Task, made: Forecasts, path: Path) -> None:
-    """Every forecast in one figure, with bands where several were drawn."""
+def _written(task: Task, made: Forecasts, values: NDArray[np.float64]) -> str:
+    """The text of the first step of values (1, h, V) of the one system that was forecast."""
+    return task.codec.encode(values[0, :1] / task.alphas[made.systems[0]])
+
+
+def _densities(task: Task, made: Forecasts, found: Sequence[Density]) -> dict[str, Any]:
+    """The density of each variable in the first step of a forecast, scored where the truth, as written, is known."""
+    system, first = made.systems[0], task.settings.points
+    truth: list[float | None] = [None] * len(found)
+    if not np.isnan(made.truth[0, 0]).any():
+        numbers = _written(task, made, made.truth).rstrip(";").split(",")
+        truth = [float(number) * float(task.alphas[system]) for number in numbers]
+    every = {name: one.record(y) for name, one, y in zip(task.dataset.names, found, truth, strict=True)}
+    return {"system": system, "time": float(task.time[first])} | every
+
+
+def _draw(task: Task, made: Forecasts, path: Path, found: Sequence[Density] = ()) -> None:
+    """Every forecast in one figure, with bands where several were drawn, and of one system its densities."""
     path.parent.mkdir(parents=True, exist_ok=True)
     settings, bands = task.settings, made.quantiles
     systems = [
@@ -113,4 +146,6 @@ def _draw(task: Task, made: Forecasts, path: Path) -> None:
     if len(systems) > 1:
         plots.forecast_grid(systems, task.dataset.names, path, f"Forecasts, {settings.judged}", settings.label)
     else:
-        plots.forecast(**systems[0], names=task.dataset.names, path=path, label=settings.label)
+        densities = [(one.values, one.probabilities) for one in found]
+        names = task.dataset.names
+        plots.forecast(**systems[0], names=names, path=path, label=settings.label, densities=densities)
