@@ -30,7 +30,7 @@ CROSS_ENTROPY = Price(
 WEIGHTS = Price("loss", "N E gh gw gb", multiply="N", d_multiply="gh*N*E+max(gw,gb)*N+gw*N*E", only=("exact",))
 
 # Per token: the D digits' logits, their softmax, and its mean distance from the true digit, which is looked up.
-# Backward: p (distance - mean) of each, times the loss's factor; then the sums with the cross-entropy's gradients.
+# Backward: the loss's factor times each distance, the softmax's own, and the sums with the cross-entropy's gradients.
 NUMBER_LOSS = Price(
     "loss",
     "N E D b gh gw gb",
@@ -40,8 +40,8 @@ NUMBER_LOSS = Price(
     divide="N*D",
     multiply="N*D",
     add="N*(2*D-2)+b*N*D",
-    d_add="max(gh,gw,gb)*N*D+gh*N*E+gw*D*E+gb*N*D",
-    d_multiply="max(gh,gw,gb)*2*N*D",
+    d_add="max(gh,gw,gb)*N*(2*D-1)+gh*N*E+gw*D*E+gb*N*D",
+    d_multiply="max(gh,gw,gb)*3*N*D",
     only=("exact", "matmul"),
 )
 
