@@ -138,6 +138,18 @@ class Codec:
         """A number as `encode` writes it, read to the nearest float64."""
         return float(number.replace(self.separator, "")) / (1 if self.point else 10**self.decimals)
 
+    def places(self, text: str) -> NDArray[np.int64]:
+        """Where each symbol of a text that `encode` wrote stands in its number, (len(text),).
+
+        0 is a digit before the point, n that of decimal n, -1 what is no digit.
+        """
+        places = np.full(len(text), -1)
+        for number in re.finditer("[^,;]+", text):
+            digits = [i for i in range(*number.span()) if text[i].isdigit()]
+            before = sum(map(str.isdigit, number[0].partition(".")[0])) if self.point else len(digits) - self.decimals
+            places[digits] = np.maximum(np.arange(len(digits)) - before + 1, 0)
+        return places
+
     @property
     def most_integer_digits(self) -> int:
         """Digits before the point of the largest numbers that can be written."""

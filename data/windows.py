@@ -19,7 +19,8 @@ class Windows:
     A window is tokens[start : start + C] of sequence `series` and predicts tokens[start + 1 : start + C + 1].
     Where the sequence ends earlier, inputs are padded and targets are IGNORED: a place is padding if and only
     if its target is IGNORED. `vocabulary`, if given, is every token that a target can be, once each: the loss is then
-    over these alone.
+    over these alone. `weights` (W, C) float32, if given, is what the training loss multiplies that of each target by;
+    `digits`, if given, the tokens of 0 to 9, for a loss over these.
     """
 
     inputs: NDArray[np.int64]
@@ -28,6 +29,8 @@ class Windows:
     start: NDArray[np.int64]
     pad_id: int
     vocabulary: NDArray[np.int64] | None = None
+    weights: NDArray[np.float32] | None = None
+    digits: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -36,7 +39,8 @@ class Windows:
         """The chosen windows alone, in their order."""
         rows = np.asarray(chosen, np.int64)
         inputs, targets, series, start = (a[rows] for a in (self.inputs, self.targets, self.series, self.start))
-        return Windows(inputs, targets, series, start, self.pad_id, self.vocabulary)
+        weights = None if self.weights is None else self.weights[rows]
+        return Windows(inputs, targets, series, start, self.pad_id, self.vocabulary, weights, self.digits)
 
     @property
     def real_tokens(self) -> int:

@@ -7,7 +7,7 @@ from torch import Tensor
 from qwen_min.cache import Prefill
 from qwen_min.flops import Price, charge
 from qwen_min.layers import Linear
-from qwen_min.ops import LINEAR, LOGIT_BIAS, faster, wanted
+from qwen_min.ops import LINEAR, LOGIT_BIAS, count_up, faster, wanted
 
 IGNORED = -100
 """The target of a token that does not count, as in torch and Hugging Face."""
@@ -26,9 +26,33 @@ CROSS_ENTROPY = Price(
     only=("exact",),
 )
 
+# A weight per token, times its loss and its part of each gradient.
+WEIGHTS = Price("loss", "N E gh gw gb", multiply="N", d_multiply="gh*N*E+max(gw,gb)*N+gw*N*E", only=("exact",))
+
+# Per token: the D digits' logits, their softmax, and its mean distance from the true digit, which is looked up.
+# Backward: the loss's factor times each distance, the softmax's own, and the sums with the cross-entropy's gradients.
+NUMBER_LOSS = Price(
+    "loss",
+    "N E D b gh gw gb",
+    product="N,E,D",
+    d_products=("gh*N,D,E", "gw*D,N,E"),
+    exponential="N*D",
+    divide="N*D",
+    multiply="N*D",
+    add="N*(2*D-2)+b*N*D",
+    d_add="max(gh,gw,gb)*N*(2*D-1)+gh*N*E+gw*D*E+gb*N*D",
+    d_multiply="max(gh,gw,gb)*3*N*D",
+    only=("exact", "matmul"),
+)
+
 
 def linear_cross_entropy(
-    hidden: Tensor, head: Linear, targets: Tensor, bias: Tensor | None = None, vocabulary: Tensor | None = None
+    hidden: Tensor,
+    head: Linear,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    vocabulary: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, int]:
     """The sum over tokens of -log softmax(h Wᵀ + bias)[target], and how many tokens counted.
 
@@ -39,14 +63,16 @@ def linear_cross_entropy(
         bias: (V) added to the logits.
         vocabulary: (N) token ids, each once: the softmax runs over these alone, which is another, lower loss. None
             is all V.
+        weights: (B, T) float32, what each token's loss is multiplied by. None is 1.
 
     Returns:
         The sum in nats, a float64 scalar, and the count.
 
     Raises:
-        ValueError: the targets are of another shape than the tokens, or one is no token, or not in `vocabulary`.
+        ValueError: the targets or weights are of another shape than the tokens, or a target is no token, or not in
+            `vocabulary`.
     """
-    total, _ = _cross_entropy(hidden, head, targets, bias, vocabulary)
+    total, _ = _cross_entropy(hidden, head, targets, bias, vocabulary, weights)
     return total, targets.numel() if targets.is_meta else int((targets != IGNORED).sum())
 
 
@@ -60,10 +86,34 @@ def token_cross_entropy(
     return _cross_entropy(hidden, head, targets, bias, vocabulary)[1].detach()
 
 
-def _cross_entropy(hidden, head, targets, bias, vocabulary) -> tuple[Tensor, Tensor]:
+def number_loss(hidden: Tensor, head: Linear, targets: Tensor, digits: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The sum, over tokens whose target is a digit d, of sum_j p_j |j - d|; p is the softmax over the ten digits alone.
+
+    Args:
+        hidden, head, targets, bias: as in `linear_cross_entropy`, which refuses bad ones.
+        digits: (10) the tokens of 0 to 9.
+
+    Returns:
+        A float64 scalar, with a gradient.
+
+    Source: Zausinger et al. 2025, "Regress, Don't Guess", the Number Token Loss by Wasserstein-1 distance.
+    """
+    rows, weight = hidden.flatten(0, -2), head.weight[digits]  # (N, E), (10, E)
+    bias = None if bias is None else bias[digits]
+    with head.charged():
+        charge(NUMBER_LOSS, *rows.shape, len(digits), int(bias is not None), *wanted(rows, weight, bias))
+    logits = F.linear(rows, weight.to(rows.dtype), None if bias is None else bias.to(rows.dtype))  # (N, 10)
+    true = targets.flatten()[:, None] == digits  # (N, 10)
+    values = count_up(len(digits), digits.device)
+    distance = (values - true.int().argmax(1, keepdim=True)).abs() * true.any(1, keepdim=True)
+    return (logits.double().softmax(1) * distance).sum()
+
+
+def _cross_entropy(hidden, head, targets, bias, vocabulary, weights=None) -> tuple[Tensor, Tensor]:
     """The sum, and each token's part of it, (B, T)."""
-    if targets.shape != hidden.shape[:-1]:
-        raise ValueError(f"targets are {list(targets.shape)}: expected {list(hidden.shape[:-1])}, one for each token")
+    for name, given in (("targets", targets), ("weights", weights)):
+        if given is not None and given.shape != hidden.shape[:-1]:
+            raise ValueError(f"{name} are {list(given.shape)}: expected {list(hidden.shape[:-1])}, one for each token")
     rows, weight, shape = hidden.flatten(0, -2), head.weight, targets.shape  # (N, E), (V, E)
     counted = targets != IGNORED
     if not targets.is_meta and ((targets < 0) | (targets >= len(weight)))[counted].any():
@@ -77,13 +127,16 @@ def _cross_entropy(hidden, head, targets, bias, vocabulary) -> tuple[Tensor, Ten
         if bias is not None:
             charge(LOGIT_BIAS, len(rows), len(weight), gb)
         charge(CROSS_ENTROPY, len(rows), *weight.shape, gh, gw, gb)
-    targets = targets.flatten()
+        if weights is not None:
+            charge(WEIGHTS, *rows.shape, gh, gw, gb)
+    targets, weights = targets.flatten(), None if weights is None else weights.flatten()
     if answer := faster("cross_entropy"):
-        total, each = answer(rows, head, weight, targets, bias)
+        total, each = answer(rows, head, weight, targets, bias, weights)
         return total, each.view(shape)
     logits = F.linear(rows, weight.to(rows.dtype), None if bias is None else bias.to(rows.dtype))  # (N, V)
     # In float64: over 151,936 tokens a float32 softmax is off by 4e-5.
     each = F.cross_entropy(logits.double(), targets, ignore_index=IGNORED, reduction="none")
+    each = each if weights is None else each * weights
     return each.sum(), each.view(shape)
 
 

@@ -98,7 +98,12 @@ def one_by_one(number: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "config", ["", "count_padding = true\nlogit_bias = true\npad_side = 'left'\nwindows = 'anywhere'\n"]
+    "config",
+    [
+        "",
+        "count_padding = true\nlogit_bias = true\npad_side = 'left'\nwindows = 'anywhere'\n"
+        "digit_weights = [1, 0.5, 0.25]\nnumber_loss = 0.3\n",
+    ],
 )
 def test_two_processes_train_the_curve_of_one_and_are_charged_what_it_is_charged(place, config):
     """Five windows a step and three or more a validation, so that the shares differ: a mean of means would show."""

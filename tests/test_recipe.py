@@ -63,9 +63,10 @@ def test_warm_up_and_decay_are_steps_or_a_part_of_the_run():
     assert rates[151:] == pytest.approx([2.0 - 0.02 * step for step in range(1, 50)])
 
 
-@pytest.mark.parametrize(
-    "more", [*(["--schedule", s] for s in SCHEDULES), ["--windows", "anywhere", "--context", "48"]], ids=" ".join
-)
+OTHER_LOSS = ["--digit-weights", "1", "0.5", "--number-loss", "0.3", "--windows", "anywhere", "--context", "48"]
+
+
+@pytest.mark.parametrize("more", [*(["--schedule", s] for s in SCHEDULES), OTHER_LOSS], ids=" ".join)
 def test_a_run_stopped_in_its_warm_up_and_in_its_decay_ends_in_the_bytes_of_one_never_stopped(more, monkeypatch):
     recipe = [*RUN, *more, "--warmup", "3", "--decay", "2", "--clip", "0.5", "--weight-decay", "0.1"]
     assert main([*recipe, "--out", "whole"]) == 0
@@ -195,6 +196,10 @@ def test_lora_sits_on_the_targets_and_the_prices_are_those_of_what_runs(capsys):
         (["--separator", "_"], "separator is '_': expected one of '', ' '"),
         (["--windows", "everywhere"], "windows is 'everywhere': expected one of strided, anywhere"),
         (["--protocol", "fung", "--no-point"], "point is False: expected true where trailing_zeros is false"),
+        (["--digit-weights", "1", "-0.5"], "digit_weights is [1.0, -0.5]: expected numbers of 0 or more, not all 0"),
+        (["--digit-weights", "nan"], "digit_weights is [nan]: expected numbers of 0 or more, not all 0"),
+        (["--digit-weights", "0", "0"], "digit_weights is [0.0, 0.0]: expected numbers of 0 or more, not all 0"),
+        (["--number-loss", "-1"], "number_loss is -1.0: expected 0 or more"),
         (["--betas", "1", "0.9"], "betas is [1.0, 0.9]: expected two numbers"),
     ],
 )

@@ -208,6 +208,8 @@ CHANGED = {
         "pad_side": "left",
         "count_padding": True,
         "vocabulary": "symbols",
+        "digit_weights": (1.0, 0.5),
+        "number_loss": 0.3,
     },
     **{"preset": "reports", "lr": (5e-3,), "ranks": (4,), "skip": ("lr0.1-r2",), "steps": 9, "batch_size": 3},
     **{"context": 64, "dropout": 0.2, "logit_bias": True, "val_every": 1, "checkpoint_every": 3, "val_series": 2},

@@ -75,6 +75,10 @@ class Settings:
     pad_side: str = "right"
     count_padding: bool = False  # padding as tokens to be predicted
     vocabulary: str = "full"  # what the loss's softmax runs over: "symbols" is the text's own alone, another loss
+    digit_weights: tuple[
+        float, ...
+    ] = ()  # of digits in the training loss: before the point, of each decimal, of the rest
+    number_loss: float = 0.0  # times the mean distance of the digits' probabilities from the true digit: added to it
 
     # a training run, and the grid
     preset: str = ""  # learning rates by name, where lr is empty; "" for the model's own
@@ -262,7 +266,11 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("steps default_steps context_steps final_steps points horizon origins", lambda v: v >= 1, "at least 1"),
     ("checkpoint_every default_rank", lambda v: v >= 1, "at least 1"),
     ("val_every val_series forecast_series shown_series best_rank best_context top_k", lambda v: v >= 0, "0 or more"),
-    ("alpha temperature lora_alpha warmup decay weight_decay clip", lambda v: 0 <= v < math.inf, "0 or more"),
+    (
+        "alpha temperature lora_alpha warmup decay weight_decay clip number_loss",
+        lambda v: 0 <= v < math.inf,
+        "0 or more",
+    ),
     ("budget", lambda v: 1 <= v < 2**63, "at least 1, less than 2^63"),
     ("batch_size", lambda v: 1 <= v <= _LARGEST, f"1 to {_LARGEST}"),
     ("num_samples", lambda v: 1 <= v <= 10_000, "1 to 10000"),
@@ -289,6 +297,11 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("scratch", SCRATCH.__contains__, "same, small, or nothing"),
     ("keep", ("last", "best").__contains__, "one of last, best"),
     ("final_lr", lambda v: 0 <= v <= 1, "0 to 1, a part of the learning rate"),
+    (
+        "digit_weights",
+        lambda v: not v or (all(0 <= one < math.inf for one in v) and max(v) > 0),
+        "numbers of 0 or more, not all 0",
+    ),
     ("betas", lambda v: len(v) == 2 and all(0 <= one < 1 for one in v), "two numbers of at least 0, less than 1"),
     ("dropout", lambda v: 0 <= v < 1, "at least 0, less than 1"),
     ("top_p shortened", lambda v: 0 < v <= 1, "more than 0, at most 1"),

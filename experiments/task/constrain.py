@@ -1,6 +1,6 @@
 """The grammar over token ids: a model that can write nothing but series, what that cuts off, and guesses ahead."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -68,7 +68,7 @@ class Constrained:
     @classmethod
     def for_tokenizer(cls, tokenizer: Tokenizer, grammar: Grammar, **options: Any) -> "Constrained":
         """For a tokenizer that makes one token of each symbol; ValueError for another."""
-        return cls(grammar, symbol_tokens(tokenizer, grammar), **options)
+        return cls(grammar, symbol_tokens(tokenizer, grammar.symbols), **options)
 
     def allowed(self) -> Tensor:
         """(rows, V) bool: the tokens that may come next, of `tokens` if those are given; all in a row that is done."""
@@ -137,7 +137,7 @@ class Drafted:
     @classmethod
     def for_tokenizer(cls, tokenizer: Tokenizer, grammar: Grammar, text: str, nodes: int) -> "Drafted":
         """After a prompt's text, for a tokenizer as in `Constrained.for_tokenizer`."""
-        return cls(SeriesDraft(grammar, text), symbol_tokens(tokenizer, grammar), nodes)
+        return cls(SeriesDraft(grammar, text), symbol_tokens(tokenizer, grammar.symbols), nodes)
 
     def guess(self) -> list[tuple[int, int]]:
         """(parent, token) of each guess: see `generate.Draft`."""
@@ -148,10 +148,10 @@ class Drafted:
         self.draft.advance(self._symbols.get(token, "?"))
 
 
-def symbol_tokens(tokenizer: Tokenizer, grammar: Grammar) -> list[int]:
+def symbol_tokens(tokenizer: Tokenizer, symbols: Iterable[str]) -> list[int]:
     """The token of each symbol; ValueError where one has no single token."""
     ids: list[int] = []
-    for symbol in grammar.symbols:
+    for symbol in symbols:
         tokens = tokenizer.encode(symbol)
         if len(tokens) != 1:
             raise ValueError(f"{tokenizer.path}: {symbol!r} is the tokens {tokens}: expected a single one")

@@ -1,9 +1,10 @@
 """The forecasting task as tokens: data set, split, scale, encoding and tokenizer of one run."""
 
 import re
+import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from data import llmtime, lotka_volterra, splits
 from data.grammar import Grammar
 from data.llmtime import Codec
 from data.lotka_volterra import Dataset
-from data.windows import Windows, batch_indices, beginnings, draw_windows, make_windows
+from data.windows import IGNORED, Windows, batch_indices, beginnings, draw_windows, make_windows
 from experiments.settings.record import Settings
 from experiments.task.constrain import symbol_tokens
 from experiments.task.shapes import FEWEST_POINTS, SHAPES, Shape, shape
@@ -257,9 +258,34 @@ class Task:
         settings, pad_id = self.settings, self.tokenizer.token_id("<|endoftext|>")
         tokens = [self.tokens(system) for system in systems.tolist()]
         windows = cut(tokens, settings.context, *how, pad_id, settings.pad_side)
-        if settings.vocabulary == "full":
-            return windows
-        return replace(windows, vocabulary=np.array(symbol_tokens(self.tokenizer, self.grammar)))
+        if settings.vocabulary == "symbols":
+            windows = replace(
+                windows, vocabulary=np.array(symbol_tokens(self.tokenizer, self.grammar.symbols), np.int64)
+            )
+        if settings.digit_weights:
+            windows = replace(windows, weights=self._weights(systems, windows))
+        if settings.number_loss:
+            windows = replace(windows, digits=np.array(symbol_tokens(self.tokenizer, string.digits), np.int64))
+        return windows
+
+    def _places(self, system: int) -> NDArray[np.int64]:
+        """Of each token of a series: see `Codec.places`."""
+        text, tokens = self.text(system), self.tokens(system)
+        if len(text) != len(tokens):
+            wrong = f"{len(text)} symbols of a series are {len(tokens)} tokens"
+            raise ValueError(f"{self.tokenizer.path}: {wrong}: expected a token for each symbol, to weigh digits")
+        return self.codec.places(text)
+
+    def _weights(self, systems: NDArray[np.int64], windows: Windows) -> NDArray[np.float32]:
+        """What the loss of each target is multiplied by, (W, C); 1 where it is no digit, or padding."""
+        places_of = cache(self._places)
+        weights = np.ones(windows.targets.shape, np.float32)
+        for row, (series, start) in enumerate(zip(windows.series, windows.start, strict=True)):
+            places = places_of(int(systems[series]))[start + 1 :]
+            of_places = np.take(self.settings.digit_weights, places, mode="clip")
+            real = windows.targets[row] != IGNORED
+            weights[row, real] = np.where(places < 0, 1, of_places)[: real.sum()]
+        return weights
 
 
 def _split(settings: Settings, systems: int) -> splits.Split:

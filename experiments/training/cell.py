@@ -192,7 +192,7 @@ class _State:
         batch = task.train_batch(self.step)
         self.group.draw(settings.seed, self.step)
         self.optimizer.param_groups[0]["lr"] = settings.rate(self.lr, self.step)
-        options, failure = (settings.count_padding, self.group, settings.clip), None
+        options, failure = (settings.count_padding, self.group, settings.clip, settings.number_loss), None
         with FlopMeter() as meter:
             try:
                 loss, norm = training_step(self.model, batch, range(len(batch)), self.optimizer, *options)

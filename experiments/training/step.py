@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +24,7 @@ class Batch(NamedTuple):
     real: Tensor  # bool: not padding
     padding: Tensor | None  # (B) how many of a window's first tokens are padding
     vocabulary: Tensor | None  # what the loss is over, if not all tokens
+    weights: Tensor | None  # of targets in the training loss, if not 1
 
 
 def groups(model: Qwen, windows: Windows, chosen, count_padding: bool = False) -> Iterator[Batch]:
@@ -34,7 +36,8 @@ def groups(model: Qwen, windows: Windows, chosen, count_padding: bool = False) -
         targets = part.targets_with_padding if count_padding else part.targets
         arrays = part.inputs, targets, part.targets != IGNORED, part.left_padding
         inputs, wanted, real, left = (torch.from_numpy(a).to(model.device) for a in arrays)
-        yield Batch(inputs, wanted, real, left if left.any() else None, vocabulary)
+        weights = None if part.weights is None else torch.from_numpy(part.weights).to(model.device)
+        yield Batch(inputs, wanted, real, left if left.any() else None, vocabulary, weights)
 
 
 @torch.no_grad()
@@ -72,8 +75,12 @@ def training_step(
     count_padding: bool = False,
     group: Alone = ALONE,
     clip: float = 0.0,
+    number_loss: float = 0.0,
 ) -> tuple[float, float]:
     """One update; returns the mean loss per token of the batch and the norm of its gradient.
+
+    Where the windows have weights the mean is by them. Where they have `digits`, `number_loss` times the mean of
+    `qwen_min.loss.number_loss` over the targets among these is added.
 
     A gradient that is longer than `clip` is cut to it before the update, unless that is 0.
 
@@ -87,12 +94,21 @@ def training_step(
     model.train()
     optimizer.zero_grad(set_to_none=True)
     batch = windows.at(chosen)
-    tokens = batch.targets.size if count_padding else batch.real_tokens
+    tokens: float = batch.targets.size if count_padding else batch.real_tokens
+    if batch.weights is not None:
+        tokens = float(batch.weights.sum(where=count_padding | (batch.targets != IGNORED), dtype=np.float64)) or 1.0
+    options: dict[str, Any] = {}
+    if batch.digits is not None:
+        numbers = int(np.isin(batch.targets, batch.digits).sum())
+        options["digits"] = torch.from_numpy(batch.digits).to(model.device)
+        options["digit_factor"] = number_loss * tokens / (numbers or 1)
     total = 0.0
     mine = list(groups(model, windows, group.share(chosen), count_padding))
     for part in mine:
         with group.averaging(part is mine[-1]):
-            loss, _ = group.loss(model, part.inputs, part.targets, part.padding, part.vocabulary)
+            loss, _ = group.loss(
+                model, part.inputs, part.targets, part.padding, part.vocabulary, part.weights, **options
+            )
             (loss * group.world / tokens).backward()
         total += loss.item()
     total = group.sum(total)

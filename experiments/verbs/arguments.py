@@ -221,6 +221,10 @@ def _settings(p: argparse.ArgumentParser, *groups: str) -> None:
         drift = "continue with another torch, device, dtype, processor, number of threads or processes: bits may differ"
         add("--allow-drift", action="store_true", help=f"{drift}; the manifest lists it")
         add("--vocabulary", help="of the loss: full, or symbols: over the text's own alone, another loss (full)")
+        weights = "of the training loss: of digits before the point, of each decimal in turn, of all further ones (1)"
+        add("--digit-weights", type=float, nargs="+", metavar="WEIGHT", help=weights)
+        distance = "add so much times the mean distance of the digits' probabilities from the true digit (0)"
+        add("--number-loss", type=float, help=distance)
         add("--preset", help="learning rates by name: reports or pocket")
     if "train" in groups or "forecast" in groups:
         add("--context", type=int, help="tokens of a window (512)")

@@ -25,19 +25,20 @@ LOGITS_KEPT = 2**26
 
 
 def cross_entropy(
-    rows: Tensor, head: Linear, weight: Tensor, targets: Tensor, bias: Tensor | None
+    rows: Tensor, head: Linear, weight: Tensor, targets: Tensor, bias: Tensor | None, weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The sum of the losses of hidden states (N, E) under `weight` (V, E), a scalar with a gradient, and each, (N).
 
-    Both float64. `head` says with its attribute `losses`, if it has one, by what a compiler made of the function here.
+    `weights` (N) multiply the losses. Both float64. `head` says with its attribute `losses`, if it has one, by what a
+    compiler made of the function here.
     """
     losses = getattr(head, "losses", token_losses)
-    return _LinearCrossEntropy.apply(rows, weight, targets, bias, wanted(rows, weight, bias), losses)
+    return _LinearCrossEntropy.apply(rows, weight, targets, bias, weights, wanted(rows, weight, bias), losses)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, weight, targets, bias, wanted, losses):
+    def forward(ctx, rows, weight, targets, bias, weights, wanted, losses):
         each = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
         gradients = [
             torch.zeros_like(t, dtype=torch.float32) if want else None
@@ -47,7 +48,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(rows), chunk):
             part = slice(start, start + chunk)
             d_rows = None if gradients[0] is None else gradients[0][part]
-            each[part] = losses(rows[part], weight, targets[part], bias, (d_rows, *gradients[1:]))
+            some = None if weights is None else weights[part]
+            each[part] = losses(rows[part], weight, targets[part], bias, (d_rows, *gradients[1:]), some)
         ctx.save_for_backward(*(g for g in gradients if g is not None))
         ctx.wanted, ctx.dtypes = wanted, [None if t is None else t.dtype for t in (rows, weight, bias)]
         ctx.mark_non_differentiable(each)
@@ -60,16 +62,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
             (next(saved) * grad.float()).to(dtype) if want else None
             for want, dtype in zip(ctx.wanted, ctx.dtypes, strict=True)
         )
-        return rows, weight, None, bias, None, None
+        return rows, weight, None, bias, None, None, None
 
 
-def token_losses(rows, weight, targets, bias, gradients) -> Tensor:
-    """The losses (n) of tokens with hidden states (n, E), and into `gradients` those of their sum.
+def token_losses(rows, weight, targets, bias, gradients, token_weights=None) -> Tensor:
+    """The losses (n) of tokens with hidden states (n, E), times `token_weights` (n), and into `gradients` their sum's.
 
     d_rows (n, E) is written; d_weight (V, E) and d_bias (V) are added to; each may be None.
     """
     d_rows, d_weight, d_bias = gradients
     counted, index = (targets != IGNORED)[:, None], targets.clamp(min=0)[:, None]  # (n, 1)
+    share = counted if token_weights is None else counted * token_weights[:, None]
     # Not -inf, which a bias may make of a whole block: their difference would be NaN.
     top = torch.full_like(index, torch.finfo(torch.float32).min, dtype=torch.float32)
     sums, chosen, kept = torch.zeros_like(index, dtype=torch.float64), torch.zeros_like(top), []
@@ -91,15 +94,16 @@ def token_losses(rows, weight, targets, bias, gradients) -> Tensor:
             kept.append((block, weights, higher))
     # d loss / d logits = softmax - one-hot, nothing for a token that does not count
     if d_rows is not None:
-        d_rows.div_(sums).sub_(weight[index[:, 0]]).mul_(counted)
+        d_rows.div_(sums).sub_(weight[index[:, 0]]).mul_(share)
     for block, weights, higher in kept:
-        weights.mul_(counted * (higher - top).exp_() / sums)
+        weights.mul_(share * (higher - top).exp_() / sums)
         if d_weight is not None:
             d_weight[block] += weights.to(rows.dtype).T @ rows
         if d_bias is not None:
             d_bias[block] += weights.sum(0)
     if d_weight is not None:
-        d_weight.index_add_(0, index[:, 0], -(rows * counted).to(d_weight.dtype))
+        d_weight.index_add_(0, index[:, 0], -(rows * share).to(d_weight.dtype))
     if d_bias is not None:
-        d_bias.index_add_(0, index[:, 0], -counted[:, 0].to(d_bias.dtype))
-    return (sums.log() + (top.double() - chosen.double())).where(counted, 0)[:, 0]  # not times 0: it may be infinite
+        d_bias.index_add_(0, index[:, 0], -share[:, 0].to(d_bias.dtype))
+    each = (sums.log() + (top.double() - chosen.double())).where(counted, 0)[:, 0]  # not times 0: it may be infinite
+    return each if token_weights is None else each * token_weights
