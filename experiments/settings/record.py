@@ -28,6 +28,8 @@ SCALINGS = ("training maximum", "context percentile", "series percentile")
 """What a series is divided by: the training part's largest value / 9.99, for all; or the larger of its variables' 95th
 percentiles / 10, of the points that a forecast sees, or of all: the horizon that it is to forecast included."""
 
+POINT_FORECASTS = ("median", "mean")
+
 DTYPES = {"stored": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 MOST_VALIDATIONS = 12  # of a run of a shortened study
 FEWEST_SERIES = 20  # that tell something of a forecaster
@@ -90,6 +92,7 @@ class Settings:
     val_every: int = 30  # steps between validations; 0 for one after training
     checkpoint_every: int = 100  # steps between checkpoints, besides those of the validations
     keep: str = "last"  # the adapter of the last validation, or of the "best" by its loss
+    patience: int = 0  # a run stops after so many validations in a row without a lower loss; 0: it never does
     val_series: int = 20  # series of the validation part whose loss is taken; 0 for all
 
     # the other stages of a study
@@ -111,7 +114,8 @@ class Settings:
     shown: tuple[int, ...] = ()  # systems drawn one by one; none for the first of each class
     shown_series: int = 0  # or so many of the validation part's first
     constrained: bool = True  # only text that is a valid encoding
-    num_samples: int = 1  # continuations of a series; with more than one the forecast is their median
+    num_samples: int = 1  # continuations of a series; with more than one the forecast is their `point_forecast`
+    point_forecast: str = "median"  # of POINT_FORECASTS: of the samples that parse, at each step
     temperature: float = 0.0  # 0 is greedy; several samples are drawn at 1 unless this is set
     top_k: int = 0
     top_p: float = 1.0
@@ -124,6 +128,8 @@ class Settings:
             for name in names.split():
                 _require(holds(getattr(self, name)), name, getattr(self, name), expected)
         _require(self.trailing_zeros or self.decimals > 0, "decimals", 0, "at least 1 without trailing zeros")
+        never = self.patience and not self.val_every
+        _require(not never, "patience", self.patience, "0 where no validation comes before the last, as val_every is 0")
         schedule.check(self.schedule, self.steps, self.warmup, self.decay)
         symbols_alone = self.vocabulary == "symbols" and self.count_padding
         _require(not symbols_alone, "vocabulary", "symbols", "full where padding counts, which is no symbol")
@@ -175,7 +181,7 @@ class Settings:
             how += f", top_k {self.top_k}" if self.top_k else ""
             how += f", top_p {self.top_p:g}" if self.top_p < 1 else ""
         how += f", repetition penalty {self.repetition_penalty:g}" if self.repetition_penalty != 1 else ""
-        how += f", the median of {self.num_samples} samples" if self.num_samples > 1 else ""
+        how += f", the {self.point_forecast} of {self.num_samples} samples" if self.num_samples > 1 else ""
         return how + (", constrained to valid text" if self.constrained else "")
 
     @property
@@ -247,7 +253,8 @@ _LARGEST = 2**20  # far above what any run needs: a damaged file must not ask fo
 _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("steps default_steps context_steps final_steps points horizon", lambda v: v >= 1, "at least 1"),
     ("checkpoint_every default_rank", lambda v: v >= 1, "at least 1"),
-    ("val_every val_series forecast_series shown_series best_rank best_context top_k", lambda v: v >= 0, "0 or more"),
+    ("val_every val_series forecast_series shown_series patience", lambda v: v >= 0, "0 or more"),
+    ("best_rank best_context top_k", lambda v: v >= 0, "0 or more"),
     ("alpha temperature lora_alpha warmup decay weight_decay clip", lambda v: 0 <= v < math.inf, "0 or more"),
     ("budget", lambda v: 1 <= v < 2**63, "at least 1, less than 2^63"),
     ("batch_size", lambda v: 1 <= v <= _LARGEST, f"1 to {_LARGEST}"),
@@ -269,6 +276,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("decimals", lambda v: 0 <= v <= 6, "0 to 6"),
     ("targets", lambda v: bool(v) and all(v), "names of linear layers"),
     ("schedule", schedule.SCHEDULES.__contains__, f"one of {', '.join(schedule.SCHEDULES)}"),
+    ("point_forecast", POINT_FORECASTS.__contains__, f"one of {', '.join(POINT_FORECASTS)}"),
     ("keep", ("last", "best").__contains__, "one of last, best"),
     ("final_lr", lambda v: 0 <= v <= 1, "0 to 1, a part of the learning rate"),
     ("betas", lambda v: len(v) == 2 and all(0 <= one < 1 for one in v), "two numbers of at least 0, less than 1"),

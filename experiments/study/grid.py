@@ -43,17 +43,21 @@ def markdown(settings: Settings, results: Sequence[dict[str, Any]], out: Path) -
     untrained, *cells = results
     best = min(cells, key=lambda r: r["validation_loss"])
     losses = {(r["lr"], r["rank"]): r["validation_loss"] for r in cells}
+    most = "at most " if settings.patience else ""
+    early = [f"`{r['cell']}` after {r['stopped_early']}" for r in cells if r.get("stopped_early")]
     lines = [
         f"# Validation loss{f' ({settings.label})' if settings.label else ''}",
         "",
-        f"Nats per real token after {settings.steps} steps of {settings.batch_size} x {settings.context} tokens, "
-        f"on {settings.val_series or 'all'} series; untrained {untrained['validation_loss']:.4f}.",
+        f"Nats per real token after {most}{settings.steps} steps of {settings.batch_size} x {settings.context} "
+        f"tokens, on {settings.val_series or 'all'} series; untrained {untrained['validation_loss']:.4f}.",
         "",
     ]
     if not settings.lr:
         why = ", a hundred times the reports' 1e-5 to 1e-4, which teach so small a model next to nothing"
         of_pocket = why if settings.preset_name == "pocket" else ""
         lines += [f"Learning rates: the preset `{settings.preset_name}`{of_pocket}.", ""]
+    if early:
+        lines += [f"Stopped early (patience {settings.patience}): {', '.join(early)} steps.", ""]
     rows = [["learning rate", *(f"rank {r}" for r in settings.ranks)]]
     for lr in settings.learning_rates:
         shown = [f"{losses[lr, r]:.4f}" if (lr, r) in losses else "left out" for r in settings.ranks]

@@ -75,5 +75,5 @@ def _price(settings: Settings, shard: Shard, as_json: bool) -> None:
     for name, flops in cells.items():
         print(f"{name:16} {flops['training']:22,} {flops['validation']:20,}")
     share = f"{total / settings.budget:.2%} of the budget of {settings.budget:.3g}"
-    print(f"together {total:,} FLOPs (coursework), {share}")
+    print(f"together {'at most ' if settings.patience else ''}{total:,} FLOPs (coursework), {share}")
     print(speed.estimate(settings, plan.config, kinds))
