@@ -7,12 +7,15 @@ import os
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from waves import damped_waves
 
 from data.windows import batch_indices
+from experiments.accounting.ledger import Ledger
+from experiments.forecasting.forecast import forecast
 from experiments.run import main
 from experiments.settings.record import Settings
 from experiments.settings.schedule import SCHEDULES, factor
@@ -24,6 +27,7 @@ from lora.layer import lora_layers
 
 RUN = ["train", "--lr", "1e-2", "--rank", "2", "--steps", "6", "--context", "96", "--batch-size", "2"]
 RUN += ["--val-series", "1", "--val-every", "6", "--data", "waves.h5"]
+WILD = [*RUN, "--lr", "0.3", "--val-every", "1"]  # a rate at which the loss rises again
 SMALL = Settings(context=96, batch_size=2, val_series=1, points=5, horizon=3, data="waves.h5")
 PEERS = {
     "constant": lambda o, w, n: transformers.get_constant_schedule_with_warmup(o, w),
@@ -70,6 +74,12 @@ OTHER_LOSS = ["--digit-weights", "1", "0.5", "--number-loss", "0.3", "--windows"
 def test_a_run_stopped_in_its_warm_up_and_in_its_decay_ends_in_the_bytes_of_one_never_stopped(more, monkeypatch):
     recipe = [*RUN, *more, "--warmup", "3", "--decay", "2", "--clip", "0.5", "--weight-decay", "0.1"]
     assert main([*recipe, "--out", "whole"]) == 0
+    stopped_after_every_step(recipe, 6, monkeypatch)
+    assert records("stopped", "gradients.jsonl") == records("whole", "gradients.jsonl")
+
+
+def stopped_after_every_step(recipe: list[str], steps: int, monkeypatch) -> None:
+    """Run in "stopped", again after each stop."""
     true = train._State.train
 
     def stopping(self, *arguments):
@@ -78,11 +88,19 @@ def test_a_run_stopped_in_its_warm_up_and_in_its_decay_ends_in_the_bytes_of_one_
 
     with monkeypatch.context() as patch:
         patch.setattr(train._State, "train", stopping)  # after every step, which leaves a checkpoint
-        codes = [main([*recipe, "--out", "stopped"]) for _ in range(6)]
+        codes = [main([*recipe, "--out", "stopped"]) for _ in range(steps)]
     assert set(codes) == {130} and main([*recipe, "--out", "stopped"]) == 0
-    cells = "metrics.jsonl", "gradients.jsonl", "result.json", "adapter/adapter_model.safetensors"
-    for name in cells:
-        assert Path("stopped/cells/lr0.01-r2", name).read_bytes() == Path("whole/cells/lr0.01-r2", name).read_bytes()
+
+
+def records(out: str, *more: str) -> dict[str, bytes]:
+    """What the trained cell of a run wrote, by name."""
+    (cell,) = Path(out, "cells").iterdir()
+    names = "metrics.jsonl", "result.json", "adapter/adapter_model.safetensors", *more
+    return {name: (cell / name).read_bytes() for name in names}
+
+
+def result_of(out: str) -> dict:
+    return json.loads(records(out)["result.json"])
 
 
 class NoLedger:
@@ -97,15 +115,13 @@ def begun(rank: int = 2, **changes) -> tuple[Task, train._State]:
 
 
 def test_the_best_adapter_is_kept_through_stops_and_is_that_of_a_run_which_ended_there(monkeypatch):
-    """At this rate the loss rises again: the best validation is not the last."""
-    wild = [*RUN[:-2], "--data", "waves.h5", "--lr", "0.3", "--val-every", "1"]
-    assert main([*wild, "--keep", "best", "--out", "best"]) == 0
-    result = json.loads(Path("best/cells/lr0.3-r2/result.json").read_text())
+    assert main([*WILD, "--keep", "best", "--out", "best"]) == 0
+    result = result_of("best")
     assert result["best_step"] < 6 and result["validation_loss"] == result["best_validation_loss"]
-    assert main([*wild, "--steps", str(result["best_step"]), "--out", "ended"]) == 0
-    adapters = [Path(out, "cells/lr0.3-r2/adapter/adapter_model.safetensors").read_bytes() for out in ("best", "ended")]
-    assert adapters[0] == adapters[1]
-    assert main([*wild, "--keep", "best", "--out", "best"]) == 0  # read back, and left as it is
+    assert main([*WILD, "--steps", str(result["best_step"]), "--out", "ended"]) == 0
+    adapter = "adapter/adapter_model.safetensors"
+    assert records("best")[adapter] == records("ended")[adapter]
+    assert main([*WILD, "--keep", "best", "--out", "best"]) == 0  # read back, and left as it is
 
     true = train._State.save
 
@@ -118,10 +134,40 @@ def test_the_best_adapter_is_kept_through_stops_and_is_that_of_a_run_which_ended
     stopped: list[int] = []
     monkeypatch.setattr(train._State, "save", dying)
     with pytest.raises(Killed):
-        main([*wild, "--keep", "best", "--out", "killed"])
-    assert main([*wild, "--keep", "best", "--out", "killed"]) == 0
-    for name in ("result.json", "metrics.jsonl", "adapter/adapter_model.safetensors"):
-        assert Path("killed/cells/lr0.3-r2", name).read_bytes() == Path("best/cells/lr0.3-r2", name).read_bytes()
+        main([*WILD, "--keep", "best", "--out", "killed"])
+    assert main([*WILD, "--keep", "best", "--out", "killed"]) == 0
+    assert records("killed") == records("best")
+
+
+def test_a_run_ends_when_its_patience_does_through_stops_too_and_the_rest_of_its_budget_is_free_again(monkeypatch):
+    recipe = [*WILD, "--patience", "2", "--keep", "best"]
+    assert main([*recipe, "--out", "whole"]) == 0
+    losses = [
+        line["validation_loss"]
+        for line in map(json.loads, records("whole")["metrics.jsonl"].splitlines())
+        if "validation_loss" in line
+    ]
+    result = result_of("whole")
+    assert (result["steps"], result["stopped_early"]) == (len(losses), len(losses)) and len(losses) < 6
+    assert result["best_step"] == losses.index(min(losses)) + 1 == len(losses) - 2
+    assert result["flops"]["training"] * 6 == result["predicted_flops"]["training"] * len(losses)
+    assert f"Stopped early (patience 2): `lr0.3-r2` after {len(losses)} steps." in Path("whole/results.md").read_text()
+    with Ledger("ledger.sqlite") as ledger:
+        totals, (_, entry) = ledger.totals(), ledger.entries()
+    assert (totals["reserved"], totals["wasted"]) == (0, 0) and entry["total"] == sum(result["flops"].values())
+    stopped_after_every_step(recipe, len(losses), monkeypatch)
+    assert records("stopped") == records("whole")
+    monkeypatch.delattr(train._State, "train")
+    assert main([*recipe, "--out", "whole"]) == 0  # nothing is left to do
+    assert main(["status", "whole"]) == main(["report", "whole"]) == 0
+
+
+@pytest.mark.parametrize(("point_forecast", "taken"), [("median", np.nanmedian), ("mean", np.nanmean)])
+def test_of_several_samples_the_forecast_is_the_median_or_the_mean(point_forecast, taken):
+    task, model = prepare(dataclasses.replace(SMALL, num_samples=3, point_forecast=point_forecast), None)
+    made = forecast(task, model, [0, 1])
+    np.testing.assert_allclose(made.values, taken(made.samples, axis=1), rtol=1e-12)
+    assert made.samples.std() > 0
 
 
 class Killed(BaseException):
@@ -191,6 +237,8 @@ def test_lora_sits_on_the_targets_and_the_prices_are_those_of_what_runs(capsys):
         ),
         (["--schedule", "up"], "schedule is 'up': expected one of constant"),
         (["--keep", "all"], "keep is 'all': expected one of last, best"),
+        (["--patience", "2", "--val-every", "0"], "patience is 2: expected 0 where no validation comes before"),
+        (["--patience", "-1"], "patience is -1: expected 0 or more"),
         (["--clip", "-1"], "clip is -1.0: expected 0 or more"),
         (["--final-lr", "2"], "final_lr is 2.0: expected 0 to 1"),
         (["--separator", "_"], "separator is '_': expected one of '', ' '"),

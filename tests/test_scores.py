@@ -328,6 +328,8 @@ def test_samples_of_a_step_that_were_not_parsed_are_left_out_whole():
     crps, quantiles = scores.crps(truth, samples), scores.quantiles(samples)
     assert_allclose(crps[0, 2], scores.crps(truth[:1, 2:], kept)[0, 0], rtol=1e-12)
     assert_allclose(quantiles[:, 0, 2], np.quantile(kept[0, :, 0], scores.QUANTILES, axis=0), rtol=1e-12)
+    assert_allclose(scores.mean(samples)[0, 2], kept[0, :, 0].mean(0), rtol=1e-12)
+    assert_array_equal(np.isnan(scores.mean(samples)), np.isnan(crps))
     assert_array_equal(np.argwhere(np.isnan(crps)), [[1, 0, 0], [1, 0, 1]])
     assert_array_equal(np.isnan(quantiles), np.broadcast_to(np.isnan(crps), quantiles.shape))
     assert_array_equal(quantiles[:, 1, 2], np.broadcast_to(samples[1, 0, 2], (11, 2)))

@@ -1,5 +1,6 @@
 """Settings: every field checked, TOML in and out, and the preset that the pocket model needs."""
 
+import dataclasses
 import re
 
 import pytest
@@ -24,7 +25,14 @@ def test_settings_written_as_toml_read_back_equal(tmp_path):
         *(("split", "by chance"), ("scaling", "maximum"), ("pad_side", "middle"), ("fractions", (0.5, 0.5, 0.5))),
         *(("stride", 0.0), ("stride", 1.5), ("stride", float("inf")), ("num_samples", 0), ("temperature", -0.1)),
         *(("top_p", 0.0), ("top_k", -1), ("repetition_penalty", 0.0), ("contexts", (1,)), ("contexts", (64, 64))),
-        *(("shown", (3, 3)), ("final_steps", 0), ("best_lr", -1e-3), ("best_lr", 10.0), ("val_every", -1)),
+        *(
+            ("shown", (3, 3)),
+            ("final_steps", 0),
+            ("best_lr", -1e-3),
+            ("best_lr", 10.0),
+            ("val_every", -1),
+            ("point_forecast", "mode"),
+        ),
     ],
 )
 def test_a_value_out_of_range_is_refused_in_one_line_that_names_its_field(field, value):
@@ -87,5 +95,6 @@ def test_how_forecasts_are_made_is_said_in_words():
     assert Settings().judged == "greedy, constrained to valid text"
     assert Settings(constrained=False, repetition_penalty=1.1).judged == "greedy, repetition penalty 1.1"
     drawn = Settings(num_samples=5, top_p=0.8, top_k=20, constrained=False)
+    assert dataclasses.replace(drawn, point_forecast="mean").judged.endswith(", the mean of 5 samples")
     assert drawn.judged == "temperature 1, top_k 20, top_p 0.8, the median of 5 samples"
     assert Settings(temperature=0.7, num_samples=5).sampling_temperature == 0.7

@@ -173,7 +173,7 @@ def densities(task: Task, model: Qwen, system: int, step: str, below: float = BE
     if not 0 <= below < 1:
         raise ValueError(f"below is {below}: expected at least 0, less than 1")
     grammar, device = task.grammar, model.device
-    ids = symbol_tokens(task.tokenizer, grammar)
+    ids = symbol_tokens(task.tokenizer, grammar.symbols)
     symbols, follows = torch.tensor(ids, device=device), torch.from_numpy(grammar.follows).to(device)
     with FlopMeter() as meter:
         prompt = torch.tensor([task.tokens(system, task.settings.points)], device=device)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from data.windows import IGNORED
 from experiments.accounting import predict
-from experiments.forecasting.scores import QUANTILES, quantiles
+from experiments.forecasting.scores import QUANTILES, mean, quantiles
 from experiments.task.constrain import Constrained, Drafted
 from experiments.task.task import Task
 from experiments.training.progress import Counted
@@ -26,9 +26,9 @@ class Forecasts:
     """Forecasts of N systems in raw units; a step that did not parse is NaN.
 
     context (N, P, V), truth and values (N, h, V), the truth NaN where the data has ended; samples (N, S, h, V) where
-    several were drawn, whose median is `values`; `losses`: for each system the nats of every token of its true horizon;
-    `cut`, `cut_mean` (N,): the probability that free text would have left the grammar on the way, and the mass cut off
-    per token, if constrained. Of several origins (see `joined`) P and h are the sums of theirs.
+    several were drawn, whose median or mean is `values`; `losses`: for each system the nats of every token of its true
+    horizon; `cut`, `cut_mean` (N,): the probability that free text would have left the grammar on the way, and the mass
+    cut off per token, if constrained. Of several origins (see `joined`) P and h are the sums of theirs.
     """
 
     systems: list[int]
@@ -163,13 +163,18 @@ def forecast(
         systems=list(systems),
         context=chosen[:, :points],
         truth=np.pad(known, ((0, 0), (0, settings.horizon - known.shape[1]), (0, 0)), constant_values=np.nan),
-        values=quantiles(samples)[QUANTILES.index(0.5)] if several else samples[:, 0],
+        values=_point(samples, settings.point_forecast) if several else samples[:, 0],
         samples=samples if several else None,
         losses=losses,
         cut=cut[0].mean(1) if measured else None,
         cut_mean=cut[1].mean(1) if measured else None,
         flops=flops,
     )
+
+
+def _point(samples: NDArray[np.float64], kind: str) -> NDArray[np.float64]:
+    """One forecast (N, h, V) of several samples (N, S, h, V)."""
+    return mean(samples) if kind == "mean" else quantiles(samples)[QUANTILES.index(0.5)]
 
 
 @dataclass(frozen=True)

@@ -211,6 +211,14 @@ def quantiles(samples: ArrayLike) -> Array:
     return np.where(none[:, 0], np.nan, found)
 
 
+def mean(samples: ArrayLike) -> Array:
+    """Return the mean of each step and variable over its parsed samples, (N, h, V), from `samples` (N, S, h, V).
+
+    What was not parsed is left out as in `quantiles`."""
+    parsed, count = _parsed(samples)
+    return np.nansum(parsed, axis=1) / np.where(count, count, np.nan)
+
+
 def crps(truth: ArrayLike, samples: ArrayLike) -> Array:
     """Return the continuous ranked probability score of each step and variable (N, h, V); lower is better.
 

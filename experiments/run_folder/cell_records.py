@@ -26,7 +26,7 @@ _RESULT: dict[str, Any] = {
     **{"flops": _FLOPS, "predicted_flops": _FLOPS, "convention": str, "trainable_parameters": int},
     **{"train_windows": int, "validation_windows": int, "validation_tokens": int, "data_sha256": str},
 }
-_OPTIONAL = {"adapter_sha256": dict, "metrics_sha256": str, "keep": str}
+_OPTIONAL = {"adapter_sha256": dict, "metrics_sha256": str, "keep": str, "stopped_early": (int, type(None))}
 
 
 def summary(metrics: Sequence[Mapping[str, Any]], keep: str = "last") -> dict[str, Any]:
@@ -48,6 +48,12 @@ def summary(metrics: Sequence[Mapping[str, Any]], keep: str = "last") -> dict[st
         "last_losses_mean": sum(losses[-10:]) / len(losses[-10:]) if losses else None,
         "flops": {stage: last[stage] for stage in _FLOPS},
     }
+
+
+def waited(metrics: Sequence[Mapping[str, Any]]) -> int:
+    """How many validations in a row, up to the last, had no lower loss than one before them."""
+    losses = [m["validation_loss"] for m in metrics if "validation_loss" in m]
+    return len(losses) - 1 - losses.index(min(losses)) if losses else 0
 
 
 def digest(metrics: Sequence[Mapping[str, Any]]) -> str:
@@ -111,6 +117,8 @@ def read_result(folder: RunFolder) -> dict[str, Any]:
             same = math.isclose(result[name] or 0.0, value, rel_tol=1e-12)
         if not same:
             raise ValueError(f"{path}: {name} is {result[name]!r}: expected {value!r}, as metrics.jsonl says")
+    if (early := result.get("stopped_early")) not in (None, result["steps"]):
+        raise ValueError(f"{path}: stopped_early is {early}: expected {result['steps']}, the last step, or null")
     _check_digest(folder.metrics, metrics, result.get("metrics_sha256"), path.name)
     return result
 

@@ -34,6 +34,7 @@ WINDOWS = ("strided", "anywhere")
 step: a window begins at any point of its series that leaves enough to fill it. Those of validation do not overlap."""
 
 SCRATCH = ("", "same", "small")  # a pretrained model with LoRA; the same shape; a small one with its tokenizer
+POINT_FORECASTS = ("median", "mean")
 DTYPES = {"stored": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 MOST_VALIDATIONS = 12  # of a run of a shortened study
 FEWEST_SERIES = 20  # that tell something of a forecaster
@@ -75,9 +76,7 @@ class Settings:
     pad_side: str = "right"
     count_padding: bool = False  # padding as tokens to be predicted
     vocabulary: str = "full"  # what the loss's softmax runs over: "symbols" is the text's own alone, another loss
-    digit_weights: tuple[
-        float, ...
-    ] = ()  # of digits in the training loss: before the point, of each decimal, of the rest
+    digit_weights: tuple[float, ...] = ()  # of digits in the training loss: whole, of each decimal, of the rest
     number_loss: float = 0.0  # times the mean distance of the digits' probabilities from the true digit: added to it
 
     # a training run, and the grid
@@ -104,6 +103,7 @@ class Settings:
     val_every: int = 30  # steps between validations; 0 for one after training
     checkpoint_every: int = 100  # steps between checkpoints, besides those of the validations
     keep: str = "last"  # the adapter of the last validation, or of the "best" by its loss
+    patience: int = 0  # a run stops after so many validations in a row without a lower loss; 0: it never does
     val_series: int = 20  # series of the validation part whose loss is taken; 0 for all
 
     # the other stages of a study
@@ -127,7 +127,8 @@ class Settings:
     shown: tuple[int, ...] = ()  # systems drawn one by one; none for the first of each class
     shown_series: int = 0  # or so many of the validation part's first
     constrained: bool = True  # only text that is a valid encoding
-    num_samples: int = 1  # continuations of a series; with more than one the forecast is their median
+    num_samples: int = 1  # continuations of a series; with more than one the forecast is their `point_forecast`
+    point_forecast: str = "median"  # of POINT_FORECASTS: of the samples that parse, at each step
     temperature: float = 0.0  # 0 is greedy; several samples are drawn at 1 unless this is set
     top_k: int = 0
     top_p: float = 1.0
@@ -141,6 +142,8 @@ class Settings:
                 _require(holds(getattr(self, name)), name, getattr(self, name), expected)
         _require(self.trailing_zeros or self.decimals > 0, "decimals", 0, "at least 1 without trailing zeros")
         _require(self.trailing_zeros or self.point, "point", False, "true where trailing_zeros is false")
+        never = self.patience and not self.val_every
+        _require(not never, "patience", self.patience, "0 where no validation comes before the last, as val_every is 0")
         schedule.check(self.schedule, self.steps, self.warmup, self.decay)
         symbols_alone = self.vocabulary == "symbols" and self.count_padding
         _require(not symbols_alone, "vocabulary", "symbols", "full where padding counts, which is no symbol")
@@ -192,7 +195,7 @@ class Settings:
             how += f", top_k {self.top_k}" if self.top_k else ""
             how += f", top_p {self.top_p:g}" if self.top_p < 1 else ""
         how += f", repetition penalty {self.repetition_penalty:g}" if self.repetition_penalty != 1 else ""
-        how += f", the median of {self.num_samples} samples" if self.num_samples > 1 else ""
+        how += f", the {self.point_forecast} of {self.num_samples} samples" if self.num_samples > 1 else ""
         return how + (", constrained to valid text" if self.constrained else "")
 
     @property
@@ -265,12 +268,10 @@ _LARGEST = 2**20  # far above what any run needs: a damaged file must not ask fo
 _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("steps default_steps context_steps final_steps points horizon origins", lambda v: v >= 1, "at least 1"),
     ("checkpoint_every default_rank", lambda v: v >= 1, "at least 1"),
-    ("val_every val_series forecast_series shown_series best_rank best_context top_k", lambda v: v >= 0, "0 or more"),
-    (
-        "alpha temperature lora_alpha warmup decay weight_decay clip number_loss",
-        lambda v: 0 <= v < math.inf,
-        "0 or more",
-    ),
+    ("val_every val_series forecast_series shown_series patience", lambda v: v >= 0, "0 or more"),
+    ("best_rank best_context top_k", lambda v: v >= 0, "0 or more"),
+    ("alpha temperature lora_alpha warmup decay", lambda v: 0 <= v < math.inf, "0 or more"),
+    ("weight_decay clip number_loss", lambda v: 0 <= v < math.inf, "0 or more"),
     ("budget", lambda v: 1 <= v < 2**63, "at least 1, less than 2^63"),
     ("batch_size", lambda v: 1 <= v <= _LARGEST, f"1 to {_LARGEST}"),
     ("num_samples", lambda v: 1 <= v <= 10_000, "1 to 10000"),
@@ -295,6 +296,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("targets", lambda v: bool(v) and all(v), "names of linear layers"),
     ("schedule", schedule.SCHEDULES.__contains__, f"one of {', '.join(schedule.SCHEDULES)}"),
     ("scratch", SCRATCH.__contains__, "same, small, or nothing"),
+    ("point_forecast", POINT_FORECASTS.__contains__, f"one of {', '.join(POINT_FORECASTS)}"),
     ("keep", ("last", "best").__contains__, "one of last, best"),
     ("final_lr", lambda v: 0 <= v <= 1, "0 to 1, a part of the learning rate"),
     (

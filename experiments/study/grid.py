@@ -46,17 +46,21 @@ def markdown(settings: Settings, results: Sequence[dict[str, Any]], out: Path) -
     untrained, *cells = results
     best = min(cells, key=lambda r: r["validation_loss"])
     at = best["lr"], best["rank"]
+    most = "at most " if settings.patience else ""
+    early = [f"`{r['cell']}` after {r['stopped_early']}" for r in cells if r.get("stopped_early")]
     lines = [
         f"# Validation loss{f' ({settings.label})' if settings.label else ''}",
         "",
-        f"Nats per real token after {settings.steps} steps of {settings.batch_size} x {settings.context} tokens, "
-        f"on {settings.val_series or 'all'} series; untrained {untrained['validation_loss']:.4f}.",
+        f"Nats per real token after {most}{settings.steps} steps of {settings.batch_size} x {settings.context} "
+        f"tokens, on {settings.val_series or 'all'} series; untrained {untrained['validation_loss']:.4f}.",
         "",
     ]
     if not settings.lr:
         why = ", a hundred times the reports' 1e-5 to 1e-4, which teach so small a model next to nothing"
         of_pocket = why if settings.preset_name == "pocket" else ""
         lines += [f"Learning rates: the preset `{settings.preset_name}`{of_pocket}.", ""]
+    if early:
+        lines += [f"Stopped early (patience {settings.patience}): {', '.join(early)} steps.", ""]
     lines += _by_cell(settings, {(r["lr"], r["rank"]): r["validation_loss"] for r in cells}, at)
     lines += ["", f"Best: `{best['cell']}`, {best['validation_loss']:.4f}.", ""]
     runs = runs_of(settings, "grid")

@@ -48,7 +48,7 @@ class Cell:
 
 
 def predicted(task: Task, cell: Cell, config) -> dict[str, int]:
-    """FLOPs of a cell by ledger stage, before it runs."""
+    """FLOPs of a cell by ledger stage, before it runs: with `patience` the most, as it may stop early."""
     settings = task.settings
     steps = settings.steps if cell.rank else 0
     return predict.training_run(
@@ -110,7 +110,7 @@ def run_cell(
 
     try:
         with stoppable() as stopped:
-            while state.validated_at < state.steps:
+            while not state.ended:
                 if state.step < state.steps:
                     with group.together():
                         note(state.train(task, ledger, entry))
@@ -125,7 +125,7 @@ def run_cell(
                         group.first(state.save, folder)
                 elif state.step % settings.checkpoint_every == 0:
                     group.tell(state.save, folder)
-                if state.validated_at < state.steps and group.any(stopped()):
+                if not state.ended and group.any(stopped()):
                     group.tell(state.save, folder)
                     raise KeyboardInterrupt
     except RunFailed as e:
@@ -149,7 +149,9 @@ def _finished(task: Task, cell: Cell, folder: RunFolder, ledger: Ledger, run: st
         return None
     summary, settings = cell_records.read_result(folder), task.settings
     asked = {"cell": cell.name, "lr": cell.lr, "rank": cell.rank, "context": settings.context}
-    asked |= {"steps": settings.steps if cell.rank else 0, "data_sha256": task.dataset.digest}
+    steps = settings.steps if cell.rank else 0
+    early = settings.patience and summary.get("stopped_early") or steps
+    asked |= {"steps": min(steps, early), "data_sha256": task.dataset.digest}
     for name, wanted in asked.items():
         if summary[name] != wanted:
             raise ValueError(
@@ -214,6 +216,13 @@ class _State:
             raise RunFailed(f"after step {self.step}: {found}: expected finite numbers; a lower learning rate may help")
         self.validated_at = self.step
         return {"step": self.step} | losses | self.flops
+
+    @property
+    def ended(self) -> bool:
+        """Whether this step is validated, and is the last one or that at which patience ends."""
+        if self.validated_at < self.step:
+            return False
+        return self.step == self.steps or 0 < self.settings.patience <= cell_records.waited(self.metrics)
 
     @property
     def best(self) -> bool:
@@ -316,6 +325,8 @@ def _unreadable(path: Path, why: str) -> ValueError:
 
 def _summary(task: Task, cell: Cell, model: Qwen, metrics, flops, expected) -> dict[str, Any]:
     """`result.json`: nothing in it depends on the clock, so a resumed run writes the same bytes."""
+    last = metrics[-1]["step"]
+    stopped_early = last if cell.rank and last < task.settings.steps else None
     return cell_records.summary(metrics, task.settings.keep) | {
         "cell": cell.name,
         "lr": cell.lr,
@@ -332,4 +343,5 @@ def _summary(task: Task, cell: Cell, model: Qwen, metrics, flops, expected) -> d
         "data_sha256": task.dataset.digest,
         "metrics_sha256": cell_records.digest(metrics),
         **({} if task.settings.keep == "last" else {"keep": task.settings.keep}),
+        **({"stopped_early": stopped_early} if task.settings.patience else {}),
     }

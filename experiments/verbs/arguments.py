@@ -210,6 +210,7 @@ def _settings(p: argparse.ArgumentParser, *groups: str) -> None:
         add("--keep", help="the adapter of the last validation, or of the best by its loss (last)")
         forecasts = "forecast with each cell too (a grid does; train does not)"
         add("--forecast-cells", action=argparse.BooleanOptionalAction, help=forecasts)
+        add("--patience", type=int, help="stop after so many validations in a row without a lower loss (0: never)")
         add("--dropout", type=float, help="on LoRA's input (0)")
         add("--schedule", help="of the learning rate: constant, linear, cosine or warmup-stable-decay (constant)")
         add("--warmup", type=float, help="steps in which it rises, or a part of the run below 1 (0)")
@@ -238,6 +239,7 @@ def _settings(p: argparse.ArgumentParser, *groups: str) -> None:
         add("--forecast-series", type=int, help="series of a part that are forecast (20); 0 for all")
         add("--constrained", action=argparse.BooleanOptionalAction, help="only text that is a valid encoding (on)")
         add("--num-samples", type=int, help="continuations of a series: quantiles, and their median as forecast (1)")
+        add("--point-forecast", help="of several samples: their median or mean, of those that parse (median)")
         add("--temperature", type=float, help="of drawing tokens; 0 is greedy (0; with several samples 1)")
         add("--top-k", type=int, help="draw among the likeliest so many (0: all)")
         add("--top-p", type=float, help="draw among the likeliest that together have this probability (1)")

@@ -81,5 +81,5 @@ def _price(settings: Settings, shard: Shard, as_json: bool) -> None:
     rows = [("cell", *STAGES), *((name, *(f"{n:,}" for n in flops.values())) for name, flops in cells.items())]
     print(*table.aligned(rows, left=1), sep="\n")
     share = f"{total / settings.budget:.2%} of the budget of {settings.budget:.3g}"
-    print(f"together {total:,} FLOPs (coursework), {share}")
+    print(f"together {'at most ' if settings.patience else ''}{total:,} FLOPs (coursework), {share}")
     print(speed.estimate(settings, plan.config, kinds))

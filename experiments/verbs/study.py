@@ -69,9 +69,11 @@ def _price(settings: Settings, stages: Sequence[str], as_json: bool) -> None:
     for row in rows:
         amounts = f"{row['training']:24,} {row['validation']:22,} {row['inference']:22,}"
         print(f"{row['stage']:10} {row['runs']:4} {row['steps']:7,} {amounts}")
+    most = "at most " if settings.patience else ""
     print(
-        f"together {total:,} FLOPs (coursework), {total / settings.budget:.2%} of the budget of {settings.budget:.3g}, "
-        f"if the largest rank and context are carried forward: {'it fits' if fits else 'IT DOES NOT FIT'}"
+        f"together {most}{total:,} FLOPs (coursework), {total / settings.budget:.2%} of the budget of "
+        f"{settings.budget:.3g}, if the largest rank and context are carried forward: "
+        + ("it fits" if fits else "IT DOES NOT FIT")
     )
     if left is not None:
         print(f"final run: {settings.final_steps:,} steps planned, {left:,} would fit beside the other stages")
