@@ -6,7 +6,7 @@ from experiments.plots.forecasts import forecast, forecast_grid, phase_plane
 from experiments.plots.gradients import gradient_norms
 from experiments.plots.preprocessing import round_trip
 from experiments.plots.scores import horizon_error, running_rmse, score_bars, token_loss
-from experiments.plots.training import heat_map, loss_curves
+from experiments.plots.training import heat_map, loss_curves, search
 
 __all__ = [
     "bench_bars",
@@ -23,5 +23,6 @@ __all__ = [
     "round_trip",
     "running_rmse",
     "score_bars",
+    "search",
     "token_loss",
 ]

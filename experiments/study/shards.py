@@ -73,6 +73,8 @@ def run_shard(
     """
     with group.together():
         group.check(settings)
+        if settings.rungs:
+            raise ValueError(f"rungs is {list(settings.rungs)}: expected none with shards, of which each runs alone")
         plan = Plan(settings)
         planned = plan.stage("grid")
         if shard.of >= len(planned):

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from experiments.settings.record import Settings
-from experiments.study.grid import markdown, write_results
+from experiments.study.grid import write_results
 from experiments.study.plan import Plan
 from experiments.study.run import run_stages
+from experiments.study.search import Search
 from experiments.study.shards import Shard, merge, run_shard
 from experiments.training import parallel, speed
 from experiments.training.progress import Report
@@ -23,14 +24,15 @@ def grid(args: Namespace) -> None:
     if hasattr(args, "merge") and not hasattr(args, "config") and (out / "config.toml").is_file():
         args.config = out / "config.toml"
     settings = gather(args)
-    if results := _run(args, settings, out):
-        print(markdown(settings, results, out))
+    if _run(args, settings, out):
+        print((out / "results.md").read_text("utf-8"))
         wrote(out, *CELLS, ledger=ledger_of(args))
 
 
 def train(args: Namespace) -> None:
     given, out = gather(args), Path(getattr(args, "out", "runs/train"))
-    results = _run(args, given.updated({"lr": given.learning_rates[-1:], "ranks": given.ranks[-1:]}), out)
+    one = {"lr": given.learning_rates[-1:], "ranks": given.ranks[-1:]}
+    results = _run(args, given.updated(one | {"over": (), "rungs": ()}), out)
     if results and hasattr(args, "json"):
         print_json(results[1] | {"untrained_validation_loss": results[0]["validation_loss"], "out": str(out)})
     elif results:
@@ -64,6 +66,8 @@ def _run(args: Namespace, settings: Settings, out: Path) -> list[dict[str, Any]]
 def _price(settings: Settings, shard: Shard, as_json: bool) -> None:
     """What each cell costs, and about how long all take."""
     plan = Plan(settings)
+    if settings.rungs:
+        return _price_search(settings, plan, as_json)
     cells = {one.run.cell.name: one.training for one in shard.part(plan.stage("grid"))}
     kinds = {kind: sum(flops[kind] for flops in cells.values()) for kind in ("training", "validation")}
     total = sum(kinds.values())
@@ -71,9 +75,34 @@ def _price(settings: Settings, shard: Shard, as_json: bool) -> None:
         taken = speed.seconds(settings, plan.config, kinds)
         print_json({"cells": cells, "total": total, "budget": settings.budget, "estimated_seconds": taken})
         return
-    print(f"{'cell':16} {'training':>22} {'validation':>20}")
+    width = max(16, *map(len, cells))
+    print(f"{'cell':{width}} {'training':>22} {'validation':>20}")
     for name, flops in cells.items():
-        print(f"{name:16} {flops['training']:22,} {flops['validation']:20,}")
+        print(f"{name:{width}} {flops['training']:22,} {flops['validation']:20,}")
     share = f"{total / settings.budget:.2%} of the budget of {settings.budget:.3g}"
     print(f"together {total:,} FLOPs (coursework), {share}")
+    print(speed.estimate(settings, plan.config, kinds))
+
+
+def _price_search(settings: Settings, plan: Plan, as_json: bool) -> None:
+    """What a search costs at most, rung by rung."""
+    search = Search(plan)
+    rungs = [
+        {"steps": steps, "cells": cells} | flops
+        for steps, cells, flops in zip(search.rungs, search.sizes, search.prices(), strict=True)
+    ]
+    rungs.insert(0, {"steps": 0, "cells": 1} | search.untrained.training)
+    kinds = {kind: sum(row[kind] for row in rungs) for kind in ("training", "validation")}
+    total = sum(kinds.values())
+    if as_json:
+        taken = speed.seconds(settings, plan.config, kinds)
+        found = {"rungs": rungs, "cells": [one.run.cell.name for one in search.cells], "total": total}
+        print_json(found | {"budget": settings.budget, "estimated_seconds": taken})
+        return
+    print(", ".join(one.run.cell.name for one in search.cells))
+    print(f"{'rung':>8} {'cells':>6} {'training':>22} {'validation':>20}")
+    for row in rungs:
+        print(f"{row['steps']:8} {row['cells']:6} {row['training']:22,} {row['validation']:20,}")
+    share = f"{total / settings.budget:.2%} of the budget of {settings.budget:.3g}"
+    print(f"together at most {total:,} FLOPs (coursework), {share}")
     print(speed.estimate(settings, plan.config, kinds))
