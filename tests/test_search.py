@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from waves import contents, damped_waves, no_figures, refused
+from waves import FIGURES, contents, damped_waves, no_figures, refused
 
-from experiments import run
+from experiments import plots, run
 from experiments.accounting.ledger import STAGES, Ledger
+from experiments.plots import training
 from experiments.run_folder import files
 from experiments.run_folder.errors import RunFailed
 from experiments.run_folder.status import status
@@ -129,6 +130,18 @@ def test_of_cells_at_other_prices_the_dearest_are_reckoned_to_go_on_and_here_the
         assert result["flops"] == result["predicted_flops"]
     settings = [files.read_json(f"s/rungs/2/{name}/adapter/adapter_config.json")["target_modules"] for name in names]
     assert settings == [["q_proj"], ["q_proj", "v_proj"]] * 2
+
+
+def test_the_page_of_a_search_has_its_rungs_and_its_figure(monkeypatch):
+    for name in FIGURES:
+        monkeypatch.setattr(plots, name, getattr(training, name))
+    assert run.main([*SEARCH, "--rungs", "1,2"]) == 0
+    drawn = Path("search/figures/search.png").read_bytes()
+    assert run.main(["report", "search"]) == 0
+    assert Path("search/figures/search.png").read_bytes() == drawn
+    _, shown = files.read_csv("search/tables/rungs.csv")
+    _, table = files.read_csv("search/results.csv")
+    assert [row.get("loss_at_1") for row in shown] == [row["loss_at_1"] for row in table[1:]]
 
 
 def test_of_equal_losses_the_first_cell_goes_on():
