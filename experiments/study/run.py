@@ -10,7 +10,7 @@ The page (`report`) is made from these files alone.
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -78,7 +78,7 @@ def run_stages(
                 planned[stage] = plan.stage(stage, best)
                 group.tell(write_plan, out, {stage: planned[stage]})
             if search:
-                _run_rungs(search, plan, claim, out, ledger, name, progress, group)
+                run_rungs(search, claim, out, ledger, name, progress, group)
             else:
                 run_all(planned[stage], out, ledger, name, progress, group)
             group.tell(write_records, plan, out)
@@ -120,21 +120,36 @@ def run_all(
             group.tell(_judge, one, out, ledger, name, progress)
 
 
-def _run_rungs(
-    search: Search, plan: Plan, claim: Claim, out: Path, ledger: Ledger, name: str, progress: Progress, group: Alone
-) -> None:
-    """Train and judge what is not finished of a search, rung by rung; a cell that fails is out."""
-    run_all([search.untrained], out, ledger, name, progress, group)
+def run_rungs(
+    search: Search,
+    claim: Claim,
+    out: Path,
+    ledger: Ledger,
+    name: str,
+    progress: Progress,
+    group: Alone = ALONE,
+    mine: Collection[int] | None = None,
+) -> int:
+    """Train and judge what is not finished of a search, rung by rung; a cell that fails is out.
+
+    Of some cells alone until others, which somebody else trains, are needed to know which go on: returns how many rungs
+    are done.
+    """
     left = list(range(len(search.cells)))
+    if mine is None or 0 in mine:
+        run_all([search.untrained], out, ledger, name, progress, group)
     for rung in range(len(search.rungs)):
-        for place, cell in enumerate(left):
-            folders = [search.cells[other].run.folder for other in left[place:]]
+        own = [cell for cell in left if mine is None or cell in mine]
+        for place, cell in enumerate(own):
+            folders = [search.cells[other].run.folder for other in own[place:]]
             group.tell(claim.begins, folders, sum(RunFolder(out / folder).spent() for folder in folders))
             with suppress(RunFailed):
                 _run_to(search, rung, cell, out, ledger, name, progress, group)
+        if group.tell(lambda rung=rung: search.standing(out)[0]) <= rung:
+            return rung
         left = group.tell(search.survivors, out, rung, left)
         group.tell(write_plan, out, {"grid": search.planned(out)})
-        group.tell(write_records, plan, out)
+    return len(search.rungs)
 
 
 def _run_to(

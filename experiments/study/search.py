@@ -10,7 +10,7 @@ RUN/cells/<name>/  rungs/<steps>/<name>/   a cell's run, and its copy at a rung:
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,15 +58,29 @@ class Search:
             found.append({stage: sum(price[stage] for price in every[-size:]) for stage in every[0]})
         return found
 
-    def needed(self, out: Path) -> int:
-        """At most how many FLOPs are still to be spent in a folder."""
+    def needed(self, out: Path, mine: Collection[int] | None = None) -> int:
+        """At most how many FLOPs are still to be spent in a folder, on all cells or on some."""
         rung, left = self.standing(out)
-        found = [] if self.untrained.within(out).finished else [sum(self.untrained.training.values())]
+        left = [cell for cell in left if mine is None or cell in mine]
+        untrained = (mine is None or 0 in mine) and not self.untrained.within(out).finished
+        found = [sum(self.untrained.training.values())] * untrained
         if rung < len(self.rungs):
             found += [self._left(out, rung, cell) for cell in left]
         for later in range(rung + 1, len(self.rungs)):
             found += sorted(sum(self.price(later, cell).values()) for cell in left)[-self.sizes[later] :]
         return sum(found)
+
+    def kept(self, out: Path, name: str) -> Iterator[tuple[str, str, Flops]]:
+        """What the files of a search stand for: FLOPs by stage, by run and cell of a ledger that names the run `name`.
+
+        Not that of cells that failed, whose last step no file has.
+        """
+        yield name, self.untrained.run.cell.name, self.untrained.within(out).kept()
+        for rung, steps in [*enumerate(self.rungs[:-1]), (-1, 0)]:
+            for cell, one in enumerate(self.judged[rung]):
+                folder, shared = one.within(out), self.before[rung + 1][cell] if steps else {}
+                if folder.kept() and not folder.failure.exists():
+                    yield f"{name}/rungs/{steps}" if steps else name, one.run.cell.name, _less(folder.kept(), shared)
 
     def standing(self, out: Path) -> tuple[int, list[int]]:
         """The first rung that is not judged, or how many there are, and the cells that train to it."""

@@ -56,8 +56,10 @@ def _run(args: Namespace, settings: Settings, out: Path) -> list[dict[str, Any]]
         return write_results(settings, out)
     with closing(args.group.first(Report, settings.batch_size, settings.label, out) or parallel.Mute()) as progress:
         if hasattr(args, "shard"):
-            run_shard(settings, out, ledger, progress, shard, args.group, allow_drift)
-            print(f"shard {shard} of the grid in {out}; when all have run: grid --merge --out {shlex.quote(str(out))}")
+            waits = run_shard(settings, out, ledger, progress, shard, args.group, allow_drift)
+            merge_it = f"grid --merge --out {shlex.quote(str(out))}"
+            then = f"run each again: the rung at step {waits} waits for other shards" if waits else merge_it
+            print(f"shard {shard} of the grid in {out}; when all have run: {then}")
             return []
         run_stages(settings, out, ledger, progress, ("grid",), args.group, allow_drift)
     return args.group.first(write_results, settings, out) or []
