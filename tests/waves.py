@@ -7,7 +7,7 @@ import numpy as np
 
 from experiments import plots, run
 
-FIGURES = ("loss_curves", "heat_map")
+FIGURES = ("loss_curves", "heat_map", "search")
 
 
 def damped_waves(path: Path, points: int, variables: int = 2) -> Path:

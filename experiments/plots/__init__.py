@@ -7,4 +7,4 @@ from experiments.plots.forecasts import forecast, forecast_grid, phase_plane
 from experiments.plots.gradients import gradient_norms
 from experiments.plots.preprocessing import round_trip
 from experiments.plots.scores import horizon_error, running_rmse, score_bars, token_loss
-from experiments.plots.training import heat_map, loss_curves
+from experiments.plots.training import heat_map, loss_curves, search

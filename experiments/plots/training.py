@@ -66,6 +66,36 @@ def loss_curves(cells: Sequence[Mapping[str, Any]], path: str | Path, x: str = "
     base.save(figure, path, "Loss of one run" if len(cells) == 1 else f"Loss of {len(cells)} runs", label)
 
 
+def search(cells: Sequence[Mapping[str, Any]], path: str | Path, label: str = "") -> None:
+    """Draw the validation loss of every run over its FLOPs, a colour for each length, the best of the longest marked.
+
+    A run is as in `loss_curves`."""
+    base.not_empty(cells, "the figure of a search")
+    figure, (axes,) = base.new_figure(1, 3.6)
+    points = [_points(cell["validation"], "flops") for cell in cells]
+    steps = [max((step for step, _, _ in cell["validation"]), default=0) for cell in cells]
+    lengths = sorted(set(steps))
+    last = {i: loss[-1] for i, (_, loss) in enumerate(points) if steps[i] == lengths[-1] and len(loss)}
+    best = min(last, key=last.__getitem__, default=None)
+    for i, (at, loss) in enumerate(points):
+        look: base.Style = {"color": base.colour(lengths.index(steps[i]), len(lengths)), "markersize": 3}
+        axes.plot(at, loss, **look, marker="o", linewidth=2.2 if i == best else 0.9, alpha=1 if i == best else 0.6)
+    handles = [
+        _entry(f"up to step {length}", base.colour(i, len(lengths)), "-", "o") for i, length in enumerate(lengths)
+    ]
+    if best is not None:
+        at, loss = points[best]
+        axes.plot(at[-1:], loss[-1:], "*", color="black", markersize=12, zorder=3)
+        handles.append(_entry(f"best: {cells[best]['name']}", "black", "", "*"))
+    axes.set_ylabel("validation loss (nats per token)")
+    axes.set_xlabel("training FLOPs of the run (coursework)")
+    base.value_axis(axes, np.concatenate([loss for _, loss in points]))
+    axes.xaxis.set_major_locator(MaxNLocator(6, min_n_ticks=1))
+    base.short_ticks(axes.xaxis)
+    base.legend_below(figure, handles)
+    base.save(figure, path, "Search" if len(cells) > 1 else "Search of one run", label)
+
+
 def heat_map(table: Mapping[tuple[float, int], float | None], path: str | Path, label: str = "") -> None:
     """Draw the validation loss over learning rate and rank, each value printed in its cell, the lowest
     framed.

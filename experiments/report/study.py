@@ -55,6 +55,13 @@ class Study:
         return (self.plan or Fields(str(self.root / "config.toml"), self.settings)).count("budget")
 
     @property
+    def rungs(self) -> list[int]:
+        """Of a search: the steps after which cells were left out."""
+        return (
+            Fields(str(self.root / "config.toml"), self.settings).counts("rungs") if self.settings.get("rungs") else []
+        )
+
+    @property
     def claimed(self) -> dict[str, Any]:
         """What the report printed, from protocol.toml."""
         found = self.protocol.get("claimed", {})
@@ -141,6 +148,7 @@ class Study:
         columns |= {"best_step": "count", "last_losses_mean": "number or nothing", "context": "count or nothing?"}
         columns |= {"validation_loss_with_padding": "number or nothing?"}
         columns |= dict.fromkeys(("name", "cell", "stage", "folder"), "text?")
+        columns |= {f"loss_at_{rung}": "number or nothing?" for rung in self.rungs}
         rows = {}
         for row in self.records.csv("results.csv", **columns):
             name = row["name"] or row["cell"]

@@ -63,6 +63,8 @@ def grid(study: Study) -> Section:
     runs = study.of("grid")
     if not runs:
         return Section("grid", "Learning rate and rank", [not_run("The grid"), *sweep(study, "grid")])
+    if study.settings.get("rungs") or study.settings.get("over"):
+        return Section("grid", "Search", [*_search(study, runs), _runs("grid", "Every cell of the grid.", runs)])
     losses = {(run.row["lr"], run.row["rank"]): run.row["validation_loss"] for run in runs}
     rates, ranks = sorted({lr for lr, _ in losses}), sorted({rank for _, rank in losses})
     at = min(losses, key=lambda cell: losses[cell])
@@ -75,6 +77,23 @@ def grid(study: Study) -> Section:
     heat = Figure("grid", caption, partial(draw, label=study.label), ["results.csv"], ["grid"])
     blocks: list[Block] = [matrix, heat, *sweep(study, "grid"), _runs("grid", "Every cell of the grid.", runs)]
     return Section("grid", "Learning rate and rank", [*blocks, *_errors(study, runs, "grid")])
+
+
+def _search(study: Study, runs: Sequence[Run]) -> list[Block]:
+    """The loss of every cell at each rung, and over FLOPs."""
+    caption = "Validation loss of every run over training FLOPs, the best of the longest marked."
+    draw = partial(plots.search, [_curve(study, run) for run in runs], label=study.label)
+    figure = Figure("search", caption, draw, [_metrics(run) for run in runs], ["grid"])
+    if not study.rungs:
+        return [figure]
+    names = [f"loss_at_{rung}" for rung in study.rungs]
+    columns = [
+        Column("name", "run", "text"),
+        *(Column(n, f"step {r}") for n, r in zip(names, study.rungs, strict=True)),
+    ]
+    rows = [[run.title, *(run.row[name] for name in names)] for run in runs]
+    caption = "Validation loss (nats per real token) of every cell at each rung that it was judged at."
+    return [Table("rungs", caption, columns, rows, ["results.csv"], ["grid"]), figure]
 
 
 def context(study: Study) -> Section:

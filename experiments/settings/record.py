@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -84,6 +85,9 @@ class Settings:
     lr: tuple[float, ...] = ()
     ranks: tuple[int, ...] = (2, 4, 8)
     skip: tuple[str, ...] = ()  # cells of the grid that are left out, by name
+    over: tuple[str, ...] = ()  # NAME=VALUE|VALUE: the grid has a cell for each value of another setting too
+    rungs: tuple[int, ...] = ()  # steps after which the grid's worst cells go no further; the last is `steps`
+    survivors: float = 1 / 3  # part of the cells that goes on after a rung
     steps: int = 120
     batch_size: int = 4
     context: int = 512  # tokens of a training window
@@ -144,6 +148,11 @@ class Settings:
         _require(self.trailing_zeros or self.point, "point", False, "true where trailing_zeros is false")
         never = self.patience and not self.val_every
         _require(not never, "patience", self.patience, "0 where no validation comes before the last, as val_every is 0")
+        _require(
+            not (self.patience and self.rungs), "patience", self.patience, "0 with rungs, which end runs themselves"
+        )
+        last = self.rungs[-1] if self.rungs else self.steps
+        _require(self.steps == last, "steps", self.steps, f"{last}, the last of rungs")
         schedule.check(self.schedule, self.steps, self.warmup, self.decay)
         symbols_alone = self.vocabulary == "symbols" and self.count_padding
         _require(not symbols_alone, "vocabulary", "symbols", "full where padding counts, which is no symbol")
@@ -238,15 +247,22 @@ class Settings:
         if self.val_every:
             longest = max(fewer.values())
             fewer["val_every"] = max(round(self.val_every * fraction), math.ceil(longest / MOST_VALIDATIONS))
-        return dataclasses.replace(self, **fewer, shortened=self.shortened * fraction)
+        rungs = tuple(max(1, round(rung * fraction)) for rung in self.rungs)
+        return dataclasses.replace(self, **fewer, rungs=rungs, shortened=self.shortened * fraction)
 
     def updated(self, changes: dict[str, Any]) -> "Settings":
-        """A copy with `changes`; a name that is unknown or a value of the wrong kind is refused by name."""
+        """A copy with `changes`; a name that is unknown or a value of the wrong kind is refused by name.
+
+        Rungs without steps set the steps to the last of them.
+        """
         kinds = {f.name: f.type for f in dataclasses.fields(self)}
         for name in changes:
             if name not in kinds:
                 raise ValueError(f"{name!r:.60} is no setting: expected one of {', '.join(kinds)}")
-        return dataclasses.replace(self, **{n: _converted(n, kinds[n], v) for n, v in changes.items()})
+        converted = {n: _converted(n, kinds[n], v) for n, v in changes.items()}
+        if converted.get("rungs"):
+            converted.setdefault("steps", converted["rungs"][-1])
+        return dataclasses.replace(self, **converted)
 
     @classmethod
     def from_toml(cls, path: str | Path, base: "Settings | None" = None) -> "Settings":
@@ -281,6 +297,8 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("lr", lambda v: all(0 < one < 10 for one in v), "positive numbers below 10"),
     ("control_lr", lambda v: 0 < v < 10, "a positive number below 10"),
     ("default_lr best_lr", lambda v: 0 <= v < 10, "0, or a positive number below 10"),
+    ("rungs", lambda v: all(one < other for one, other in pairwise((0, *v))), "growing numbers of steps, from 1"),
+    ("survivors", lambda v: 0 < v < 1, "a part of the cells, more than 0 and less than 1"),
     ("lr ranks contexts shown targets", lambda v: len(set(v)) == len(v), "each once"),
     ("preset", lambda v: v in ("", *PRESETS), f"one of {', '.join(PRESETS)}"),
     ("split", SPLITS.__contains__, f"one of {', '.join(SPLITS)}"),

@@ -13,6 +13,7 @@ from experiments.accounting.predict import predict
 from experiments.forecasting.forecast import predicted as predicted_forecasts
 from experiments.run_folder import files
 from experiments.run_folder.folder import RunFolder
+from experiments.settings.over import variants
 from experiments.settings.record import Settings
 from experiments.task.model import shape_of
 from experiments.task.task import Task
@@ -132,14 +133,19 @@ class Best:
     overridden: bool
 
 
-def cells_of(settings: Settings) -> list[Cell]:
-    """Every learning rate with every rank, rank by rank, less those that are left out.
+def cells_of(settings: Settings) -> dict[Cell, Settings]:
+    """Every learning rate with every rank, rank by rank, and with every variant, less those that are left out.
 
     Raises:
-        ValueError: none is left.
+        ValueError: none is left, or `over` is wrong.
     """
-    cells = [Cell(lr, rank) for rank in settings.ranks for lr in settings.learning_rates]
-    if left := [cell for cell in cells if cell.name not in settings.skip]:
+    cells = {
+        Cell(lr, rank, f"lr{lr:g}-r{rank}{end}" if end else ""): own
+        for end, own in variants(settings)
+        for rank in settings.ranks
+        for lr in settings.learning_rates
+    }
+    if left := {cell: own for cell, own in cells.items() if cell.name not in settings.skip}:
         return left
     raise ValueError("skip leaves no cell of the grid: expected at least one")
 
@@ -151,9 +157,10 @@ def runs_of(settings: Settings, stage: str, best: Best | None = None) -> list[Ru
     """
     if stage == "baseline":
         return [Run(stage, "untrained", UNTRAINED, settings, JUDGED)]
-    alone = settings.forecast_cells and not settings.protocol  # a protocol's study has a stage for its baseline
-    some = JUDGED if alone else ("shown",) if settings.forecast_cells else ()
-    cells = {cell: Run("grid", f"cells/{cell.name}", cell, settings, some) for cell in cells_of(settings)}
+    judged = settings.forecast_cells and not settings.rungs  # a search goes by the loss alone
+    alone = judged and not settings.protocol  # a protocol's study has a stage for its baseline
+    some = JUDGED if alone else ("shown",) if judged else ()
+    cells = {cell: Run("grid", f"cells/{cell.name}", cell, own, some) for cell, own in cells_of(settings).items()}
     if stage == "grid":
         return [Run("baseline", "untrained", UNTRAINED, settings, some if alone else ()), *cells.values()]
 

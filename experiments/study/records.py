@@ -3,7 +3,7 @@
 RUN/study.json  preprocessing.json  results.csv  flops.csv  accounting.csv  accounting.json
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from experiments.run_folder import files
 from experiments.run_folder.folder import RunFolder
 from experiments.settings.record import Settings
 from experiments.study.plan import CONTROLS, Best, Plan, Run, carried, runs_of
+from experiments.study.search import Search
 from experiments.task.preprocessing import preprocessing
 from experiments.training.cell import Cell
 from qwen_min.flops import PRIMITIVES
@@ -40,6 +41,9 @@ def write_records(plan: Plan, out: Path) -> None:
     """Write all of them."""
     settings = plan.settings
     runs, best = all_runs(settings, out)
+    search = Search(plan) if settings.rungs else None
+    if search:
+        runs = search.runs(out)
     if not (out / "preprocessing.json").is_file():
         files.write_json(out / "preprocessing.json", preprocessing(plan.task))
     if settings.protocol:  # else it is a grid alone
@@ -58,10 +62,11 @@ def write_records(plan: Plan, out: Path) -> None:
             {"stage": run.stage, "name": run.cell.name, "folder": folder}
             | {key: value for key, value in results[folder].items() if not isinstance(value, dict)}
             | {f"{part}_flops": flops for part, flops in results[folder]["flops"].items()}
+            | (search.record(out, run) if search else {})
             for folder, run in finished.items()
         ],
     )
-    files.write_csv(out / "flops.csv", _flops(settings, finished, results, out))
+    files.write_csv(out / "flops.csv", _flops(settings, finished, results, out, search.copies(out) if search else []))
     if settings.protocol not in ("", "default") and not (out / "accounting.csv").is_file():
         _write_accounting(settings.protocol, out)
 
@@ -93,13 +98,19 @@ def _study(plan: Plan, runs: list[Run], best: Best | None) -> dict[str, Any]:
     }
 
 
-def _flops(settings: Settings, finished: Mapping[str, Run], results, out: Path) -> list[dict[str, Any]]:
-    """What each stage cost, by kind, beside its prediction; every folder counts in the first stage that it is of."""
+def _flops(
+    settings: Settings, finished: Mapping[str, Run], results, out: Path, copies: Sequence[dict[str, int]]
+) -> list[dict[str, Any]]:
+    """What each stage cost, by kind, beside its prediction; every folder counts in the first stage that it is of.
+
+    `copies`: what a search spent on judging cells on their way, in the grid."""
     rows = []
     for stage in (*dict.fromkeys(run.stage for run in finished.values()), "all"):
         folders = [folder for folder, run in finished.items() if stage in (run.stage, "all")]
         records = [results[folder] for folder in folders]
         records += [found.held for folder in folders if (found := RunFolder(out / folder).evaluated).flops]
+        if stage in ("grid", "all"):
+            records += [{"flops": copy, "predicted_flops": copy} for copy in copies]
         for kind in (*LEDGER_STAGES, "total"):
             stages = LEDGER_STAGES if kind == "total" else (kind,)
             row: dict[str, Any] = {"stage": stage, "part": kind}

@@ -2,13 +2,16 @@
 
 RUN/config.toml  protocol.toml  manifest.json  plan.json, and what `records.py` writes
 RUN/untrained/  default/  cells/<name>/  contexts/<context>/  final/  scratch/  small/   each a `RunFolder`
+RUN/rungs/<steps>/<name>/   of a search, see `search.py`
 RUN/naive/<part>.csv   forecasts that need no model
 
 The page (`report`) is made from these files alone.
 """
 
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -17,12 +20,15 @@ from experiments.accounting.ledger import BudgetExceeded, Ledger
 from experiments.forecasting import judge, naive
 from experiments.forecasting.evaluate import evaluate
 from experiments.run_folder import files
+from experiments.run_folder.errors import RunFailed
+from experiments.run_folder.folder import RunFolder
 from experiments.run_folder.owner import Claim, claimed
 from experiments.run_folder.status import PLAN, stages_of
 from experiments.settings.record import Settings
 from experiments.study.manifest import begin, check_drift, undivided
 from experiments.study.plan import CONTROLS, STAGES, Best, Plan, Planned, carried, systems_of
 from experiments.study.records import write_records
+from experiments.study.search import Search, branch
 from experiments.task.model import trained_model
 from experiments.training.cell import Progress, run_cell
 from experiments.training.parallel import ALONE, Alone
@@ -43,11 +49,16 @@ def run_stages(
     Raises:
         BudgetExceeded: all that is still to do does not fit what is left; nothing has been run.
         ValueError: the folder holds a run of other settings, model or data, or another process works in it; or the
-            environment is another one (see `check_drift`) without `allow_drift`.
+            environment is another one (see `check_drift`) without `allow_drift`; or a study has rungs.
+        RunFailed: a loss or a gradient is not finite; with rungs, in every cell.
     """
     with group.together():
         group.check(settings)
         plan = Plan(settings)
+        for field in ("rungs", "over"):
+            if (given := getattr(settings, field)) and (settings.protocol or stages != ("grid",)):
+                raise ValueError(f"{field} is {list(given)}: expected none in a study, whose grid is whole")
+        search = Search(plan) if settings.rungs else None
         if settings.protocol:
             plan.task.check(plan.task.forecast_systems("shown"))
         planned = {stage: plan.stage(stage) for stage in stages}  # refuses what cannot run before it is begun
@@ -56,7 +67,8 @@ def run_stages(
         group.tell(undivided, out)
         group.tell(begin, plan.task, out)
         name = run_name(out, ledger_path)
-        group.tell(_require_room, ledger, name, out, runs)
+        needs = partial(search.needed, out) if search else partial(_needed, ledger, name, out, runs)
+        group.tell(_require_room, ledger, name, needs)
         group.tell(check_drift, settings, out, allow_drift)
         group.tell(files.remove_leftovers, out)
         group.tell(start_work, claim, out, planned, runs)
@@ -65,7 +77,10 @@ def run_stages(
                 best = Best(**group.tell(lambda stage=stage: vars(carried(settings, out, stage))))
                 planned[stage] = plan.stage(stage, best)
                 group.tell(write_plan, out, {stage: planned[stage]})
-            run_all(planned[stage], out, ledger, name, progress, group)
+            if search:
+                run_rungs(search, claim, out, ledger, name, progress, group)
+            else:
+                run_all(planned[stage], out, ledger, name, progress, group)
             group.tell(write_records, plan, out)
 
 
@@ -107,8 +122,64 @@ def run_all(
             group.tell(_judge, one, out, ledger, name, progress)
 
 
-def _require_room(ledger: Ledger, name: str, out: Path, planned: Sequence[Planned]) -> None:
+def run_rungs(
+    search: Search,
+    claim: Claim,
+    out: Path,
+    ledger: Ledger,
+    name: str,
+    progress: Progress,
+    group: Alone = ALONE,
+    mine: Collection[int] | None = None,
+) -> int:
+    """Train and judge what is not finished of a search, rung by rung; a cell that fails is out.
+
+    Of some cells alone until others, which somebody else trains, are needed to know which go on: returns how many rungs
+    are done.
+    """
+    left = list(range(len(search.cells)))
+    if mine is None or 0 in mine:
+        run_all([search.untrained], out, ledger, name, progress, group)
+    for rung in range(len(search.rungs)):
+        own = [cell for cell in left if mine is None or cell in mine]
+        for place, cell in enumerate(own):
+            folders = [search.cells[other].run.folder for other in own[place:]]
+            group.tell(claim.begins, folders, sum(RunFolder(out / folder).spent() for folder in folders))
+            with suppress(RunFailed):
+                _run_to(search, rung, cell, out, ledger, name, progress, group)
+        if group.tell(lambda rung=rung: search.standing(out)[0]) <= rung:
+            return rung
+        left = group.tell(search.survivors, out, rung, left)
+        group.tell(write_plan, out, {"grid": search.planned(out)})
+    return len(search.rungs)
+
+
+def _run_to(
+    search: Search, rung: int, cell: int, out: Path, ledger: Ledger, name: str, progress: Progress, group: Alone
+) -> None:
+    """Train a cell to a rung, and judge it there."""
+    one, own, until = search.judged[rung][cell], search.cells[cell], search.rungs[rung]
+    if group.tell(lambda: search.loss(out, rung, cell) == math.inf):
+        return
+    if one is own:
+        return run_all([own], out, ledger, name, progress, group)
+    folder, shared = own.within(out), search.before[rung + 1][cell]
+    if not group.tell(one.within(out).path.is_dir):
+        run_cell(own.task, own.run.cell, shared, folder, ledger, name, progress, group, until=until)
+        group.tell(branch, folder, one.within(out))
+    name = f"{name}/rungs/{until}"
+    run_cell(one.task, one.run.cell, one.training, one.within(out), ledger, name, progress, group, prefix=shared)
+
+
+def _require_room(ledger: Ledger, name: str, needs: Callable[[], int]) -> None:
     """Refuse runs that would pass the budget before any of them has run."""
+    needed, left = needs(), ledger.totals()["left"]
+    if needed > max(0, left):  # where nothing is left to do, a budget that was lowered since is no reason
+        raise BudgetExceeded(ledger.path, name, needed, left, ledger.budget)
+
+
+def _needed(ledger: Ledger, name: str, out: Path, planned: Sequence[Planned]) -> int:
+    """FLOPs that are still to be spent on some runs."""
     needed = 0
     counted: set[str] = set()
     for one in planned:
@@ -119,9 +190,7 @@ def _require_room(ledger: Ledger, name: str, out: Path, planned: Sequence[Planne
         counted.add(one.run.folder)
         if not one.judged(out):
             needed += sum(one.forecasts.values())
-    left = ledger.totals()["left"]
-    if needed > max(0, left):  # where nothing is left to do, a budget that was lowered since is no reason
-        raise BudgetExceeded(ledger.path, name, needed, left, ledger.budget)
+    return needed
 
 
 def _judge(one: Planned, out: Path, ledger: Ledger, name: str, progress: Progress) -> None:

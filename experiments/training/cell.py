@@ -1,7 +1,7 @@
 """One training run: a cell of the grid, from its seed or its last checkpoint to its result."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,16 +47,19 @@ class Cell:
         return self.called or (f"lr{self.lr:g}-r{self.rank}" if self.rank else "untrained")
 
 
-def predicted(task: Task, cell: Cell, config) -> dict[str, int]:
-    """FLOPs of a cell by ledger stage, before it runs: with `patience` the most, as it may stop early."""
+def predicted(task: Task, cell: Cell, config, until: int | None = None) -> dict[str, int]:
+    """FLOPs of a cell by ledger stage, before it runs: of the whole, or of its first `until` steps.
+
+    With `patience` the most, as it may stop early."""
     settings = task.settings
-    steps = settings.steps if cell.rank else 0
+    steps = (until or settings.steps) if cell.rank else 0
+    validations = steps / settings.val_every if settings.val_every else 0
     return predict.training_run(
         config,
         steps=steps,
         batch=settings.batch_size,
         context=settings.context,
-        validations=max(1, math.ceil(steps / settings.val_every)) if settings.val_every else 1,
+        validations=int(validations) if until else max(1, math.ceil(validations)),
         validation_windows=len(task.validation_windows),
         symbols=task.symbols,
         **settings.trained(cell.rank),
@@ -72,6 +75,8 @@ def run_cell(
     run: str,
     progress: Progress,
     group: Alone = ALONE,
+    until: int | None = None,
+    prefix: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Train and validate one cell in `folder`, from where it stopped; returns its `result.json`.
 
@@ -79,19 +84,25 @@ def run_cell(
     first step, debited as they are spent and settled at the end. Of a group's ranks the first one alone reads and
     writes the folder and the ledger, which is charged what all ran.
 
+    Args:
+        until: pause after this step, with a checkpoint, and return nothing; `expected` is then of the steps up to it,
+            which are settled.
+        prefix: FLOPs by stage that the folder began with, for which another cell was charged.
+
     Raises:
         BudgetExceeded: before anything ran. RunFailed: a loss or a gradient is not finite; `failure.json` says so until
         the cell is started again. KeyboardInterrupt: stopped by a signal, with a checkpoint after the step that was
         running.
     """
-    if summary := group.tell(_finished, task, cell, folder, ledger, run):
+    if summary := group.tell(_finished, task, cell, folder, ledger, run, prefix):
         return summary
     settings, windows = task.settings, task.validation_windows
     with group.together():
         model = load_model(settings)
         state = _State(model, cell, settings, group)
     metrics = state.resume(folder)
-    entry = group.tell(ledger.reserve, run, cell.name, expected, state.flops)
+    own = (_less(flops, prefix) for flops in (expected, state.flops))
+    entry = group.tell(ledger.reserve, run, cell.name, *own)
 
     def note(record: dict[str, Any]) -> None:
         metrics.append(record)
@@ -110,7 +121,7 @@ def run_cell(
 
     try:
         with stoppable() as stopped:
-            while not state.ended:
+            while not state.ended and state.step != until:
                 if state.step < state.steps:
                     with group.together():
                         note(state.train(task, ledger, entry))
@@ -123,7 +134,7 @@ def run_cell(
                         if settings.keep == "best" and state.best:
                             group.first(state.keep, folder)
                         group.first(state.save, folder)
-                elif state.step % settings.checkpoint_every == 0:
+                elif state.step % settings.checkpoint_every == 0 or state.step == until:
                     group.tell(state.save, folder)
                 if not state.ended and group.any(stopped()):
                     group.tell(state.save, folder)
@@ -133,13 +144,21 @@ def run_cell(
         with suppress(OSError):  # the failure itself is the one to report
             group.first(files.write_json, folder.failure, {"step": state.step, "error": str(e)})
         raise RunFailed(f"{folder.path}: {e}") from None
-    summary = group.tell(finish)
+    summary = {} if state.step == until else group.tell(finish)
+    if not summary:
+        group.first(ledger.settle, entry)
     if group.any(stopped()):  # in the last step or its validation
         raise KeyboardInterrupt
     return summary
 
 
-def _finished(task: Task, cell: Cell, folder: RunFolder, ledger: Ledger, run: str) -> dict[str, Any] | None:
+def _less(flops: Mapping[str, int], prefix: Mapping[str, int] | None) -> dict[str, int]:
+    return {stage: amount - (prefix or {}).get(stage, 0) for stage, amount in flops.items()}
+
+
+def _finished(
+    task: Task, cell: Cell, folder: RunFolder, ledger: Ledger, run: str, prefix: Mapping[str, int] | None
+) -> dict[str, Any] | None:
     """The result of a cell that is finished, now settled too; else None, with the folder ready for work."""
     if not folder.result.exists():
         folder.path.mkdir(parents=True, exist_ok=True)
@@ -164,7 +183,7 @@ def _finished(task: Task, cell: Cell, folder: RunFolder, ledger: Ledger, run: st
                 f"{folder.adapter / name}: its sha256 is {found}, recorded in {folder.result.name} {recorded!r:.66}: "
                 "expected it as it was written; delete its cell's folder to run it again"
             )
-    ledger.settle_finished(run, cell.name, summary["flops"])
+    ledger.settle_finished(run, cell.name, _less(summary["flops"], prefix))
     return summary
 
 

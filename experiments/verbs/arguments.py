@@ -82,6 +82,12 @@ def parser() -> argparse.ArgumentParser:
     )
     part.add_argument("--merge", action="store_true", help="put together what the shards have run")
     p.add_argument("--dry-run", action="store_true", help="show cells, FLOPs and time; run nothing")
+    each = "a cell for each value of another setting too, such as schedule=constant|cosine or"
+    each += " targets=q_proj+v_proj|all-linear; once for each setting"
+    p.add_argument("--over", action="append", metavar="NAME=VALUE|VALUE", help=each)
+    halving = "successive halving: after so many steps each the worst cells go no further, such as 30,100,300"
+    p.add_argument("--rungs", type=_steps, metavar="STEPS,STEPS", help=halving)
+    p.add_argument("--survivors", type=_part, metavar="PART", help="of the cells that go on after a rung (1/3)")
 
     p = verb("train", "train one learning rate and rank")
     _settings(p, "data", "train")
@@ -260,6 +266,24 @@ def _shard(text: str) -> tuple[int, int]:
     if number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of):
         return int(number), int(of)
     raise argparse.ArgumentTypeError(f"{text!r}: expected I/N, I from 1 to N, such as 1/3")
+
+
+def _steps(text: str) -> list[int]:
+    """ "30,100,300": steps of each rung."""
+    try:
+        return [int(one) for one in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected whole numbers, such as 30,100,300") from None
+
+
+def _part(text: str) -> float:
+    """ "1/3", or "0.3"."""
+    from fractions import Fraction
+
+    try:
+        return float(Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a part, such as 1/3") from None
 
 
 def _flops(text: str) -> int:

@@ -10,9 +10,10 @@ from experiments.accounting.ledger import STAGES
 from experiments.report.forecasts import draw_shown
 from experiments.run_folder import table
 from experiments.settings.record import Settings
-from experiments.study.grid import markdown, write_results
+from experiments.study.grid import write_results
 from experiments.study.plan import Plan
 from experiments.study.run import run_stages
+from experiments.study.search import Search
 from experiments.study.shards import Shard, merge, run_shard
 from experiments.training import parallel, speed
 from experiments.training.progress import Report
@@ -27,17 +28,18 @@ def grid(args: Namespace) -> None:
         args.config = out / "config.toml"
     settings = gather(args)
     if results := _run(args, settings, out):
-        if settings.forecast_cells:
-            best = min(results[1:], key=lambda r: r["validation_loss"])["cell"]
+        best = min(results[1:], key=lambda row: float(row["validation_loss"]))["cell"]
+        if (out / "cells" / best / "evaluation").is_dir():
             draw_shown(out, f"cells/{best}", out / "figures" / "forecasts.png", settings.label)
-        print(markdown(settings, results, out))
+        print((out / "results.md").read_text("utf-8"))
         wrote(out, *CELLS, ledger=ledger_of(args))
 
 
 def train(args: Namespace) -> None:
     given, out = gather(args), Path(getattr(args, "out", "runs/train"))
     one = {"lr": given.learning_rates[-1:], "ranks": given.ranks[-1:]}
-    results = _run(args, given.updated(one | {"forecast_cells": getattr(args, "forecast_cells", False)}), out)
+    alone = {"over": (), "rungs": (), "forecast_cells": getattr(args, "forecast_cells", False)}
+    results = _run(args, given.updated(one | alone), out)
     if results and hasattr(args, "json"):
         print_json(results[1] | {"untrained_validation_loss": results[0]["validation_loss"], "out": str(out)})
     elif results:
@@ -61,8 +63,10 @@ def _run(args: Namespace, settings: Settings, out: Path) -> list[dict[str, Any]]
         return write_results(settings, out)
     with closing(args.group.first(Report, settings.batch_size, settings.label, out) or parallel.Mute()) as progress:
         if hasattr(args, "shard"):
-            run_shard(settings, out, ledger, progress, shard, args.group, allow_drift)
-            print(f"shard {shard} of the grid in {out}; when all have run: grid --merge --out {shlex.quote(str(out))}")
+            waits = run_shard(settings, out, ledger, progress, shard, args.group, allow_drift)
+            merge_it = f"grid --merge --out {shlex.quote(str(out))}"
+            then = f"run each again: the rung at step {waits} waits for other shards" if waits else merge_it
+            print(f"shard {shard} of the grid in {out}; when all have run: {then}")
             return []
         run_stages(settings, out, ledger, progress, ("grid",), args.group, allow_drift)
     return args.group.first(write_results, settings, out) or []
@@ -71,6 +75,8 @@ def _run(args: Namespace, settings: Settings, out: Path) -> list[dict[str, Any]]
 def _price(settings: Settings, shard: Shard, as_json: bool) -> None:
     """What each cell costs, and about how long all take."""
     plan = Plan(settings)
+    if settings.rungs:
+        return _price_search(settings, plan, as_json)
     cells = {one.run.cell.name: one.flops for one in shard.part(plan.stage("grid"))}
     kinds = {kind: sum(flops[kind] for flops in cells.values()) for kind in STAGES}
     total = sum(kinds.values())
@@ -82,4 +88,28 @@ def _price(settings: Settings, shard: Shard, as_json: bool) -> None:
     print(*table.aligned(rows, left=1), sep="\n")
     share = f"{total / settings.budget:.2%} of the budget of {settings.budget:.3g}"
     print(f"together {'at most ' if settings.patience else ''}{total:,} FLOPs (coursework), {share}")
+    print(speed.estimate(settings, plan.config, kinds))
+
+
+def _price_search(settings: Settings, plan: Plan, as_json: bool) -> None:
+    """What a search costs at most, rung by rung."""
+    search = Search(plan)
+    rungs = [
+        {"steps": steps, "cells": cells} | flops
+        for steps, cells, flops in zip(search.rungs, search.sizes, search.prices(), strict=True)
+    ]
+    rungs.insert(0, {"steps": 0, "cells": 1} | search.untrained.training)
+    kinds = {kind: sum(row[kind] for row in rungs) for kind in ("training", "validation")}
+    total = sum(kinds.values())
+    if as_json:
+        taken = speed.seconds(settings, plan.config, kinds)
+        found = {"rungs": rungs, "cells": [one.run.cell.name for one in search.cells], "total": total}
+        print_json(found | {"budget": settings.budget, "estimated_seconds": taken})
+        return
+    print(", ".join(one.run.cell.name for one in search.cells))
+    print(f"{'rung':>8} {'cells':>6} {'training':>22} {'validation':>20}")
+    for row in rungs:
+        print(f"{row['steps']:8} {row['cells']:6} {row['training']:22,} {row['validation']:20,}")
+    share = f"{total / settings.budget:.2%} of the budget of {settings.budget:.3g}"
+    print(f"together at most {total:,} FLOPs (coursework), {share}")
     print(speed.estimate(settings, plan.config, kinds))
