@@ -433,7 +433,7 @@ MOMENTS = {  # a function, which of its calls, and how many steps are done in al
     "in the validation of the untrained model": ("training.cell.validation_loss", 1, 0),
     "in a step after a checkpoint": ("training.cell.training_step", 4, 4),
     "in the last validation of a cell": ("training.cell.validation_loss", 3, 4),
-    "while a cell is forecast": ("forecasting.evaluate.forecast", 1, 4),
+    "while a cell is forecast": ("forecasting.evaluate.forecast", 2, 4),
     "between two cells": ("training.cell.load_model", 3, 4),
     "in the second cell": ("training.cell.training_step", 5, 5),
     "in the last validation of all": ("training.cell.validation_loss", 5, 8),

@@ -34,7 +34,7 @@ def test_probabilities_are_products_of_plain_forwards_sum_to_1_and_cost_what_was
     with FlopMeter() as meter:
         made, flops = densities(task, model, 3, "2.50,1.25;", below=0.0)
     assert flops == meter.total == expected
-    ids = symbol_tokens(task.tokenizer, task.grammar)
+    ids = symbol_tokens(task.tokenizer, task.grammar.symbols)
     for variable, (density, before) in enumerate(zip(made, ("", "2.50,"), strict=True)):
         np.testing.assert_array_equal(np.round(density.values * 100), np.arange(1000))
         assert density.probabilities.sum() == pytest.approx(1, abs=1e-12) and density.pruned == 0

@@ -92,14 +92,14 @@ def test_more_origins_than_fit_are_one_line_that_says_how_many_do(capsys):
 
 def test_a_study_prices_and_judges_every_origin(capsys, monkeypatch):
     no_figures(monkeypatch)
-    Path("o.toml").write_text(
-        "origins = 2\nlr = [1e-2]\nranks = [2]\nsteps = 1\nshown_series = 1\nforecast_cells = true\n"
-    )
+    Path("o.toml").write_text("origins = 2\nlr = [1e-2]\nranks = [2]\nsteps = 1\nshown_series = 1\n")
     asked = ["grid", "--config", "o.toml", "--data", "waves.h5", *FLAGS, "--steps", "1", "--batch-size", "1"]
     assert run.main([*asked, "--out", "grid"]) == 0
     found = read_json("grid/cells/lr0.01-r2/evaluation/evaluation.json")
     assert found["predicted_flops"] == found["flops"] | {"training": 0} and len(found["by_origin"]) == 2
-    assert {path.name for path in Path("grid/naive").iterdir()} == {"shown.csv", "shown-2.csv"}
+    assert {path.name for path in Path("grid/naive").iterdir()} == {
+        f"{part}{number}.csv" for part in ("validation", "shown") for number in ("", "-2")
+    }
     capsys.readouterr()
     assert run.main(["budget", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["totals"]["reserved"] == 0

@@ -32,6 +32,7 @@ SMALL = [
 ]
 TRAIN = ["train", *SMALL, "--lr", "1e-2", "--rank", "2", "--out", "t"]
 GRID = ["grid", *SMALL, "--steps", "2", "--lr", "1e-3", "1e-2", "--ranks", "2", "4", "--out", "g"]
+GRID += ["--no-forecast-cells"]
 CELL = Path("t/cells/lr0.01-r2")
 STEP = "experiments.training.cell.training_step"
 

@@ -177,7 +177,9 @@ def places(data, tmp_path_factory) -> dict[str, Path]:
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(made[name])
             no_figures(patch)
-            Path("settings.toml").write_text(Settings(data=str(data), **BEGUN | {"steps": 4}).to_toml())
+            Path("settings.toml").write_text(
+                Settings(data=str(data), **BEGUN | {"steps": 4, "forecast_cells": False}).to_toml()
+            )
             if name == "begun":
                 stops(patch, 2, "interrupt")
             assert run.main(GRID) == (130 if name == "begun" else 0)
@@ -218,8 +220,8 @@ CHANGED = {
     **{"shown_series": 1, "constrained": False, "num_samples": 3, "temperature": 0.5, "top_k": 3, "top_p": 0.5},
     **{"repetition_penalty": 1.5, "shortened": 0.5, "targets": ("q_proj",), "lora_alpha": 4.0, "rank_stabilised": True},
     **{"schedule": "cosine", "warmup": 1.0, "decay": 0.5, "final_lr": 0.1, "betas": (0.8, 0.9), "weight_decay": 0.1},
-    **{"clip": 1.0, "keep": "best", "point_forecast": "mean"},
-    **{"rungs": (2, 4), "survivors": 0.5, "over": ("clip=0|1",)},
+    **{"clip": 1.0, "keep": "best", "point_forecast": "mean", "patience": 2, "scratch": "small", "control_lr": 1e-2},
+    **{"origins": 2, "rungs": (2, 4), "survivors": 0.5, "over": ("clip=0|1",)},
     **{"model": "model", "offline": True, "device": "cuda", "dtype": "float32", "budget": 10**16, "data": "data.h5"},
     **{"best_lr": 1e-3, "best_rank": 4, "best_context": 64, "compile": True},
 }

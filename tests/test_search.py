@@ -201,6 +201,7 @@ def test_a_cell_that_fails_is_out_its_flops_are_spent_and_the_search_goes_on(mon
 
 def test_a_list_of_values_of_another_setting_makes_a_grid_without_rungs_too():
     argv = ["grid", *SMALL, "--steps", "2", "--lr", "1e-2", "--ranks", "2", "--over", "schedule=constant|cosine"]
+    argv += ["--points", "5", "--horizon", "3", "--forecast-series", "1"]
     assert run.main([*argv, "--out", "grid"]) == 0
     _, table = files.read_csv("grid/results.csv")
     names = [f"lr0.01-r2-schedule={schedule}" for schedule in ("constant", "cosine")]
