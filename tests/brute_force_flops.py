@@ -82,24 +82,8 @@ def forward(
     n, s = batch * new, cached + new
     rows = batch * h * new
     read = n if head_tokens is None else head_tokens
-    shapes = {
-        "q_proj": (d, h * head),
-        "k_proj": (d, kv),
-        "v_proj": (d, kv),
-        "o_proj": (h * head, d),
-        "gate_proj": (d, f),
-        "up_proj": (d, f),
-        "down_proj": (f, d),
-    }
-    names = {
-        "q_proj": "q",
-        "k_proj": "k",
-        "v_proj": "v",
-        "o_proj": "output",
-        "gate_proj": "gate",
-        "up_proj": "up",
-        "down_proj": "down",
-    }
+    linears = {"q": (d, h * head), "k": (d, kv), "v": (d, kv), "o": (h * head, d)}
+    linears |= {"gate": (d, f), "up": (d, f), "down": (f, d)}
 
     flops: Counter[str] = Counter()
     if convention == "coursework":
@@ -107,11 +91,12 @@ def forward(
     if convention == "exact":
         flops["rotation"] += (batch if padded else 1) * new * rotation_angles(head)
     for _ in range(config.num_hidden_layers):
-        for name, (inputs, outputs) in shapes.items():
-            flops[names[name]] += product(n, inputs, outputs, convention)
-            if name in ("q_proj", "k_proj", "v_proj") and not products_only:
-                flops[names[name]] += n * outputs * ADD
-            if rank and name in targets:
+        for name, (inputs, outputs) in linears.items():
+            part = "output" if name == "o" else name
+            flops[part] += product(n, inputs, outputs, convention)
+            if name in ("q", "k", "v") and not products_only:
+                flops[part] += n * outputs * ADD
+            if rank and f"{name}_proj" in targets:
                 flops["lora"] += product(n, inputs, rank, convention) + product(n, rank, outputs, convention)
                 if not products_only:
                     flops["lora"] += n * outputs * MULTIPLY + n * outputs * ADD
@@ -215,36 +200,10 @@ def backward(config, batch: int, new: int, *, rank: int = 0, convention: str = "
 
 
 # What autograd runs, priced op by op from what torch dispatches: an op's name to the FLOPs of each element it returns.
-ELEMENTWISE = {
-    "add": ADD,
-    "addcmul": MULTIPLY + ADD,
-    "sub": ADD,
-    "rsub": ADD,
-    "neg": NEGATE,
-    "mul": MULTIPLY,
-    "div": DIVIDE,
-    "sigmoid": NEGATE + EXPONENTIAL + ADD + DIVIDE,
-}
-FREE = {
-    "_to_copy",
-    "_unsafe_view",
-    "alias",
-    "cat",
-    "clone",
-    "detach",
-    "empty_like",
-    "expand",
-    "masked_fill",
-    "new_empty",
-    "permute",
-    "slice",
-    "split",
-    "squeeze",
-    "t",
-    "transpose",
-    "unsqueeze",
-    "view",
-}
+ELEMENTWISE = {"add": ADD, "sub": ADD, "rsub": ADD, "neg": NEGATE, "mul": MULTIPLY, "div": DIVIDE}
+ELEMENTWISE |= {"addcmul": MULTIPLY + ADD, "sigmoid": NEGATE + EXPONENTIAL + ADD + DIVIDE}
+FREE = "_to_copy _unsafe_view alias cat clone detach empty_like expand masked_fill new_empty".split()
+FREE += "permute slice split squeeze t transpose unsqueeze view".split()
 
 
 def dispatched(name: str, args: tuple, kwargs: dict, out) -> int:

@@ -21,18 +21,9 @@ from qwen_min import Qwen, QwenConfig, fast
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")
 
-TINY: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "rope_theta": 1e4,
-    "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 128,
-    "tie_word_embeddings": False,
-}
+TINY: dict[str, Any] = {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2}
+TINY |= {"num_attention_heads": 6, "num_key_value_heads": 2, "rope_theta": 1e4, "rms_norm_eps": 1e-6}
+TINY |= {"max_position_embeddings": 128, "tie_word_embeddings": False}
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -135,13 +126,8 @@ def reference(tmp_path) -> Callable[..., tuple[Path, Any]]:
 
     def build(shape: dict[str, Any] | None = None, seed: int = 0, generation: int = 5, sharded: bool = False):
         fields = TINY | (shape or {})
-        theta = fields["rope_theta"]
-        config = Qwen2Config(
-            **(
-                {name: value for name, value in fields.items() if name != "rope_theta"}
-                | {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}
-            )
-        )
+        theta = fields.pop("rope_theta")
+        config = Qwen2Config(**fields, rope_parameters={"rope_type": "default", "rope_theta": theta})
         model = Qwen2ForCausalLM._from_config(config, attn_implementation="eager").eval()
         _randomise(model, seed)
         model.generation_config.eos_token_id = None

@@ -4,22 +4,9 @@ import re
 
 import pytest
 
+from experiments.accounting import three_reports
 from experiments.accounting.predict import generation, predict, training_run
-from experiments.accounting.three_reports import (
-    BUDGET,
-    CONFIG,
-    DRAFTS,
-    WRONG,
-    B,
-    Run,
-    about,
-    effects,
-    forecast,
-    mistakes,
-    price,
-    stages,
-    step_by_report,
-)
+from experiments.accounting.three_reports import CONFIG, DRAFTS, B, mistakes, price, stages
 
 EVERY_DRAFT = [(protocol, draft) for protocol, drafts in DRAFTS.items() for draft in drafts]
 # The second draft of Fung prints the default run's row again where the final run's belongs.
@@ -61,7 +48,7 @@ def test_counted_exactly_the_plans_cost(protocol, draft, flops):
 
 
 def test_an_exact_run_costs_what_is_predicted_for_it():
-    run = Run(steps=7, context=128, rank=8, validations=3, series=5, tokens=300)
+    run = three_reports.Run(steps=7, context=128, rank=8, validations=3, series=5, tokens=300)
     sizes = {"steps": 7, "batch": B, "context": 128, "rank": 8, "validations": 3, "validation_windows": 15}
     assert run.exact == training_run(CONFIG, **sizes)
     assert price(128, 8)[0] == predict(CONFIG, B, 128, rank=8, training=True).training
@@ -78,14 +65,14 @@ def test_exact_counts_are_those_of_the_plans():
     assert row("liu", "context", "training", "All").exact == 1000 * sum(price(c, 8)[0] for c in (128, 512, 768))
     assert row("rai", "final", "training").exact == 5000 * price(768, 8)[0]
     assert row("rai", "final", "inference").exact == 11 * generation(CONFIG, 1, 499, 500, rank=8)
-    assert row("fung", "baseline", "inference").exact == forecast(4, 960, 240, 0)["inference"]
+    assert row("fung", "baseline", "inference").exact == three_reports.forecast(4, 960, 240, 0)["inference"]
 
 
 @pytest.mark.parametrize("protocol", DRAFTS)
 def test_every_part_of_a_step_that_differs_is_named_and_their_sizes_add_up(protocol):
-    changed = effects(protocol)
-    assert set(WRONG[protocol]) == set(changed)
-    assert sum(changed.values()) == pytest.approx(step_by_report(protocol, 512, 8) / price(512, 8)[0] - 1)
+    changed = three_reports.effects(protocol)
+    assert set(three_reports.WRONG[protocol]) == set(changed)
+    assert sum(changed.values()) == pytest.approx(three_reports.step_by_report(protocol, 512, 8) / price(512, 8)[0] - 1)
 
 
 def test_mistakes_carry_their_computed_size():
@@ -101,8 +88,8 @@ def test_the_last_draft_counts_and_the_page_says_what_the_other_says():
     final = row("rai", "final", "training")
     assert (final.claimed, final.stage) == (51_700_000_000_000_000, "final")
     assert {"62 %", "51.90 %"} <= set(re.findall(r"[\d.]+ %", final.note))
-    assert all(text in about("rai")["note"] for text in DRAFTS["rai"].values())
-    assert about("rai")["mistakes"] == mistakes("rai")
+    assert all(text in three_reports.about("rai")["note"] for text in DRAFTS["rai"].values())
+    assert three_reports.about("rai")["mistakes"] == mistakes("rai")
 
 
 @pytest.mark.parametrize("protocol", DRAFTS)
@@ -115,9 +102,9 @@ def test_rows_are_whole_numbers_each_named_once(protocol):
 
 def test_what_remains_of_rais_budget_leaves_the_last_evaluation_out():
     used, left = whole("rai"), row("rai", "other", "total", "Remaining")
-    assert used.reproduced + left.reproduced == BUDGET
-    assert used.exact + left.exact == BUDGET
-    assert used.reproduced + row("rai", "final", "inference").reproduced > 0.88 * BUDGET
+    assert used.reproduced + left.reproduced == three_reports.BUDGET
+    assert used.exact + left.exact == three_reports.BUDGET
+    assert used.reproduced + row("rai", "final", "inference").reproduced > 0.88 * three_reports.BUDGET
 
 
 @pytest.mark.parametrize(

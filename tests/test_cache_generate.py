@@ -366,9 +366,7 @@ def test_a_temperature_towards_zero_is_greedy(temperature, random_model):
     """A division by a tiny temperature once overflowed to infinity, and the softmax to NaN."""
     model = random_model()
     rows = prompts(LENGTHS)
-    assert model.generate(rows, max_new_tokens=10, temperature=temperature, seed=0) == model.generate(
-        rows, max_new_tokens=10
-    )
+    assert model.generate(rows, 10, temperature=temperature, seed=0) == model.generate(rows, 10)
 
 
 def draws(logits: list[float], temperature: float, top_p: float, number: int = 20000) -> Tensor:
@@ -405,32 +403,23 @@ def test_top_p_acts_after_the_temperature():
 @pytest.mark.parametrize(
     ("ids", "options", "message"),
     [
-        ([], {}, "prompts are empty"),
-        ([[1], []], {}, "prompts are empty"),
-        (torch.tensor([1, 2]), {}, "prompts are empty or not"),
+        *((ids, {}, "prompts are empty or not") for ids in ([], [[1], []], [1, 2], "ab", torch.tensor([1, 2]))),
         (torch.empty(1, 0, dtype=torch.int64), {}, "prompts are empty"),
         ([[1, 97]], {}, "token 97 is outside of the vocabulary: expected 0 to 96"),
         ([[-1]], {}, "token -1 is outside"),
         ([[1]], {"stop": [97]}, "token 97 is outside"),
         ([[1]], {"pad_id": -5}, "token -5 is outside"),
-        ([[1]], {"temperature": -0.1}, "temperature is -0.1: expected 0"),
-        ([[1]], {"temperature": float("nan")}, "temperature is nan: expected 0"),
-        ([[1]], {"temperature": float("inf")}, "temperature is inf: expected 0"),
-        ([[1]], {"top_p": 0.0}, "top_p is 0.0: expected more than 0"),
-        ([[1]], {"top_p": 1.01}, "top_p is 1.01: expected more than 0, at most 1"),
-        ([[1]], {"top_k": -1}, "top_k is -1: expected a whole number, 0"),
-        ([[1]], {"max_new_tokens": -1}, "max_new_tokens is -1: expected 0 or more"),
-        ([1, 2], {}, "prompts are empty or not"),
-        ("ab", {}, "prompts are empty or not"),
         ([[1.0]], {}, "ids are torch.float32"),
-        ([[1]], {"top_k": 3.0}, "top_k is 3.0: expected a whole number"),
-        ([[1]], {"top_k": "3"}, "top_k is 3: expected a whole number"),
-        ([[1]], {"seed": 2**64}, "seed is 18446744073709551616: expected a whole number, 0 to"),
-        ([[1]], {"seed": -1}, "seed is -1: expected"),
-        ([[1]], {"seed": 1.5}, "seed is 1.5: expected"),
+        ([[1]], {"max_new_tokens": -1}, "max_new_tokens is -1: expected 0 or more"),
+        *(([[1]], {"temperature": t}, f"temperature is {t}: expected 0") for t in (-0.1, float("nan"), float("inf"))),
+        *(([[1]], {"top_p": p}, f"top_p is {p}: expected more than 0, at most 1") for p in (0.0, 1.01)),
+        *(([[1]], {"top_k": k}, f"top_k is {k}: expected a whole number, 0") for k in (-1, 3.0, "3")),
+        *(([[1]], {"seed": seed}, f"seed is {seed}: expected a whole number, 0 to") for seed in (2**64, -1, 1.5)),
+        *(
+            ([[1]], {"repetition_penalty": p}, f"repetition_penalty is {p}: expected more than 0")
+            for p in (0.0, torch.nan)
+        ),
         ([[1]], {"repetition_penalty": 1e-45}, "the highest logits are .*inf.*: expected finite ones"),
-        ([[1]], {"repetition_penalty": 0.0}, "repetition_penalty is 0.0: expected more than 0"),
-        ([[1]], {"repetition_penalty": float("nan")}, "repetition_penalty is nan: expected more than 0"),
     ],
     ids=str,
 )

@@ -9,31 +9,14 @@ import torch
 from qwen_min import Qwen, QwenConfig
 
 # What transformers 4 wrote for the 0.5B release.
-RELEASED = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "attention_dropout": 0.0,
-    "bos_token_id": 151643,
-    "eos_token_id": 151645,
-    "hidden_act": "silu",
-    "hidden_size": 896,
-    "initializer_range": 0.02,
-    "intermediate_size": 4864,
-    "max_position_embeddings": 32768,
-    "max_window_layers": 21,
-    "model_type": "qwen2",
-    "num_attention_heads": 14,
-    "num_hidden_layers": 24,
-    "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-06,
-    "rope_theta": 1000000.0,
-    "sliding_window": 32768,
-    "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.43.1",
-    "use_cache": True,
-    "use_sliding_window": False,
-    "vocab_size": 151936,
-}
+RELEASED = json.loads("""{
+    "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151645,
+    "hidden_act": "silu", "hidden_size": 896, "initializer_range": 0.02, "intermediate_size": 4864,
+    "max_position_embeddings": 32768, "max_window_layers": 21, "model_type": "qwen2", "num_attention_heads": 14,
+    "num_hidden_layers": 24, "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
+    "sliding_window": 32768, "tie_word_embeddings": true, "torch_dtype": "bfloat16",
+    "transformers_version": "4.43.1", "use_cache": true, "use_sliding_window": false, "vocab_size": 151936
+}""")
 # Parameters of the releases; a tied head is counted once.
 PARAMETERS = {
     "0.5B": 494_032_768,
@@ -100,71 +83,56 @@ def test_the_rope_theta_of_math_models_is_kept():
     assert QwenConfig.from_dict(RELEASED | {"rope_theta": 10000}).rope_theta == 1e4
 
 
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        ({"model_type": "qwen3"}, "model_type is 'qwen3': expected 'qwen2'"),
-        ({"model_type": None}, "model_type is None"),
-        ({"use_sliding_window": True}, "use_sliding_window is True: expected false"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is"),
-        ({"layer_types": 3}, "layer_types is 3"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling.rope_type is 'yarn': expected 'default'"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling.rope_type is 'linear'"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "rope_parameters.rope_type is 'yarn'"),
-        ({"rope_parameters": "default"}, "rope_parameters is 'default': expected an object"),
-        ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "rope_parameters is {'full_attention': {"),
-        ({"rope_parameters": {"rope_theta": 1e4}}, "rope_theta is given as 1000000.0 and 10000.0: expected one number"),
-        ({"rope_scaling": {"rope_theta": 1e4}}, "rope_theta is given as 1000000.0 and 10000.0"),
-        ({"is_causal": False}, "is_causal is False: expected true"),
-        ({"rope_theta": None}, "rope_theta is missing"),
-        ({"rope_theta": "1e6"}, "rope_theta is '1e6': expected a positive number"),
-        ({"rope_theta": True}, "rope_theta is True"),
-        ({"rope_theta": float("nan")}, "rope_theta is nan"),
-        ({"rope_theta": float("inf")}, "rope_theta is inf"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu': expected \"silu\""),
-        ({"quantization_config": {"bits": 4}}, "quantization_config is"),
-        ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),
-        ({"head_dim": 128}, "head_dim is 128: expected hidden_size / num_attention_heads, which is 64"),
-        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes': expected true or false"),
-        ({"vocab_size": 0}, "vocab_size is 0: expected a positive whole number"),
-        ({"vocab_size": 151936.0}, "vocab_size is 151936.0"),
-        ({"num_hidden_layers": True}, "num_hidden_layers is True"),
-        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000: expected a positive whole number, at most"),
-        ({"vocab_size": 2**31 - 1, "hidden_size": 14 * 2**27}, "vocab_size is 2147483647: expected a positive"),
-        ({"hidden_size": -896}, "hidden_size is -896"),
-        ({"hidden_size": 897}, "hidden_size is 897: expected an even head size"),
-        ({"num_attention_heads": 13}, "hidden_size is 896: expected an even head size for each of the 13 heads"),
-        ({"num_attention_heads": 896}, "hidden_size is 896: expected an even head size"),
-        (
-            {"num_key_value_heads": 4},
-            "num_key_value_heads is 4: expected a divisor of num_attention_heads, which is 14",
-        ),
-        ({"num_key_value_heads": None}, "num_key_value_heads is None"),
-        ({"rms_norm_eps": 0}, "rms_norm_eps is 0: expected a positive number"),
-        ({"intermediate_size": [4864]}, "intermediate_size is [4864]"),
-        ({"max_position_embeddings": 2**40}, "max_position_embeddings is 1099511627776"),
-    ],
-    ids=str,
-)
+REFUSED = [
+    ({"model_type": "qwen3"}, "model_type is 'qwen3': expected 'qwen2'"),
+    ({"model_type": None}, "model_type is None"),
+    ({"use_sliding_window": True}, "use_sliding_window is True: expected false"),
+    ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is"),
+    ({"layer_types": 3}, "layer_types is 3"),
+    ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling.rope_type is 'yarn': expected 'default'"),
+    ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling.rope_type is 'linear'"),
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "rope_parameters.rope_type is 'yarn'"),
+    ({"rope_parameters": "default"}, "rope_parameters is 'default': expected an object"),
+    ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "rope_parameters is {'full_attention': {"),
+    ({"rope_parameters": {"rope_theta": 1e4}}, "rope_theta is given as 1000000.0 and 10000.0: expected one number"),
+    ({"rope_scaling": {"rope_theta": 1e4}}, "rope_theta is given as 1000000.0 and 10000.0"),
+    ({"is_causal": False}, "is_causal is False: expected true"),
+    ({"rope_theta": None}, "rope_theta is missing"),
+    ({"rope_theta": "1e6"}, "rope_theta is '1e6': expected a positive number"),
+    ({"rope_theta": True}, "rope_theta is True"),
+    ({"rope_theta": float("nan")}, "rope_theta is nan"),
+    ({"rope_theta": float("inf")}, "rope_theta is inf"),
+    ({"hidden_act": "gelu"}, "hidden_act is 'gelu': expected \"silu\""),
+    ({"quantization_config": {"bits": 4}}, "quantization_config is"),
+    ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),
+    ({"head_dim": 128}, "head_dim is 128: expected hidden_size / num_attention_heads, which is 64"),
+    ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes': expected true or false"),
+    ({"vocab_size": 0}, "vocab_size is 0: expected a positive whole number"),
+    ({"vocab_size": 151936.0}, "vocab_size is 151936.0"),
+    ({"num_hidden_layers": True}, "num_hidden_layers is True"),
+    ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000: expected a positive whole number, at most"),
+    ({"vocab_size": 2**31 - 1, "hidden_size": 14 * 2**27}, "vocab_size is 2147483647: expected a positive"),
+    ({"hidden_size": -896}, "hidden_size is -896"),
+    ({"hidden_size": 897}, "hidden_size is 897: expected an even head size"),
+    ({"num_attention_heads": 13}, "hidden_size is 896: expected an even head size for each of the 13 heads"),
+    ({"num_attention_heads": 896}, "hidden_size is 896: expected an even head size"),
+    ({"num_key_value_heads": 4}, "num_key_value_heads is 4: expected a divisor of num_attention_heads, which is 14"),
+    ({"num_key_value_heads": None}, "num_key_value_heads is None"),
+    ({"rms_norm_eps": 0}, "rms_norm_eps is 0: expected a positive number"),
+    ({"intermediate_size": [4864]}, "intermediate_size is [4864]"),
+    ({"max_position_embeddings": 2**40}, "max_position_embeddings is 1099511627776"),
+]
+
+
+@pytest.mark.parametrize(("change", "expected"), REFUSED, ids=str)
 def test_a_field_that_cannot_be_used_is_refused_by_name(change, expected):
     assert refusal(RELEASED | change).startswith(expected)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "rms_norm_eps",
-        "max_position_embeddings",
-        "rope_theta",
-        "model_type",
-    ],
-)
+SIZES = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads".split()
+
+
+@pytest.mark.parametrize("name", [*SIZES, "rms_norm_eps", "max_position_embeddings", "rope_theta", "model_type"])
 def test_no_default_is_assumed_for_a_missing_field(name):
     assert name in refusal(without(name))
 
@@ -216,17 +184,13 @@ def test_parameter_names_and_shapes_are_those_of_transformers(size):
     with torch.device("meta"):
         ours, theirs = Qwen(config), Qwen2ForCausalLM(Qwen2Config(**fields))
     assert sum(p.numel() for p in theirs.parameters()) == PARAMETERS[size]
-    assert {name: p.shape for name, p in ours.named_parameters()} == {
-        name: p.shape for name, p in theirs.named_parameters()
-    }
+    shapes, expected = ({name: p.shape for name, p in model.named_parameters()} for model in (ours, theirs))
+    assert shapes == expected
 
 
 def test_a_size_is_known_under_each_of_its_names():
-    assert (
-        QwenConfig.named("Qwen2.5-7B")
-        == QwenConfig.named("Qwen/Qwen2.5-7B")
-        == QwenConfig.named("Qwen/Qwen2.5-7B-Instruct")
-    )
+    plain, hub, instruct = map(QwenConfig.named, ("Qwen2.5-7B", "Qwen/Qwen2.5-7B", "Qwen/Qwen2.5-7B-Instruct"))
+    assert plain == hub == instruct
 
 
 @pytest.mark.parametrize("name", ["Qwen2.5-8B", "7B", "Qwen3-7B", "", "Qwen2.5-"])

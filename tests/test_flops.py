@@ -13,13 +13,22 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from experiments.accounting.predict import predict
 from lora import LoRALinear, add_logit_bias, add_lora
+from lora.layer import lora_layers
 from qwen_min import FlopMeter, Qwen, QwenConfig, fast, ops
 from qwen_min.cache import KVCache
 from qwen_min.flops import CONVENTIONS, PRIMITIVES, Metered, component, unmetered
 
 SIZES = ["0.5B", "1.5B", "3B", "7B", "14B", "32B", "72B"]
 PREDICTED, RANKS, MODES = (1, 100, 512), (0, 8), ("alone", "cache", "training")  # tokens, of LoRA, of a forward
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LINEARS = tuple(f"{name}_proj" for name in "q k v o gate up down".split())
+TRAINED: dict[str, tuple[str, ...]] = {  # and the targets of LoRA
+    "everything": (),
+    "lora q v": ("q_proj", "v_proj"),
+    "lora k": ("k_proj",),
+    "lora up": ("up_proj",),
+    "lora down of the last layer": ("model.layers.1.mlp.down_proj",),
+    "lora all": LINEARS,
+}
 SHAPES: list[dict] = [
     {},
     {"num_key_value_heads": 6},
@@ -28,23 +37,23 @@ SHAPES: list[dict] = [
 ]
 
 
+@pytest.fixture(params=CONVENTIONS)
+def convention(request) -> str:
+    return request.param
+
+
 def metered(model, ids, convention="coursework", **options) -> FlopMeter:
     with FlopMeter(convention) as meter:
         model(ids, **options)
     return meter
 
 
-@pytest.mark.parametrize("convention", CONVENTIONS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_forward_equals_the_brute_force_count_part_by_part(shape, convention, make_config, random_model):
     """4 shapes, 3 conventions, 4 batches and lengths, 4 ranks and sets of targets, with and without a logit bias."""
     config = make_config(**shape)
-    for rank, targets, biased in [
-        (0, (), False),
-        (1, ("q_proj", "v_proj"), False),
-        (8, ("k_proj", "down_proj"), True),
-        (3, LINEARS, True),
-    ]:
+    q_v, k_down = ("q_proj", "v_proj"), ("k_proj", "down_proj")
+    for rank, targets, biased in ((0, (), False), (1, q_v, False), (8, k_down, True), (3, LINEARS, True)):
         model = random_model(**shape)
         if rank:
             add_lora(model, rank, targets=targets)
@@ -52,9 +61,8 @@ def test_a_forward_equals_the_brute_force_count_part_by_part(shape, convention, 
             add_logit_bias(model)
         for batch, length in [(1, 1), (1, 7), (3, 2), (2, 19)]:
             meter = metered(model, torch.zeros(batch, length, dtype=torch.int64), convention)
-            expected = forward(
-                config, batch, length, rank=rank, targets=targets, logit_bias=biased, convention=convention
-            )
+            options = {"rank": rank, "targets": targets, "logit_bias": biased, "convention": convention}
+            expected = forward(config, batch, length, **options)
             assert Counter(meter.by_component()) == expected
             assert meter.total == expected.total()
 
@@ -98,7 +106,6 @@ def test_the_worked_number_of_the_half_billion_model():
     assert (meter.total, meter.backward, meter.training) == (2258760259584, 4517520519168, 6776280778752)
 
 
-@pytest.mark.parametrize("convention", CONVENTIONS)
 @torch.no_grad()
 def test_a_cached_pass_equals_the_brute_force_count_of_its_tokens_and_context(convention, random_model):
     model = add_lora(random_model(), 3)
@@ -109,7 +116,6 @@ def test_a_cached_pass_equals_the_brute_force_count_of_its_tokens_and_context(co
         seen += new
 
 
-@pytest.mark.parametrize("convention", CONVENTIONS)
 def test_generation_is_charged_a_prefill_and_a_forward_per_token_with_the_head_for_one_token(convention, random_model):
     model = random_model()
     with FlopMeter(convention) as meter:
@@ -120,14 +126,12 @@ def test_generation_is_charged_a_prefill_and_a_forward_per_token_with_the_head_f
     assert Counter(meter.by_component()) == expected
 
 
-@pytest.mark.parametrize("convention", CONVENTIONS)
 def test_padding_that_is_computed_is_charged(convention, random_model):
     model = random_model()
     meter = metered(model, torch.zeros(2, 9, dtype=torch.int64), convention, padding=torch.tensor([0, 5]))
     assert Counter(meter.by_component()) == forward(model.config, 2, 9, convention=convention, padded=True)
 
 
-@pytest.mark.parametrize("convention", CONVENTIONS)
 def test_modules_components_and_primitives_each_sum_to_the_total(convention, random_model):
     model = add_logit_bias(add_lora(random_model(), 3, targets=LINEARS))
     with FlopMeter(convention) as meter:
@@ -140,7 +144,6 @@ def test_modules_components_and_primitives_each_sum_to_the_total(convention, ran
     assert all(name in modules for name in meter.by_module())
 
 
-@pytest.mark.parametrize("convention", CONVENTIONS)
 def test_a_meta_forward_is_charged_what_a_real_one_is(way, convention, make_config):
     counts = []
     for device in ("cpu", "meta"):
@@ -154,7 +157,6 @@ def test_a_meta_forward_is_charged_what_a_real_one_is(way, convention, make_conf
     assert counts[0] == counts[1] and len(counts[0]) > 40
 
 
-@pytest.mark.parametrize("convention", CONVENTIONS)
 def test_fast_and_plain_are_charged_the_same(convention, random_model, fast_again):
     model, ids = trainable("lora all", random_model()), torch.zeros(2, 9, dtype=torch.int64)
     charges = []
@@ -169,19 +171,10 @@ def test_fast_and_plain_are_charged_the_same(convention, random_model, fast_agai
 
 
 def trainable(kind: str, model: Qwen) -> Qwen:
-    if kind == "everything":
-        return model
-    targets = {
-        "lora q v": ("q_proj", "v_proj"),
-        "lora k": ("k_proj",),
-        "lora up": ("up_proj",),
-        "lora down of the last layer": ("model.layers.1.mlp.down_proj",),
-        "lora all": LINEARS,
-    }[kind]
-    model = add_lora(model, 3, 1.5, targets)
-    for name, parameter in model.named_parameters():
-        if name.endswith("lora_b"):
-            nn.init.normal_(parameter)
+    if TRAINED[kind]:
+        add_lora(model, 3, 1.5, TRAINED[kind])
+    for _, layer in lora_layers(model):
+        nn.init.normal_(layer.lora_b)
     return model
 
 
@@ -189,9 +182,6 @@ def trainable(kind: str, model: Qwen) -> Qwen:
 def explicit(monkeypatch) -> None:
     """Attention written out: on the CPU torch's counter reads 0 for its fused kernel."""
     monkeypatch.delitem(ops.FAST, "attend")
-
-
-TRAINED = ["everything", "lora q v", "lora k", "lora up", "lora down of the last layer", "lora all"]
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])
@@ -258,18 +248,16 @@ def test_a_coursework_backward_is_twice_the_forward_whatever_is_trained(random_m
         assert metered(random_model(), ids).training == 3 * metered(random_model(), ids).total
 
 
-def test_the_loss_is_charged_its_head_in_every_convention_and_itself_in_exact_alone(random_model):
+def test_the_loss_is_charged_its_head_in_every_convention_and_itself_in_exact_alone(convention, random_model):
     model, ids = random_model(), torch.zeros(2, 9, dtype=torch.int64)
-    for convention in CONVENTIONS:
-        with FlopMeter(convention) as meter:
-            model.loss(ids, ids)
-        expected = forward(model.config, 2, 9, convention=convention)
-        if convention == "exact":  # per token: V exponentials, their sum, a logarithm (10), a difference
-            expected["loss"] = 18 * (97 * 10 + 96 + 10 + 1)
-        assert Counter(meter.by_component()) == expected
+    with FlopMeter(convention) as meter:
+        model.loss(ids, ids)
+    expected = forward(model.config, 2, 9, convention=convention)
+    if convention == "exact":  # per token: V exponentials, their sum, a logarithm (10), a difference
+        expected["loss"] = 18 * (97 * 10 + 96 + 10 + 1)
+    assert Counter(meter.by_component()) == expected
 
 
-@pytest.mark.parametrize("convention", CONVENTIONS)
 def test_the_formula_of_a_price_evaluates_to_what_was_charged(convention, random_model):
     """`matmul` charges the product alone, at 2mnp; the text is that of the other two."""
     model = add_logit_bias(add_lora(random_model(), 3))
@@ -302,8 +290,8 @@ def test_figures_beyond_two_to_the_53_stay_exact():
     assert type(meter.training) is int
 
 
-def test_nested_meters_both_count_and_a_closed_one_does_not(random_model):
-    model, ids = random_model(), torch.zeros(1, 5, dtype=torch.int64)
+def test_nested_meters_both_count_and_one_that_is_closed_or_was_never_opened_does_not(random_model):
+    model, ids, unopened = random_model(), torch.zeros(1, 5, dtype=torch.int64), FlopMeter()
     with FlopMeter() as outer:
         model(ids)
         with FlopMeter("exact") as inner:
@@ -313,12 +301,7 @@ def test_nested_meters_both_count_and_a_closed_one_does_not(random_model):
     once = metered(model, ids)
     assert outer.total == 3 * once.total and inner.total == metered(model, ids, "exact").total
     assert [charge.times for charge in outer.charges()] == [3 * charge.times for charge in once.charges()]
-
-
-def test_without_a_meter_nothing_is_collected(random_model):
-    meter = FlopMeter()
-    random_model()(torch.zeros(1, 5, dtype=torch.int64))
-    assert meter.total == meter.training == 0 and not list(meter.charges()) and meter.by_module() == {}
+    assert unopened.total == unopened.training == 0 and not list(unopened.charges()) and unopened.by_module() == {}
 
 
 def test_what_is_unmetered_inside_a_meter_is_not_charged(random_model):
@@ -394,25 +377,8 @@ def test_every_flop_stands_under_the_module_that_ran_it(random_model):
 def test_components_are_told_by_the_op_or_by_the_layer(random_model):
     model = add_logit_bias(add_lora(random_model(), 3))
     meter = metered(model, torch.zeros(1, 5, dtype=torch.int64), "exact")
-    assert set(meter.by_component()) == {
-        "rotation",
-        "norm",
-        "q",
-        "k",
-        "v",
-        "lora",
-        "scores",
-        "softmax",
-        "values",
-        "output",
-        "residual",
-        "gate",
-        "up",
-        "silu",
-        "down",
-        "head",
-        "logit_bias",
-    }
+    names = "rotation norm q k v lora scores softmax values output residual gate up silu down head logit_bias"
+    assert set(meter.by_component()) == set(names.split())
     assert {charge.module for charge in meter.charges() if component(charge) == "lora"} == {
         f"model.layers.{i}.self_attn.{name}" for i in (0, 1) for name in ("q_proj", "v_proj")
     }

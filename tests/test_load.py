@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora import add_lora, merge
+from lora.layer import lora_layers
 from qwen_min import Qwen, load
 
 IDS = torch.arange(24).view(2, 12)
@@ -171,17 +172,8 @@ def test_a_damaged_header_is_refused_by_the_name_of_its_file(content, folder):
 @pytest.mark.parametrize(
     "name",
     [
-        "../secret.safetensors",
-        "/etc/passwd",
-        "a/b.safetensors",
-        "..",
-        ".safetensors",
-        "model.bin",
-        "",
-        "a\nb.safetensors",
-        "-rf.bin",
-        7,
-        None,
+        *("../secret.safetensors", "/etc/passwd", "a/b.safetensors", "..", ".safetensors", "model.bin", ""),
+        *("a\nb.safetensors", "-rf.bin", 7, None),
     ],
 )
 def test_an_index_can_only_name_plain_files_of_its_folder(name, folder):
@@ -243,15 +235,8 @@ def test_beside_an_index_a_single_file_is_read_as_transformers_does(folder):
 @pytest.mark.parametrize(
     "text",
     [
-        "",
-        "{",
-        "[]",
-        "{}",
-        '{"weight_map": []}',
-        '{"weight_map": {"a": []}}',
-        "[" * 5000,
+        *("", "{", "[]", "{}", "[" * 5000, "\xff", '{"weight_map": []}', '{"weight_map": {"a": []}}'),
         '{"weight_map": {"a": 1, "b": "c"}}',
-        "\xff",
     ],
 )
 def test_an_index_that_is_none_is_named(text, folder):
@@ -288,16 +273,7 @@ def test_a_missing_config_is_named(folder):
 @pytest.mark.parametrize(
     "name",
     [
-        "no-such-folder",
-        "a/b/c",
-        "/no/such/folder",
-        "./none",
-        "",
-        "..",
-        "../x",
-        "a\0b",
-        "Qwen/../../etc",
-        "-x/y",
+        *("no-such-folder", "a/b/c", "/no/such/folder", "./none", "", "..", "../x", "a\0b", "Qwen/../../etc", "-x/y"),
         "https://example.com/a",
     ],
 )
@@ -333,16 +309,13 @@ def empty_hub(tmp_path, monkeypatch) -> Path:
     return tmp_path / "hub"
 
 
-def test_offline_touches_no_network_and_says_how_to_fetch(sockets, empty_hub):
-    message = refusal("Qwen/Qwen2.5-0.5B-Instruct", offline=True)
-    assert message.startswith("Qwen/Qwen2.5-0.5B-Instruct: not cached, and offline was asked for")
-    assert "'hf download Qwen/Qwen2.5-0.5B-Instruct' fetches it" in message
-    assert not sockets
-
-
-def test_without_a_network_the_error_says_how_to_fetch(sockets, empty_hub):
-    message = refusal("Qwen/Qwen2.5-0.5B-Instruct", revision="abc")
-    assert "could not be fetched" in message and "'hf download Qwen/Qwen2.5-0.5B-Instruct'" in message
+def test_offline_touches_no_network_and_without_one_too_the_error_says_how_to_fetch(sockets, empty_hub):
+    name, fetches = "Qwen/Qwen2.5-0.5B-Instruct", "'hf download Qwen/Qwen2.5-0.5B-Instruct'"
+    message = refusal(name, offline=True)
+    assert message.startswith(f"{name}: not cached, and offline was asked for") and not sockets
+    assert f"{fetches} fetches it" in message
+    message = refusal(name, revision="abc")
+    assert "could not be fetched" in message and fetches in message
     assert sockets  # the recorder does see what the hub's library opens
 
 
@@ -390,9 +363,8 @@ def test_gradients_through_kept_bfloat16_weights_are_those_of_widened_ones(folde
     gradients = []
     for model in kept_and_widened(folder):
         add_lora(model, rank=3, seed=0)
-        for name, parameter in model.named_parameters():
-            if name.endswith("lora_b"):
-                torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
+        for _, layer in lora_layers(model):
+            torch.nn.init.normal_(layer.lora_b, std=0.1, generator=torch.Generator().manual_seed(1))
         total, count = model.loss(IDS, IDS.roll(-1, 1))
         (total / count).backward()
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
@@ -434,9 +406,8 @@ def test_other_float_types_are_converted(stored, folder):
 def test_changing_the_weights_of_a_mapped_model_leaves_the_file_as_it_was(folder):
     before = (folder / "model.safetensors").read_bytes()
     model = add_lora(Qwen.from_pretrained(folder), rank=2, seed=0)
-    for name, parameter in model.named_parameters():
-        if name.endswith("lora_b"):
-            torch.nn.init.ones_(parameter)
+    for _, layer in lora_layers(model):
+        torch.nn.init.ones_(layer.lora_b)
     name = "model.layers.0.self_attn.q_proj.weight"
     old = model.get_parameter(name).clone()
     assert not torch.equal(merge(model).get_parameter(name), old)

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,6 +60,13 @@ def write(tmp_path: Path) -> Writer:
     return writer
 
 
+@pytest.fixture
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the data set is rebuilt once; nothing is there yet."""
+    monkeypatch.setattr(lotka_volterra, "CACHE", tmp_path / "cached.h5")
+    return tmp_path / "cached.h5"
+
+
 def refusal(path: Path | None) -> str:
     with pytest.raises((ValueError, OSError)) as caught:
         load(path)
@@ -113,36 +121,30 @@ def test_a_rebuild_writes_the_same_bytes_again(rebuilt_file: Path, tmp_path: Pat
 
 
 def test_without_a_path_the_data_set_is_rebuilt_once_and_then_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rebuilt: Dataset, integrated: list[str]
+    cached: Path, rebuilt: Dataset, integrated: list[str]
 ) -> None:
-    monkeypatch.setattr(lotka_volterra, "CACHE", tmp_path / "cached.h5")
     for dataset in (load(), load()):
         np.testing.assert_array_equal(dataset.series, rebuilt.series)
-        assert (dataset.source, dataset.path) == ("rebuilt by its law", tmp_path / "cached.h5")
+        assert (dataset.source, dataset.path) == ("rebuilt by its law", cached)
         assert dataset.digest == rebuilt.digest
     assert integrated == ["integrate"]
 
 
 @needs_published
-def test_the_published_file_in_the_place_of_the_rebuilt_one_is_taken_as_it_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(lotka_volterra, "CACHE", tmp_path / "cached.h5")
-    (tmp_path / "cached.h5").write_bytes(PUBLISHED.read_bytes())
+def test_the_published_file_in_the_place_of_the_rebuilt_one_is_taken_as_it_is(cached: Path) -> None:
+    cached.write_bytes(PUBLISHED.read_bytes())
     assert load().source == "real file, as published"
 
 
 @pytest.mark.parametrize("damage", ["truncated", "altered"])
 def test_a_damaged_cached_file_is_refused_with_what_to_do(
-    damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rebuilt_file: Path, integrated: list[str]
+    damage: str, cached: Path, rebuilt_file: Path, integrated: list[str]
 ) -> None:
-    cached = tmp_path / "cached.h5"
     content = rebuilt_file.read_bytes()
     cached.write_bytes(content[:5000] if damage == "truncated" else content)
     if damage == "altered":
         with h5py.File(cached, "r+") as file:
             file["trajectories"][7, 3, 1] += 1e-5  # too little for the rounded digest to see
-    monkeypatch.setattr(lotka_volterra, "CACHE", cached)
     message = refusal(None)
     assert str(cached) in message and "delete it" in message
 
@@ -155,19 +157,14 @@ def test_an_integrator_that_gives_other_values_is_refused(tmp_path: Path, monkey
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["taken.h5", "absent/rebuilt.h5"])
 def test_a_file_that_cannot_be_put_in_its_place_leaves_no_draft(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, integrated: list[str]
+    name: str, tmp_path: Path, integrated: list[str]
 ) -> None:
     (tmp_path / "taken.h5").mkdir()
-    with pytest.raises(OSError, match=r"taken\.h5: cannot be written .*expected a writable folder"):
-        rebuild(tmp_path / "taken.h5")
-    assert [path.name for path in tmp_path.iterdir()] == ["taken.h5"]
-
-
-def test_a_folder_that_does_not_exist_cannot_be_written_to(tmp_path: Path, integrated: list[str]) -> None:
-    with pytest.raises(OSError, match=r"cannot be written .*expected a writable folder") as caught:
-        rebuild(tmp_path / "absent" / "rebuilt.h5")
-    assert "\n" not in str(caught.value)
+    with pytest.raises(OSError, match=rf"{re.escape(name)}: cannot be written .*expected a writable folder") as caught:
+        rebuild(tmp_path / name)
+    assert "\n" not in str(caught.value) and [path.name for path in tmp_path.iterdir()] == ["taken.h5"]
 
 
 @pytest.mark.parametrize(

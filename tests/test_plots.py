@@ -50,9 +50,8 @@ def _is_legible(figure):
     for axes in figure.axes:
         low, high = sorted(axes.get_xlim())
         ticks = [t for t in axes.xaxis.get_major_ticks() if t.label1.get_visible() and low <= t.get_loc() <= high]
-        labels = sorted(
-            (t.label1.get_window_extent(renderer) for t in ticks if t.label1.get_text()), key=lambda b: b.x0
-        )
+        labels = [t.label1.get_window_extent(renderer) for t in ticks if t.label1.get_text()]
+        labels.sort(key=lambda b: b.x0)
         apart &= all(a.x1 < b.x0 for a, b in zip(labels, labels[1:], strict=False))
     return inside and apart and all(t.get_fontsize() >= 9 for t in figure.findobj(Text) if t.get_text())
 
@@ -79,16 +78,15 @@ STUDY = [
 ]
 
 
-@pytest.mark.parametrize(
-    "cells",
-    [
-        [_cell(steps=1)],
-        [_cell(steps=5000)],
-        [{"name": "none yet", "lr": 1e-4, "rank": 8, "train": [], "validation": []}],
-        [],
-    ],
-    ids=["1 step", "long", "no points", "no cells"],
-)
+CELLS = {
+    "1 step": [_cell(steps=1)],
+    "long": [_cell(steps=5000)],
+    "no points": [{"name": "none yet", "lr": 1e-4, "rank": 8, "train": [], "validation": []}],
+    "no cells": [],
+}
+
+
+@pytest.mark.parametrize("cells", CELLS.values(), ids=CELLS)
 def test_loss_curves_are_drawn(draw, cells):
     figure = draw(plots.loss_curves, cells, label="toy: the pocket model")
     assert "(toy: the pocket model)" in figure.get_suptitle()
@@ -143,18 +141,17 @@ def test_smoothing_is_the_mean_of_the_last_steps():
 TABLE = {(lr, rank): lr * 1e4 + 1 / rank for lr in (1e-5, 5e-5, 1e-4) for rank in (2, 4, 8)}
 
 
-@pytest.mark.parametrize(
-    "table",
-    [
-        TABLE,
-        TABLE | {(1e-5, 2): None, (1e-5, 4): math.nan},
-        {(1e-5, 2): 0.7, (1e-4, 4): 0.6},
-        {(1e-4, 8): 0.66},
-        {(1e-4, 8): None},
-        {key: 100 * value**4 for key, value in TABLE.items()},
-    ],
-    ids=["9 cells", "3 without a result", "holes", "1 cell", "no result", "wide"],
-)
+TABLES = {
+    "9 cells": TABLE,
+    "2 without a result": TABLE | {(1e-5, 2): None, (1e-5, 4): math.nan},
+    "holes": {(1e-5, 2): 0.7, (1e-4, 4): 0.6},
+    "1 cell": {(1e-4, 8): 0.66},
+    "no result": {(1e-4, 8): None},
+    "wide": {key: 100 * value**4 for key, value in TABLE.items()},
+}
+
+
+@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
 def test_a_heat_map_is_drawn(draw, table):
     figure = draw(plots.heat_map, table, label="toy")
     texts = [text.get_text() for text in figure.axes[0].texts]
@@ -185,19 +182,16 @@ def _forecast(draw, gaps=(), variables=2, points=80, horizon=20, title="System 9
     return draw(plots.forecast, time, series[:points], series[points:], guess, names, title=title, **options)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"gaps": range(20), "bands": True},
-        {"variables": 1},
-        {"variables": 3},
-        {"horizon": 1},
-        {"points": 1},
-        {"title": "A title with a $\\frac$ in it and " + "many words " * 20},
-    ],
-    ids=["plain", "nothing parsed", "1 variable", "3 variables", "1 step", "1 point", "title"],
-)
+FORECASTS: dict[str, dict] = {
+    "plain": {},
+    "nothing parsed": {"gaps": range(20), "bands": True},
+    **{"1 variable": {"variables": 1}, "3 variables": {"variables": 3}, "1 step": {"horizon": 1}},
+    "1 point": {"points": 1},
+    "title": {"title": "A title with a $\\frac$ in it and " + "many words " * 20},
+}
+
+
+@pytest.mark.parametrize("options", FORECASTS.values(), ids=FORECASTS)
 def test_a_forecast_is_drawn(draw, options):
     figure = _forecast(draw, label="toy", **options)
     assert len(figure.axes) == options.get("variables", 2)
@@ -260,16 +254,12 @@ def test_a_grid_of_forecasts_has_a_row_for_each_system_and_a_column_for_each_var
         for i, axes in enumerate(row):
             _, truth, guess = axes.lines
             whole = np.concatenate([system["context"], system["truth"]])
-            np.testing.assert_array_equal(truth.get_xydata(), np.stack([system["time"], whole[:, i]], axis=1))
-            np.testing.assert_array_equal(
-                guess.get_xydata(), np.stack([system["time"][12:], system["forecast"][:, i]], 1)
-            )
-    assert [axes.get_title() for axes in panels[:2].flat] == [
-        "System 1 (growing): prey",
-        "System 1 (growing): predator",
-        "System 2 \\$x: prey\n(2 of 5 steps not parsed)",
-        "System 2 \\$x: predator\n(2 of 5 steps not parsed)",
-    ]
+            time, forecast = system["time"], system["forecast"]
+            np.testing.assert_array_equal(truth.get_xydata(), np.stack([time, whole[:, i]], axis=1))
+            np.testing.assert_array_equal(guess.get_xydata(), np.stack([time[12:], forecast[:, i]], axis=1))
+    titles = [f"System 1 (growing): {name}" for name in ("prey", "predator")]
+    titles += [f"System 2 \\$x: {name}\n(2 of 5 steps not parsed)" for name in ("prey", "predator")]
+    assert [axes.get_title() for axes in panels[:2].flat] == titles
     assert _legend(figure) == ["context", "cut-off", "prey, truth", "predator, truth", "forecast"]
     assert "(toy: the pocket model)" in figure.get_suptitle()
 
@@ -362,9 +352,8 @@ def _norms(layers, count):
 
 def test_the_gradients_of_24_layers_are_48_panels_with_one_scale(draw):
     steps, norms = np.arange(0, 20_001, 1000), _norms(24, 21)
-    figure = draw(
-        plots.gradient_norms, steps, norms, title="Gradient norms", label="toy", flagged={"layers.3.q_proj.A"}
-    )
+    titled = {"title": "Gradient norms", "label": "toy", "flagged": {"layers.3.q_proj.A"}}
+    figure = draw(plots.gradient_norms, steps, norms, **titled)
     panels = figure.axes
     expected = [f"layer {i}, {p}" for i in range(24) for p in "qv"]
     expected[6] += ": A"
@@ -389,15 +378,10 @@ def _printed(axes):
 
 
 def test_bars_of_scores_carry_interval_and_number(draw):
-    scores = {
-        "model": (0.04, 0.03, 0.05),
-        "persistence": (1.23, 0.9, 1.6),
-        "law fit": (math.nan,) * 3,
-        "one": (2, math.nan, math.nan),
-    }
-    figure = draw(
-        plots.score_bars, scores, xlabel="MSE", title="Mean squared error", label="toy", strong=["model", "one"]
-    )
+    scores = {"model": (0.04, 0.03, 0.05), "persistence": (1.23, 0.9, 1.6)}
+    scores |= {"law fit": (math.nan,) * 3, "one": (2, math.nan, math.nan)}
+    titled = {"title": "Mean squared error", "label": "toy", "strong": ["model", "one"]}
+    figure = draw(plots.score_bars, scores, xlabel="MSE", **titled)
     (axes,) = figure.axes
     np.testing.assert_array_equal([bar.get_width() for bar in axes.patches], [0.04, 1.23, math.nan, 2])
     np.testing.assert_array_equal([line.get_xdata() for line in axes.lines[:2]], [[0.03, 0.05], [0.9, 1.6]])
@@ -458,10 +442,7 @@ def test_the_picture_keeps_its_colours_on_white_and_is_the_same_each_time(tmp_pa
     image = Image.open(tmp_path / "first.png")
     assert image.mode == "P"
     colours = {rgb for _, rgb in image.convert("RGB").getcolors(256)}
-    expected = {
-        tuple(int(shade[i : i + 2], 16) for i in (1, 3, 5)) for shade in ("#FFFFFF", "#000000", *base.COLOURS[:2])
-    }
-    assert expected <= colours
+    assert {tuple(bytes.fromhex(shade[1:])) for shade in ("#FFFFFF", "#000000", *base.COLOURS[:2])} <= colours
 
 
 def test_a_round_trip_shows_both_series_and_their_absolute_error(draw):
@@ -479,6 +460,7 @@ def test_a_round_trip_shows_both_series_and_their_absolute_error(draw):
 
 NO_TOKENS = {"nats": [], "step_of": [], "texts": []}
 NAN = [math.nan] * 3
+AT_STEP_0 = _cell(losses=[2.0] * 9) | {"validation": [(0, 0, 2.0)]}
 
 
 def _gradients(layers, values):
@@ -503,10 +485,7 @@ def _gradients(layers, values):
         (plots.score_bars, {"scores": {"model": (0.4, 0.3, 0.5), "b": (-9.0, -12, -5)}, "xlabel": "skill"}),
         (plots.score_bars, {"scores": {"model": tuple(NAN)}, "xlabel": "skill"}),
         (plots.budget_bar, {"stages": {"baseline": {"training": 0}}, "budget": 10**17}),
-        (
-            plots.loss_curves,
-            {"cells": [_cell(losses=[2.0] * 9) | {"validation": [(0, 0, 2.0)]}, _cell(2, losses=[2.0] * 90)]},
-        ),
+        (plots.loss_curves, {"cells": [AT_STEP_0, _cell(2, losses=[2.0] * 90)]}),
     ],
 )
 def test_what_is_zero_absent_or_one_is_drawn_on_a_linear_axis(draw, make, values):
@@ -525,81 +504,53 @@ def test_few_gradients_are_drawn(draw, values):
 TIME, FLAT = np.arange(6.0), np.zeros((3, 2))
 BOTH = ["prey", "predator"]
 SERIES = {"time": TIME, "context": FLAT, "truth": FLAT, "forecast": FLAT, "names": BOTH, "title": ""}
-NORMS = {"layers.0.q_proj.A": [1.0, 2.0]}
+UNEVEN = dict(lines={"a": [1, 2], "b": [1, 2, 3]}, ylabel="")
+NATS, NORMS = [0.1, 0.2], {"layers.0.q_proj.A": [1.0, 2.0]}
+QUANTILES = [dict.fromkeys((0.1, 0.9), FLAT), dict.fromkeys((0.1, 0.25, 0.75, 0.9), [1.0])]
+ONE = dict(title="System 7", values=[1, 2, 3])
+TRIP = dict(time=TIME, raw=FLAT, decoded=FLAT[1:], names=BOTH)
+REFUSED = [
+    (plots.loss_curves, dict(cells=GRID, x="epoch"), """x is 'epoch': expected "step" or "flops\""""),
+    (plots.heat_map, dict(table={}), "a heat map is empty: expected at least one entry"),
+    (plots.forecast, SERIES | {"names": ["prey"]}, "with V = 1 and h at least 1"),
+    (plots.forecast, SERIES | {"time": [0.0, 1.0]}, "time has the shape (2,): expected (3 + 3,)"),
+    (plots.forecast, SERIES | {"forecast": FLAT[1:]}, "have the shapes ((3, 2), (3, 2), (2, 2)): expected (P, V)"),
+    (plots.forecast, SERIES | {"quantiles": QUANTILES[0]}, "quantiles: has no level 0.25: expected 0.1"),
+    (plots.forecast, SERIES | {"quantiles": QUANTILES[1]}, "the quantile 0.1 has the shape (1,): expected (3, 2)"),
+    (plots.forecast_grid, dict(systems=[], names=BOTH), "a figure of systems is empty"),
+    (plots.phase_plane, dict(systems=[], names=BOTH), "a figure of systems is empty"),
+    (plots.phase_plane, dict(systems=[SERIES], names="xyz"), "a phase plane has 3 variables: expected 2"),
+    (plots.running_rmse, dict(systems=[], names=BOTH), "a figure of systems is empty"),
+    (plots.running_rmse, dict(systems=[ONE], names=BOTH), "System 7 has the shape (3,): expected (any, 2)"),
+    (plots.horizon_error, UNEVEN, "the error of b has the shape (3,): expected (2)"),
+    (plots.horizon_error, dict(lines={}, ylabel=""), "an error by step is empty"),
+    (plots.token_loss, dict(nats=NATS, step_of=[0], texts="11"), "step_of has the shape (1,): expected (2)"),
+    (
+        plots.token_loss,
+        dict(nats=NATS, step_of=[0, 0], texts="1"),
+        "texts has 1 entries: expected 2, one for each token",
+    ),
+    (
+        plots.gradient_norms,
+        dict(norms={"layers.0.q_proj": [1, 2]}),
+        "is named 'layers.0.q_proj': expected a name as \"",
+    ),
+    (plots.gradient_norms, dict(norms={"layers.0.q_proj.A": [1.0]}), "q_proj.A has the shape (1,): expected (2)"),
+    (plots.gradient_norms, dict(norms=NORMS, flagged=["other"]), "flagged has 'other': expected names of matrices"),
+    (plots.gradient_norms, dict(norms={}), "a figure of gradient norms is empty"),
+    (plots.score_bars, dict(scores={}, xlabel=""), "a bar chart of scores is empty"),
+    (plots.score_bars, dict(scores={"a": (1, 2)}, xlabel=""), "scores has the shape (1, 2): expected (any, 3)"),
+    (plots.flops_bars, dict(by_component={}), "a bar chart of FLOPs is empty"),
+    (plots.budget_bar, dict(stages={"final": {"training": 1}}, budget=0), "the budget is 0: expected more than 0"),
+    (plots.budget_bar, dict(stages={"final": {}}, budget=1), "a budget bar is empty"),
+    (plots.budget_bar, dict(stages={"final": {"training": -1}}, budget=1), "training of final is -1 FLOPs: expected"),
+    (plots.round_trip, TRIP, "(3, 2), (2, 2): expected (6, 2), a row a time, a column a name"),
+    (plots.bench_bars, dict(cases=[]), "a bar chart of the benchmark is empty: expected at least one"),
+    (plots.bench_scaling, dict(points=[]), "a figure of scaling is empty: expected at least one"),
+]
 
 
-@pytest.mark.parametrize(
-    ("make", "values", "message"),
-    [
-        (plots.loss_curves, {"cells": GRID, "x": "epoch"}, """x is 'epoch': expected "step" or "flops\""""),
-        (plots.heat_map, {"table": {}}, "a heat map is empty: expected at least one entry"),
-        (plots.forecast, SERIES | {"names": ["prey"]}, "with V = 1 and h at least 1"),
-        (plots.forecast, SERIES | {"time": [0.0, 1.0]}, "time has the shape (2,): expected (3 + 3,)"),
-        (plots.forecast, SERIES | {"forecast": FLAT[1:]}, "have the shapes ((3, 2), (3, 2), (2, 2)): expected (P, V)"),
-        (plots.forecast, SERIES | {"quantiles": {0.1: FLAT, 0.9: FLAT}}, "quantiles: has no level 0.25: expected 0.1"),
-        (
-            plots.forecast,
-            SERIES | {"quantiles": dict.fromkeys((0.1, 0.25, 0.75, 0.9), [1.0])},
-            "the quantile 0.1 has the shape (1,): expected (3, 2)",
-        ),
-        (plots.forecast_grid, {"systems": [], "names": BOTH}, "a figure of systems is empty"),
-        (plots.phase_plane, {"systems": [], "names": BOTH}, "a figure of systems is empty"),
-        (plots.phase_plane, {"systems": [SERIES], "names": "xyz"}, "a phase plane has 3 variables: expected 2"),
-        (plots.running_rmse, {"systems": [], "names": BOTH}, "a figure of systems is empty"),
-        (
-            plots.running_rmse,
-            {"systems": [{"title": "System 7", "values": [1, 2, 3]}], "names": BOTH},
-            "System 7 has the shape (3,): expected (any, 2)",
-        ),
-        (
-            plots.horizon_error,
-            {"lines": {"a": [1, 2], "b": [1, 2, 3]}, "ylabel": ""},
-            "the error of b has the shape (3,): expected (2)",
-        ),
-        (plots.horizon_error, {"lines": {}, "ylabel": ""}, "an error by step is empty"),
-        (
-            plots.token_loss,
-            {"nats": [0.1, 0.2], "step_of": [0], "texts": "11"},
-            "step_of has the shape (1,): expected (2)",
-        ),
-        (
-            plots.token_loss,
-            {"nats": [0.1, 0.2], "step_of": [0, 0], "texts": "1"},
-            "texts has 1 entries: expected 2, one for each token",
-        ),
-        (
-            plots.gradient_norms,
-            {"norms": {"layers.0.q_proj": [1, 2]}},
-            "is named 'layers.0.q_proj': expected a name as \"",
-        ),
-        (plots.gradient_norms, {"norms": {"layers.0.q_proj.A": [1.0]}}, "q_proj.A has the shape (1,): expected (2)"),
-        (
-            plots.gradient_norms,
-            {"norms": NORMS, "flagged": ["other"]},
-            "flagged has 'other': expected names of matrices",
-        ),
-        (plots.gradient_norms, {"norms": {}}, "a figure of gradient norms is empty"),
-        (plots.score_bars, {"scores": {}, "xlabel": ""}, "a bar chart of scores is empty"),
-        (plots.score_bars, {"scores": {"a": (1, 2)}, "xlabel": ""}, "scores has the shape (1, 2): expected (any, 3)"),
-        (plots.flops_bars, {"by_component": {}}, "a bar chart of FLOPs is empty"),
-        (
-            plots.budget_bar,
-            {"stages": {"final": {"training": 1}}, "budget": 0},
-            "the budget is 0: expected more than 0",
-        ),
-        (plots.budget_bar, {"stages": {"final": {}}, "budget": 1}, "a budget bar is empty"),
-        (
-            plots.budget_bar,
-            {"stages": {"final": {"training": -1}}, "budget": 1},
-            "training of final is -1 FLOPs: expected",
-        ),
-        (
-            plots.round_trip,
-            {"time": TIME, "raw": FLAT, "decoded": FLAT[1:], "names": BOTH},
-            "(3, 2), (2, 2): expected (6, 2), a row a time, a column a name",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("make", "values", "message"), REFUSED)
 def test_what_cannot_be_drawn_is_refused_in_one_line_and_nothing_is_written(tmp_path, make, values, message):
     if make not in (plots.loss_curves, plots.heat_map):
         values = {"title": ""} | values

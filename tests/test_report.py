@@ -93,8 +93,8 @@ class Built(NamedTuple):
     def page(self) -> Page:
         return Page(self.html)
 
-    def table(self, name: str) -> list[dict[str, str]]:
-        return rows_of(self.folder / "tables" / f"{name}.csv")
+    def table(self, name: str, **where: Any) -> list[dict[str, str]]:
+        return rows_of(self.folder / "tables" / f"{name}.csv", **where)
 
     def json(self, name: str) -> Any:
         return json.loads((self.folder / name).read_text())
@@ -129,8 +129,17 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def rows_of(path: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader(io.StringIO(path.read_text())))
+def rows_of(path: Path, **where: Any) -> list[dict[str, str]]:
+    """The rows of a CSV file that have what `where` says."""
+    rows = csv.DictReader(io.StringIO(path.read_text()))
+    return [row for row in rows if all(row[name] == str(value) for name, value in where.items())]
+
+
+def named(folder: Path, kind: type) -> dict[str, Any]:
+    """The tables, or the figures, of a page by their names, without rendering; no name is given twice."""
+    blocks = report.blocks(report.annotated(Study(folder)), kind)
+    assert len({block.name for block in blocks}) == len(blocks)
+    return {block.name: block for block in blocks}
 
 
 def change_csv(column: str, value: Any, **where: Any) -> Change:
@@ -156,19 +165,13 @@ def put(record: Any, key: str, value: Any) -> None:
 
 
 def change_json(key: str, value: Any) -> Change:
+    """Also of a file of lines, whose key begins with the line's number."""
+
     def change(path: Path) -> None:
-        record = json.loads(path.read_text())
+        of_lines = path.suffix == ".jsonl"
+        record: Any = (files.read_jsonl if of_lines else files.read_json)(path)
         put(record, key, value)
-        files.write_json(path, record)
-
-    return change
-
-
-def change_line(number: int, key: str, value: Any) -> Change:
-    def change(path: Path) -> None:
-        lines = files.read_jsonl(path)
-        put(lines[number], key, value)
-        files.write_jsonl(path, lines)
+        (files.write_jsonl if of_lines else files.write_json)(path, record)
 
     return change
 
@@ -215,7 +218,7 @@ def test_the_page_of_a_grid_alone_is_drawn_and_says_what_was_not_run(tmp_path):
 
 def test_the_figures_that_a_grid_has_not_are_drawn_from_the_records_of_a_study(sampled, tmp_path):
     """One of each kind; the other tests look at what is asked to be drawn."""
-    figures = {figure.name: figure for figure in report.blocks(report.annotated(Study(sampled.folder)), Figure)}
+    figures = named(sampled.folder, Figure)
     kinds = ("mse-test", "gradients-final", "forecasts-final", "running-rmse-final", "phase-final")
     for name in (*kinds, "token-loss-final", "horizon-final-validation"):
         path = tmp_path / f"{name}.png"
@@ -345,11 +348,11 @@ def test_every_number_of_the_summary_is_found_in_a_record(made):
     found = made.page.values["summary"]
     assert len(found) == 26
     assert set(found) <= recorded
-    scores = [row for row in rows_of(made.folder / "final/evaluation/scores.csv") if row["forecaster"] == "model"]
     untrained = rows_of(made.folder / "untrained/evaluation/scores.csv")[0]["mse"]  # of the model, validation, raw, all
     assert found[2] == untrained and untrained not in found[3:]
     for part, beside, start in (("validation", 0, 10), ("test", 3, 16)):
-        row = next(r for r in scores if (r["part"], r["unit"], r["variable"]) == (part, "raw", "all"))
+        whole = {"forecaster": "model", "part": part, "unit": "raw", "variable": "all"}
+        (row,) = rows_of(made.folder / "final/evaluation/scores.csv", **whole)
         assert found[beside] == row["mse"]
         columns = ("mse", "mse_low", "mse_high", "skill", "won", "series")
         assert found[start : start + 6] == [row[column] for column in columns]
@@ -359,16 +362,10 @@ def test_the_final_model_stands_first_beside_the_best_copy_and_the_untrained_one
     mse = {
         (run, row["part"], row["forecaster"]): float(row["mse"])
         for run in ("untrained", "default", "final")
-        for row in rows_of(made.folder / run / "evaluation/scores.csv")
-        if (row["unit"], row["variable"]) == ("raw", "all")
+        for row in rows_of(made.folder / run / "evaluation/scores.csv", unit="raw", variable="all")
     }
     page, said = made.page, {}
-    for run, part in (
-        ("untrained", "validation"),
-        ("default", "validation"),
-        ("final", "validation"),
-        ("final", "test"),
-    ):
+    for run, part in (*((run, "validation") for run in ("untrained", "default", "final")), ("final", "test")):
         beside = {name: value for (r, p, name), value in mse.items() if (r, p) == (run, part)}
         untrained = mse["untrained", part, "model"] if part == "validation" and run != "untrained" else None
         said[run, part] = verdict_of(beside, len(study_folder.PARTS[part]), untrained)
@@ -377,12 +374,8 @@ def test_the_final_model_stands_first_beside_the_best_copy_and_the_untrained_one
     terms = re.findall(r"<dt>(.*?)</dt>", made.html)
     assert terms[:3] == ["The final run, validation", "The final run, test", "Best cell"]
     summary = page.texts["summary"]
-    assert (
-        0
-        < summary.index(said["final", "validation"])
-        < summary.index(said["final", "test"])
-        < summary.index("Best cell")
-    )
+    validation, test, best = map(summary.index, (said["final", "validation"], said["final", "test"], "Best cell"))
+    assert 0 < validation < test < best
 
 
 CHANGES: list[tuple[str, Callable[[Any], Change]]] = [
@@ -396,9 +389,9 @@ CHANGES: list[tuple[str, Callable[[Any], Change]]] = [
     ("config.toml", lambda x: change_text("[1e-5, 5e-5]", f"[{x}]")),
     ("manifest.json", lambda x: change_json("versions/torch", str(x))),
     ("cells/lr0.0001-r8/result.json", lambda x: change_json("validation_loss", x)),
-    ("cells/lr0.0001-r8/metrics.jsonl", lambda x: change_line(5, "loss", x)),
-    ("final/metrics.jsonl", lambda x: change_line(10, "validation_loss", x)),
-    ("default/gradients.jsonl", lambda x: change_line(7, "norms/layers.1.q_proj.A", x)),
+    ("cells/lr0.0001-r8/metrics.jsonl", lambda x: change_json("5/loss", x)),
+    ("final/metrics.jsonl", lambda x: change_json("10/validation_loss", x)),
+    ("default/gradients.jsonl", lambda x: change_json("7/norms/layers.1.q_proj.A", x)),
     ("untrained/evaluation/evaluation.json", lambda x: change_json("horizon_loss/shown", x)),
     ("final/evaluation/scores.csv", lambda x: change_csv("mape", x, forecaster="seasonal repeat", variable="prey")),
     ("final/evaluation/systems.csv", lambda x: change_csv("r2", x, forecaster="model", unique_id=17)),
@@ -433,8 +426,7 @@ def test_the_page_shows_what_a_record_says(made, changed, number):
 
 
 def test_a_table_on_disk_has_every_number_of_the_record_to_the_last_digit(made):
-    rows = rows_of(made.folder / "final/evaluation/scores.csv")
-    rows = [row for row in rows if (row["unit"], row["variable"]) == ("raw", "all")]
+    rows = rows_of(made.folder / "final/evaluation/scores.csv", unit="raw", variable="all")
     for name in ("forecaster", "part", "mse", "mse_low", "mse_high", "mae_high", "mape", "r2", "skill", "won", "steps"):
         assert [row[name] for row in made.table("scores-final")] == [row[name] for row in rows], name
     flops = [row["flops"] for row in rows_of(made.folder / "flops.csv")]
@@ -480,18 +472,18 @@ def test_running_rmse_ends_at_the_rmse_of_the_horizon_in_both_units(made):
 
 def test_the_forecast_that_is_drawn_is_the_one_that_is_recorded(made, monkeypatch, tmp_path):
     drawn: dict[str, Any] = {}
-    monkeypatch.setattr(
-        plots, "forecast_grid", lambda systems, names, **o: drawn.update(o, systems=systems, names=names)
-    )
-    figures = report.blocks(report.annotated(Study(made.folder)), Figure)
-    next(figure for figure in figures if figure.name == "forecasts-final").draw(path=tmp_path / "x.png")
+
+    def draw(systems: Any, names: Any, **options: Any) -> None:
+        drawn.update(options, systems=systems, names=names)
+
+    monkeypatch.setattr(plots, "forecast_grid", draw)
+    named(made.folder, Figure)["forecasts-final"].draw(path=tmp_path / "x.png")
     assert (drawn["names"], drawn["label"]) == (["prey", "predator"], study_folder.TOY)
-    rows = rows_of(made.folder / "final/evaluation/forecasts.csv")
     for system, number in zip(drawn["systems"], study_folder.PARTS["shown"], strict=True):
         assert system["title"].startswith(f"system {number} (")
         assert system["context"].shape == (study_folder.POINTS, 2) and len(system["time"]) == study_folder.POINTS + 8
         for what, column in {"truth": "y", "forecast": "y_hat"}.items():
-            mine = [row for row in rows if row["unique_id"] == str(number)]
+            mine = rows_of(made.folder / "final/evaluation/forecasts.csv", unique_id=number)
             each = [[float(r[column] or "nan") for r in mine if r["variable"] == name] for name in drawn["names"]]
             np.testing.assert_array_equal(system[what], np.transpose(each))
     assert np.isnan(drawn["systems"][1]["forecast"]).sum() == 2  # the step that did not parse, of both species
@@ -534,7 +526,7 @@ def test_a_run_that_two_stages_share_stands_in_both(study):
     cell = next(row for row in record["stages"] if row["name"] == "lr1e-05-r4")
     record["stages"] = [row for row in record["stages"] if row["stage"] != "default"] + [cell | {"stage": "default"}]
     files.write_json(study / "study.json", record)
-    tables = {table.name: table for table in report.blocks(report.annotated(Study(study)), Table)}
+    tables = named(study, Table)
     assert len(tables["grid"].rows) == 3 and all(value is not None for row in tables["grid"].rows for value in row)
     assert tables["gradients-default"].rows
 
@@ -542,9 +534,9 @@ def test_a_run_that_two_stages_share_stands_in_both(study):
 def test_the_lowest_cell_is_marked_and_the_chosen_one_named(study):
     change_csv("validation_loss", 0.01, name="lr1e-05-r4")(study / "results.csv")
     change_json("best/overridden", True)(study / "study.json")
-    tables = {table.name: table for table in report.blocks(report.annotated(Study(study)), Table)}
-    (row, column), mark = next(iter(tables["grid"].marks.items()))
-    assert (tables["grid"].rows[row][column], mark) == (0.01, "lowest")
+    grid = named(study, Table)["grid"]
+    (row, column), mark = next(iter(grid.marks.items()))
+    assert (grid.rows[row][column], mark) == (0.01, "lowest")
     assert "lr0.0001-r8: learning rate 1e-4, rank 8, context 512 (set by hand)" in texts(study)["summary"]
 
 
@@ -562,9 +554,8 @@ def test_footnotes_stand_in_their_section_with_a_mark_that_links_them(made):
 
 
 def test_claims_stand_beside_ours_and_say_where_ours_is_not_recorded(made):
-    rows = rows_of(made.folder / "final/evaluation/systems_scaled.csv")
-    wanted = {"unique_id": "17", "forecaster": "model", "variable": "prey"}
-    mse = next(row["mse"] for row in rows if wanted.items() <= row.items())
+    wanted = {"unique_id": 17, "forecaster": "model", "variable": "prey"}
+    mse = rows_of(made.folder / "final/evaluation/systems_scaled.csv", **wanted)[0]["mse"]
     nats = made.json("default/evaluation/evaluation.json")["horizon_loss"]["shown"]
     claims = made.table("claimed")
     beside = [(row["claimed"], row["ours"]) for row in claims]
@@ -583,31 +574,22 @@ def test_bands_are_scored_where_there_are_samples_and_cut_mass_shown_where_const
         tables = {path.stem for path in (built.folder / "tables").iterdir()}
         assert ({"probabilistic", "cut-mass", "cut-mass-shown"} <= tables) == (built is sampled)
         assert any("'quantiles': {0.1: array" in call for _, call in built.calls) == (built is sampled)
-    rows = rows_of(sampled.folder / "final/evaluation/systems.csv")
-    cut = [float(r["cut_mass"]) for r in rows if r["cut_mass"] and r["variable"] == "all" and "test" in r["parts"]]
-    (ours,) = [r for r in sampled.table("cut-mass") if (r["run"], r["part"]) == ("final run", "test")]
+    rows = rows_of(sampled.folder / "final/evaluation/systems.csv", variable="all")
+    cut = [float(row["cut_mass"]) for row in rows if row["cut_mass"] and "test" in row["parts"]]
+    (ours,) = sampled.table("cut-mass", run="final run", part="test")
     assert (int(ours["series"]), float(ours["largest"])) == (len(cut), max(cut))
     assert float(ours["mean"]) == pytest.approx(np.mean(cut))
-    scores = rows_of(sampled.folder / "final/evaluation/scores.csv")
-    crps = [row["crps"] for row in scores if row["crps"] and row["unit"] == "raw"]
-    assert [row["crps"] for row in sampled.table("probabilistic") if row["run"] == "final run"] == crps
+    scores = rows_of(sampled.folder / "final/evaluation/scores.csv", unit="raw")
+    crps = [row["crps"] for row in scores if row["crps"]]
+    assert [row["crps"] for row in sampled.table("probabilistic", run="final run")] == crps
 
 
-@pytest.mark.parametrize(
-    ("norms", "expected"),
-    [
-        (np.full(40, 0.1), ""),
-        (np.linspace(1, 5, 40), ""),
-        (np.geomspace(1, 1e3, 40), "explodes"),
-        (np.geomspace(1, 1e-4, 40), "vanishes"),
-        (np.zeros(40), "vanishes"),
-        (np.array([0.1, np.nan, 0.1]), "explodes"),
-        (np.array([0.1]), ""),
-    ],
-    ids=["steady", "grows a little", "explodes", "vanishes", "zero", "not finite", "one record"],
-)
-def test_a_gradient_is_flagged_where_it_explodes_or_vanishes(norms, expected):
-    assert verdict(norms)[2] == expected
+def test_a_gradient_is_flagged_where_it_explodes_or_vanishes():
+    norms = {"steady": np.full(40, 0.1), "grows a little": np.linspace(1, 5, 40), "one record": np.array([0.1])}
+    norms |= {"explodes": np.geomspace(1, 1e3, 40), "not finite": np.array([0.1, np.nan, 0.1])}
+    norms |= {"vanishes": np.geomspace(1, 1e-4, 40), "zero": np.zeros(40)}
+    flagged = {"explodes": "explodes", "not finite": "explodes", "vanishes": "vanishes", "zero": "vanishes"}
+    assert {name: verdict(values)[2] for name, values in norms.items()} == dict.fromkeys(norms, "") | flagged
 
 
 def test_step_1_where_the_gradient_of_a_is_zero_is_no_beginning(study):
@@ -625,29 +607,20 @@ def test_a_vanishing_gradient_is_warned_of_by_name(made):
     assert "'flagged': []" in default and "'flagged': ['layers.1.v_proj.B']" in final
 
 
-@pytest.mark.parametrize(
-    ("value", "kind", "expected"),
-    [
-        (0.0402449, "number", "0.04024"),
-        (0.5, "number", "0.5000"),
-        (1234.56, "number", "1235"),
-        (0.0000123456, "number", "1.235e-5"),
-        (-3.0, "number", "-3.000"),
-        (0.0, "number", "0"),
-        (None, "number", "–"),
-        (271051231150080123, "flops", "2.711e17"),
-        (0, "flops", "0"),
-        (0.0001, "rate", "1e-4"),
-        (5e-05, "rate", "5e-5"),
-        (0.95, "rate", "0.95"),
-        (0.04138, "share", "4.138\N{NO-BREAK SPACE}%"),
-        (15000, "integer", "15,000"),
-        ((0.04, 0.03, 0.05), "interval", "0.04000 (0.03000 to 0.05000)"),
-        ((0.04, None, None), "interval", "0.04000"),
-    ],
-)
-def test_numbers_are_shown_in_four_digits(value, kind, expected):
-    assert shown(value, kind) == expected
+NUMBERS = {0.0402449: "0.04024", 0.5: "0.5000", 1234.56: "1235", 0.0000123456: "1.235e-5", -3.0: "-3.000", 0.0: "0"}
+SHOWN: dict[str, dict[Any, str]] = {
+    "number": NUMBERS | {None: "–"},
+    "flops": {271051231150080123: "2.711e17", 0: "0"},
+    "rate": {0.0001: "1e-4", 5e-05: "5e-5", 0.95: "0.95"},
+    "share": {0.04138: "4.138\N{NO-BREAK SPACE}%"},
+    "integer": {15000: "15,000"},
+    "interval": {(0.04, 0.03, 0.05): "0.04000 (0.03000 to 0.05000)", (0.04, None, None): "0.04000"},
+}
+
+
+@pytest.mark.parametrize("kind", SHOWN)
+def test_numbers_are_shown_in_four_digits(kind):
+    assert {value: shown(value, kind) for value in SHOWN[kind]} == SHOWN[kind]
 
 
 def test_a_table_is_written_exact_with_an_interval_in_three_columns():
@@ -674,9 +647,9 @@ BROKEN: list[tuple[str, Change, str]] = [
     ("flops.csv", change_text("share_of_budget", "share"), "has no column share_of_budget"),
     ("flops.csv", change_csv("stage", "whole", stage="all", part="total"), "0 rows of all, total: expected one"),
     ("final/metrics.jsonl", Path.unlink, "cannot be read"),
-    ("final/metrics.jsonl", change_line(3, "loss", "low"), "line 4: loss is 'low': expected a number"),
+    ("final/metrics.jsonl", change_json("3/loss", "low"), "line 4: loss is 'low': expected a number"),
     ("final/gradients.jsonl", lambda p: p.write_bytes(b""), "holds no norms"),
-    ("final/gradients.jsonl", change_line(2, "norms", {"other": 1.0}), "names other matrices"),
+    ("final/gradients.jsonl", change_json("2/norms", {"other": 1.0}), "names other matrices"),
     ("final/evaluation/scores.csv", change_csv("mse", "nan", part="test"), "mse is 'nan': expected a finite number"),
     ("final/evaluation/scores.csv", change_csv("won", "", part="test"), "won is '': expected a whole number"),
     ("final/evaluation/scores.csv", Path.unlink, "cannot be read"),
@@ -730,7 +703,5 @@ def test_a_folder_that_is_none_is_refused(tmp_path):
 
 
 def test_tables_and_figures_have_names_of_their_own(sampled):
-    sections = report.annotated(Study(sampled.folder))
     for kind in (Table, Figure):
-        names = [block.name for block in report.blocks(sections, kind)]
-        assert len(names) == len(set(names)) and all(re.fullmatch(r"[\w-]+", name) for name in names)
+        assert all(re.fullmatch(r"[\w-]+", name) for name in named(sampled.folder, kind))

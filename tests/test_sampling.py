@@ -3,13 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
-from transformers.generation.logits_process import (
-    LogitsProcessorList,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers.generation import logits_process
 
 from qwen_min import Qwen
 from qwen_min.fast import loss
@@ -31,16 +25,16 @@ OPTIONS: list[dict] = [
 ]
 
 
-def processors(options: Sampling) -> LogitsProcessorList:
+def processors(options: Sampling) -> logits_process.LogitsProcessorList:
     """Transformers' own, in the order that its `generate` puts them."""
-    chain: list = [RepetitionPenaltyLogitsProcessor(options.repetition_penalty)]
+    chain: list = [logits_process.RepetitionPenaltyLogitsProcessor(options.repetition_penalty)]
     if options.temperature:
-        chain.append(TemperatureLogitsWarper(options.temperature))
+        chain.append(logits_process.TemperatureLogitsWarper(options.temperature))
     if options.top_k:
-        chain.append(TopKLogitsWarper(options.top_k))
+        chain.append(logits_process.TopKLogitsWarper(options.top_k))
     if options.top_p < 1:
-        chain.append(TopPLogitsWarper(options.top_p))
-    return LogitsProcessorList(chain)
+        chain.append(logits_process.TopPLogitsWarper(options.top_p))
+    return logits_process.LogitsProcessorList(chain)
 
 
 def distribution(logits: Tensor, options: Sampling) -> Tensor:
@@ -49,6 +43,12 @@ def distribution(logits: Tensor, options: Sampling) -> Tensor:
     if tokens is not None:
         weights = torch.zeros_like(logits).scatter(1, tokens, weights)
     return weights / weights.sum(-1, keepdim=True)
+
+
+@pytest.fixture
+def padded(random_model) -> tuple[Qwen, Tensor, Tensor]:
+    """A model, and the rows as (ids, padding)."""
+    return random_model(), *left_padded(ROWS)
 
 
 def collected(steps) -> Tensor:
@@ -92,14 +92,8 @@ def test_only_what_survives_top_k_and_a_constraint_is_drawn_from():
 def test_greedy_generation_with_a_penalty_equals_transformers(penalty, reference):
     folder, theirs = reference()
     ids = torch.tensor([[3, 14, 15, 92, 65], [35, 89, 79, 32, 38]])
-    expected = theirs.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=25,
-        do_sample=False,
-        repetition_penalty=penalty,
-        pad_token_id=0,
-    )
+    greedy = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0}
+    expected = theirs.generate(ids, max_new_tokens=25, repetition_penalty=penalty, **greedy)
     got = Qwen.from_pretrained(folder).generate(ids, 25, repetition_penalty=penalty)
     assert torch.equal(got, expected)
 
@@ -126,18 +120,16 @@ def test_a_padded_row_generates_what_it_does_alone_whatever_pads_it(penalty, ran
         assert model.generate(ROWS, 9, pad_id=pad_id, repetition_penalty=penalty) == alone
 
 
-def test_the_prefill_runs_once_however_many_samples_are_drawn(random_model):
-    model, bodies, heads = random_model(), [], []
+def test_the_prefill_runs_once_however_many_samples_are_drawn(padded):
+    (model, ids, padding), bodies, heads = padded, [], []
     model.model.register_forward_pre_hook(lambda module, given: bodies.append(tuple(given[0].shape)))
     model.lm_head.register_forward_pre_hook(lambda module, given: heads.append(tuple(given[0].shape[:2])))
-    ids, padding = left_padded(ROWS)
     list(decode(model, prefill(model, ids, 3, padding), 4, samples=5))
     assert bodies == [(3, 7), (15, 1), (15, 1), (15, 1)] and heads == [(3, 1), (15, 1), (15, 1), (15, 1)]
 
 
-def test_row_b_times_samples_plus_s_is_sample_s_of_prompt_b(random_model):
-    model = random_model()
-    ids, padding = left_padded(ROWS)
+def test_row_b_times_samples_plus_s_is_sample_s_of_prompt_b(padded):
+    model, ids, padding = padded
     read = prefill(model, ids, 8, padding)
     alone = [model.generate([row], 9)[0][len(row) :] for row in ROWS]
     assert collected(decode(model, read, 9)).tolist() == alone
@@ -156,10 +148,9 @@ def test_samples_differ_and_a_seed_repeats_them(random_model):
 
 
 @pytest.mark.parametrize("samples", [1, 3])
-def test_a_prefill_serves_again_whatever_ran_before(samples, random_model):
+def test_a_prefill_serves_again_whatever_ran_before(samples, padded):
     """Decoding that was left halfway once stayed in the cache, before the next use."""
-    model = random_model()
-    ids, padding = left_padded(ROWS)
+    model, ids, padding = padded
     targets = torch.randint(97, (3, 6))
     read = prefill(model, ids, 8, padding)
     first = collected(decode(model, read, 9, samples=samples))
@@ -194,10 +185,9 @@ def test_no_tokens_and_no_samples(random_model):
 @pytest.mark.parametrize("at_once", [97 * 4, 2**26])
 @pytest.mark.parametrize("tokens", [1, 2, 7])
 @torch.inference_mode()
-def test_the_losses_of_a_continuation_are_those_of_a_full_pass(tokens, at_once, random_model, monkeypatch):
+def test_the_losses_of_a_continuation_are_those_of_a_full_pass(tokens, at_once, padded, monkeypatch):
     monkeypatch.setitem(loss.LOGITS_AT_ONCE, "cpu", at_once)
-    model = random_model()
-    ids, padding = left_padded(ROWS)
+    model, ids, padding = padded
     targets = torch.randint(97, (3, tokens))
     got = continuation_losses(model, prefill(model, ids, tokens - 1, padding), targets)
     assert got.dtype == torch.float64
@@ -207,9 +197,8 @@ def test_the_losses_of_a_continuation_are_those_of_a_full_pass(tokens, at_once, 
         torch.testing.assert_close(got[row], -logs.gather(1, targets[row, :, None])[:, 0], atol=1e-5, rtol=0)
 
 
-def test_continuations_of_other_lengths_end_in_ignored_targets_which_cost_nothing(random_model):
-    model = random_model()
-    ids, padding = left_padded(ROWS)
+def test_continuations_of_other_lengths_end_in_ignored_targets_which_cost_nothing(padded):
+    model, ids, padding = padded
     read, targets = prefill(model, ids, 6, padding), torch.randint(97, (3, 7))
     whole = continuation_losses(model, read, targets)
     real = torch.arange(7) < torch.tensor([4, 7, 0])[:, None]
@@ -259,9 +248,8 @@ TURNS = [[5, 6, 7], [11], [40, 41, 42, 96]]
     "options", [{}, {"repetition_penalty": 5.0}, OPTIONS[-2] | {"seed": 1}, {"temperature": 9.0, "seed": 2}], ids=str
 )
 @torch.inference_mode()
-def test_a_constraint_is_kept_and_is_given_the_mass_of_the_models_own_distribution(options, samples, random_model):
-    model = random_model()
-    ids, padding = left_padded(ROWS)
+def test_a_constraint_is_kept_and_is_given_the_mass_of_the_models_own_distribution(options, samples, padded):
+    model, ids, padding = padded
     constraint = Cycle(TURNS, len(ROWS) * samples)
     new = collected(
         decode(model, prefill(model, ids, 8, padding), 9, samples=samples, constraint=constraint, **options)
