@@ -66,7 +66,7 @@ def test_the_verdict_of_each_part_compares_its_own_scores(task):
         copies = [row(rows, part=part, forecaster=name, variable="all") for name in naive.RULES]
         best = min(copies, key=lambda r: r["mse"])
         assert best["forecaster"] == "context parroting"
-        said = f"{1 / best['mse']:,.0f} times worse (MSE) than the context parroting, the best of the copies{few}."
+        said = f"{1 / best['mse']:,.0f} times worse (MSE) than context parroting, the best of the copies{few}."
         assert about["verdict"][part].endswith(said)
     about["flops"]["validation"] = 0
     assert about["verdict"]["validation"] in judge.table(about, rows, "validation").splitlines()

@@ -319,7 +319,7 @@ def table(evaluation: Mapping[str, Any], rows: Sequence[Row], part: str) -> str:
         evaluation["verdict"][part],
         "MASE: error / the one-step naive error within the context; sMAPE: 2 |error| / (|value| + |forecast|); "
         "WQL: weighted quantile loss",
-        f"skill: 1 - MSE / MSE of the {reference}; won: part of the {series} series with a lower MSE than its",
+        f"skill: 1 - MSE / MSE of {scores.the(reference)}; won: part of the {series} series with a lower MSE than its",
         f"trained on this data: {yes_or_no(evaluation['trained_on_this_data'])}",
         f"FLOPs (coursework): validation {flops['validation']:,}, inference {flops['inference']:,}",
     ]

@@ -170,12 +170,17 @@ def verdict(mse: Mapping[str, float], series: int, untrained: float | None = Non
     best = best_copy(mse)
     said, link = _compared(mse["model"], mse[best])
     subject, them = ("The forecast is", "it") if series == 1 else ("The forecasts are", "them")
-    text = f"{subject} {said} (MSE) {link} {'the ' if ' ' in best else ''}{best}, the best of the copies"
+    text = f"{subject} {said} (MSE) {link} {the(best)}, the best of the copies"
     if untrained is not None:
         said, link = _compared(mse["model"], untrained)
         text += f", and training {'left' if link == 'as' else 'made'} {them} {said} {link} the untrained model's"
     few = "one series tells" if series == 1 else f"{series} series tell"
     return text + (f"; {few} little." if series < FEWEST_SERIES else ".")
+
+
+def the(copy: str) -> str:
+    """A copy's name as a sentence has it."""
+    return copy if copy in ("persistence", PARROT) else f"the {copy}"
 
 
 def reference(mse: Mapping[str, float]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from experiments import plots
-from experiments.forecasting.scores import best_copy
+from experiments.forecasting.scores import best_copy, the
 from experiments.report.accounting import budget_bar, spent_of_budget
 from experiments.report.document import Column, Facts, Figure, Inline, Number, Section, Table, Text, named, not_run
 from experiments.report.evaluation import MODEL, Evaluation
@@ -43,9 +43,9 @@ def summary(study: Study) -> Section:
             interval: Inline = [mse, " over the horizon, raw units, 95 % interval ", low, " to ", high]
             facts.append((f"Final MSE, {part}", interval))
             skill, copy = Number(row["skill"]), row["reference"]
-            facts.append((f"Skill over the {copy}, {part}", [skill, " (1 - MSE / its MSE)"]))
+            facts.append((f"Skill over {the(copy)}, {part}", [skill, " (1 - MSE / its MSE)"]))
             won, of = Number(row["won"], "integer"), Number(row["series"], "integer")
-            facts.append((f"Series won, {part}", [won, " of ", of, f" have a lower MSE than the {copy}"]))
+            facts.append((f"Series won, {part}", [won, " of ", of, f" have a lower MSE than {the(copy)}"]))
     facts.append(("Budget", spent_of_budget(study)))
     if study.plan:
         files.append("study.json")
