@@ -27,19 +27,23 @@ def elsewhere(tmp_path, monkeypatch):
     damped_waves(Path("waves.h5"), 30)
 
 
-def test_probabilities_are_products_of_plain_forwards_sum_to_1_and_cost_what_was_predicted():
-    task, model = prepare(SETTINGS, None)
+@pytest.mark.parametrize(
+    "text", [{}, {"point": False}, {"point": False, "separator": " "}], ids=["default", "no point", "spaces"]
+)
+def test_probabilities_are_products_of_plain_forwards_sum_to_1_and_cost_what_was_predicted(text):
+    """Bug: without a point a density was refused by a traceback."""
+    task, model = prepare(replace(SETTINGS, **text), None)
     task.alphas[:] = 1.0
     expected = priced(task, model.config, 3)
     with FlopMeter() as meter:
-        made, flops = densities(task, model, 3, "2.50,1.25;", below=0.0)
+        made, flops = densities(task, model, 3, task.codec.encode([[2.5, 1.25]]), below=0.0)
     assert flops == meter.total == expected
     ids = symbol_tokens(task.tokenizer, task.grammar.symbols)
-    for variable, (density, before) in enumerate(zip(made, ("", "2.50,"), strict=True)):
+    for variable, (density, before) in enumerate(zip(made, ("", task.codec.encode([[2.5]])[:-1] + ","), strict=True)):
         np.testing.assert_array_equal(np.round(density.values * 100), np.arange(1000))
         assert density.probabilities.sum() == pytest.approx(1, abs=1e-12) and density.pruned == 0
         for value in (0.0, 1.37, float(density.values[density.probabilities.argmax()]), 9.99):
-            number, state = f"{value:.2f}" + ",;"[variable], task.grammar.step_ends
+            number, state = task.codec.encode([[value]])[:-1] + ",;"[variable], task.grammar.step_ends
             text, nats = before + number, 0.0
             whole = task.tokens(3, 12) + task.encode(text)
             with torch.inference_mode():

@@ -153,7 +153,8 @@ def priced(task: Task, config: QwenConfig, system: int, **trained: Any) -> int:
         total += predict.predict(config, 1, nodes, cached=prompt, symbols=some, **trained).total if nodes else head
         return np.ones((len(at), some))
 
-    widest = "-" * grammar.signed + "9" * grammar.widest + ("." + "9" * codec.decimals) * (codec.decimals > 0) + ","
+    largest = 10.0**grammar.widest - 10.0**-codec.decimals
+    widest = codec.encode([[-largest if grammar.signed else largest]]).replace(";", ",")
     for variable in range(grammar.variables):
         _walk(grammar, widest * variable, 0.0, ask)
     return total
@@ -190,7 +191,7 @@ def densities(task: Task, model: Qwen, system: int, step: str, below: float = BE
         for variable in range(grammar.variables):
             before = "".join(number + "," for number in step.split(",")[:variable])
             found, pruned = _walk(grammar, before, below, ask)
-            values = np.array([*map(float, found)]) * task.alphas[system]
+            values = np.array([*map(task.codec.value, found)]) * task.alphas[system]
             order = np.argsort(values)
             made.append(Density(values[order], np.array([*found.values()])[order], pruned))
     return made, meter.total

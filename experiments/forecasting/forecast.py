@@ -211,7 +211,7 @@ def _continue(
 
     `written` takes how many steps of all samples are written so far.
     """
-    settings, end = task.settings, task.tokenizer.encode(";")[0]
+    settings, end = task.settings, task.step_end
     options = {name: getattr(settings, name) for name in ("top_k", "top_p", "repetition_penalty")}
     options |= {"samples": settings.num_samples, "temperature": settings.sampling_temperature, "seed": seed}
     steps = decode(model, prompts, task.tokens_to_forecast, constraint=constraint, draft=draft, **options)

@@ -24,15 +24,7 @@ TABLES = (
     *("horizon.csv", "tokens.csv"),
 )
 SETTINGS = (
-    "label",
-    "points",
-    "horizon",
-    "origins",
-    "top_k",
-    "top_p",
-    "repetition_penalty",
-    "num_samples",
-    "constrained",
+    *("label", "points", "horizon", "origins", "top_k", "top_p", "repetition_penalty", "num_samples", "constrained"),
 )
 BANDS = (("coverage50", "width50", 0.25, 0.75), ("coverage80", "width80", 0.1, 0.9))
 
@@ -267,7 +259,6 @@ def _history(task: Task, made: Forecasts) -> Iterator[Row]:
 def _tokens(task: Task, made: Forecasts) -> Iterator[Row]:
     """The true horizon token by token, with what each cost the model."""
     settings = task.settings
-    end = task.tokenizer.encode(";")
     for system, losses in zip(made.systems, made.losses, strict=True):
         whole = task.tokens(system, settings.points + settings.horizon)
         true, step = whole[len(task.tokens(system, settings.points)) :], 0
@@ -275,7 +266,7 @@ def _tokens(task: Task, made: Forecasts) -> Iterator[Row]:
             text = task.tokenizer.decode([token])
             row = {"unique_id": system, "position": position, "step": step, "token": token, "text": text}
             yield row | {"nats": float(nats)}
-            step += [token] == end
+            step += token == task.step_end
 
 
 def _number(value: float) -> float | None:

@@ -73,7 +73,6 @@ def _searched(settings: Settings, rows: Sequence[dict[str, str]], out: Path) -> 
         lines.append([f"`{row['cell']}`", *shown, f"{int(row['training_flops']) + int(row['validation_flops']):,}"])
     spent = {row["part"]: int(row["flops"]) for row in files.read_csv(out / "flops.csv")[1] if row["stage"] == "all"}
     failed = [f"- `{row.name}` failed: {row.error}" for row in status(out).runs if row.error]
-    evaluate = ["python", "-m", "experiments.run", "evaluate", "--adapter", str(out / best["folder"] / "adapter")]
     return "\n".join(
         [
             f"# Validation loss of a search{f' ({settings.label})' if settings.label else ''}",
@@ -86,13 +85,7 @@ def _searched(settings: Settings, rows: Sequence[dict[str, str]], out: Path) -> 
             *([*failed, ""] if failed else []),
             f"Best: `{best['cell']}`, {float(best['validation_loss']):.4f}.",
             "",
-            f"FLOPs: training {spent['training']:,}, validation {spent['validation']:,}, together {spent['total']:,}, "
-            f"which is {spent['total'] / settings.budget:.2%} of the budget of {settings.budget:.3g}.",
-            "",
-            "Forecasts of the best cell:",
-            "",
-            f"    {shlex.join(evaluate)}",
-            "",
+            *_ending(settings, out, spent, best["cell"]),
         ]
     )
 
@@ -125,21 +118,23 @@ def markdown(settings: Settings, results: Sequence[dict[str, Any]], out: Path) -
     if runs[0].parts:
         lines += _forecasts(settings, folders, results, at)
     stages = {stage: sum(flops.get(stage, 0) for flops in spent) for stage in STAGES}
-    total = sum(stages.values())
+    return "\n".join([*lines, *_ending(settings, out, stages, best["cell"])])
+
+
+def _ending(settings: Settings, out: Path, spent: Mapping[str, int], best: str) -> list[str]:
+    """What was spent, by stage, and the command that judges the best cell."""
+    total = sum(spent[stage] for stage in STAGES)
     evaluate = ["python", "-m", "experiments.run", "evaluate", "--config", str(out / "config.toml")]
-    evaluate += ["--adapter", str(out / "cells" / best["cell"] / "adapter")]
-    return "\n".join(
-        [
-            *lines,
-            f"FLOPs ({best['convention']}): {', '.join(f'{stage} {flops:,}' for stage, flops in stages.items())}, "
-            f"together {total:,}, {100 * total / settings.budget:.2g} % of the budget of {settings.budget:.3g}.",
-            "",
-            "Forecasts of the best cell, with their scores:",
-            "",
-            f"    {shlex.join(evaluate)}",
-            "",
-        ]
-    )
+    evaluate += ["--adapter", str(out / "cells" / best / "adapter")]
+    return [
+        f"FLOPs (coursework): {', '.join(f'{stage} {spent[stage]:,}' for stage in STAGES)}, "
+        f"together {total:,}, {100 * total / settings.budget:.2g} % of the budget of {settings.budget:.3g}.",
+        "",
+        "Forecasts of the best cell, with their scores:",
+        "",
+        f"    {shlex.join(evaluate)}",
+        "",
+    ]
 
 
 def _forecasts(settings: Settings, folders: Sequence[RunFolder], results, best: tuple[float, int]) -> list[str]:

@@ -18,7 +18,7 @@ from experiments.settings.record import Settings
 from experiments.task.model import shape_of
 from experiments.task.task import Task
 from experiments.training.cell import Cell, predicted
-from qwen_min import Tokenizer
+from qwen_min import QwenConfig, Tokenizer
 from qwen_min.load import resolve
 
 STAGES = ("baseline", "default", "grid", "context", "final")
@@ -91,7 +91,7 @@ class Plan:
 
     def __init__(self, settings: Settings):
         folder = resolve(settings.model, settings.revision or None, settings.offline)
-        self.config = shape_of(settings)
+        self.config = QwenConfig.from_file(folder / "config.json")
         self.task = Task.prepare(settings, Tokenizer(folder / "tokenizer.json"))
         self.settings = settings
         self._planned: dict[Run, Planned] = {}
@@ -109,7 +109,7 @@ class Plan:
         return self.of(runs_of(self.settings, stage, best or dearest(self.settings)))
 
     def _plan(self, run: Run) -> Planned:
-        task, config = self.task.under(run.settings), shape_of(run.settings)
+        task, config = self.task.under(run.settings), shape_of(run.settings, self.config)
         task.check_fits(config)
         forecasts = dict.fromkeys(LEDGER_STAGES, 0)
         if run.parts:
@@ -252,7 +252,8 @@ def prices(plan: Plan, stages: Sequence[str]) -> tuple[list[dict[str, Any]], int
             counted.add(planned.run.folder)
             row["runs"] += new
             row["steps"] += planned.row["steps"] * new
-            trained = sum(planned.training.values()) * new * (stage == "final") or trained
+            if stage == "final" and new:
+                trained = sum(planned.training.values())
             for kind, flops in (planned.flops if new else planned.forecasts).items():
                 row[kind] += flops
         rows.append(row | {"total": sum(row[kind] for kind in LEDGER_STAGES)})

@@ -20,7 +20,7 @@ from experiments.run_folder.errors import RunFailed
 from experiments.run_folder.folder import RunFolder
 from experiments.settings import schedule
 from experiments.study.plan import Plan, Planned, Run
-from experiments.training.cell import predicted
+from experiments.training.cell import less, predicted
 
 Flops = dict[str, int]
 
@@ -48,7 +48,7 @@ class Search:
 
     def price(self, rung: int, cell: int) -> Flops:
         """FLOPs by stage of a cell from one rung, counted from 0, to the next, its copy there included."""
-        return _less(self.judged[rung][cell].training, self.before[rung][cell])
+        return less(self.judged[rung][cell].training, self.before[rung][cell])
 
     def prices(self) -> list[Flops]:
         """At most how many FLOPs each rung takes, by stage: the dearest cells may be those that go on."""
@@ -80,7 +80,7 @@ class Search:
             for cell, one in enumerate(self.judged[rung]):
                 folder, shared = one.within(out), self.before[rung + 1][cell] if steps else {}
                 if folder.kept() and not folder.failure.exists():
-                    yield f"{name}/rungs/{steps}" if steps else name, one.run.cell.name, _less(folder.kept(), shared)
+                    yield f"{name}/rungs/{steps}" if steps else name, one.run.cell.name, less(folder.kept(), shared)
 
     def standing(self, out: Path) -> tuple[int, list[int]]:
         """The first rung that is not judged, or how many there are, and the cells that train to it."""
@@ -136,7 +136,7 @@ class Search:
     def copies(self, out: Path) -> list[Flops]:
         """FLOPs by stage of the copies at rungs that their cells went beyond, less what these share with the runs."""
         before = ((rung, cell) for cell, last in enumerate(self.reached(out)) for rung in range(last or 0))
-        return [_less(self.judged[rung][cell].training, self.before[rung + 1][cell]) for rung, cell in before]
+        return [less(self.judged[rung][cell].training, self.before[rung + 1][cell]) for rung, cell in before]
 
     def record(self, out: Path, run: Run) -> dict[str, Any]:
         """The losses of a run's cell at the rungs, for the records: None where it has none."""
@@ -155,10 +155,6 @@ class Search:
         begun = one if one.within(out).path.is_dir() else self.cells[cell]
         files.recover_folder(begun.within(out).checkpoint)
         return sum(one.training.values()) - sum(begun.within(out).kept().values())
-
-
-def _less(whole: Flops, part: Flops) -> Flops:
-    return {stage: flops - part.get(stage, 0) for stage, flops in whole.items()}
 
 
 def _copy(run: Run, rung: int) -> Run:

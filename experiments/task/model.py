@@ -20,11 +20,12 @@ SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 """The shape of a small model from random weights, besides the vocabulary and what else it takes from the base model."""
 
 
-def shape_of(settings: Settings) -> QwenConfig:
-    """The configuration of a run's model; no weights are read."""
-    folder = resolve(settings.model, settings.revision or None, settings.offline)
-    config = QwenConfig.from_file(folder / "config.json")
-    return replace(config, **SMALL) if settings.scratch == "small" else config
+def shape_of(settings: Settings, base: QwenConfig | None = None) -> QwenConfig:
+    """The configuration of a run's model; no weights are read, nor that of the base model where it is given."""
+    if base is None:
+        folder = resolve(settings.model, settings.revision or None, settings.offline)
+        base = QwenConfig.from_file(folder / "config.json")
+    return replace(base, **SMALL) if settings.scratch == "small" else base
 
 
 def load_model(settings: Settings) -> Qwen:

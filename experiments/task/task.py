@@ -173,7 +173,7 @@ class Task:
         order = settings.batch_size, step, settings.seed
         if settings.windows == "strided":
             return self.train_windows.at(batch_indices(len(self.train_windows), *order).tolist())
-        return self._windows(self.split.train, draw_windows, self._step_end, *order)
+        return self._windows(self.split.train, draw_windows, self.step_end, *order)
 
     @property
     def train_window_count(self) -> int:
@@ -181,7 +181,7 @@ class Task:
         if self.settings.windows == "strided":
             return len(self.train_windows)
         tokens, context = map(self.tokens, self.split.train.tolist()), self.settings.context
-        return sum(len(beginnings(one, context, self._step_end)) for one in tokens)
+        return sum(len(beginnings(one, context, self.step_end)) for one in tokens)
 
     @cached_property
     def validation_windows(self) -> Windows:
@@ -245,7 +245,7 @@ class Task:
         return values
 
     @property
-    def _step_end(self) -> int:
+    def step_end(self) -> int:
         """The token of ";"."""
         return self.tokenizer.encode(";")[0]
 

@@ -101,7 +101,7 @@ def run_cell(
         model = load_model(settings)
         state = _State(model, cell, settings, group)
     metrics = state.resume(folder)
-    own = (_less(flops, prefix) for flops in (expected, state.flops))
+    own = (less(flops, prefix) for flops in (expected, state.flops))
     entry = group.tell(ledger.reserve, run, cell.name, *own)
 
     def note(record: dict[str, Any]) -> None:
@@ -152,8 +152,9 @@ def run_cell(
     return summary
 
 
-def _less(flops: Mapping[str, int], prefix: Mapping[str, int] | None) -> dict[str, int]:
-    return {stage: amount - (prefix or {}).get(stage, 0) for stage, amount in flops.items()}
+def less(flops: Mapping[str, int], part: Mapping[str, int] | None) -> dict[str, int]:
+    """FLOPs by stage without a part of them."""
+    return {stage: amount - (part or {}).get(stage, 0) for stage, amount in flops.items()}
 
 
 def _finished(
@@ -183,7 +184,7 @@ def _finished(
                 f"{folder.adapter / name}: its sha256 is {found}, recorded in {folder.result.name} {recorded!r:.66}: "
                 "expected it as it was written; delete its cell's folder to run it again"
             )
-    ledger.settle_finished(run, cell.name, _less(summary["flops"], prefix))
+    ledger.settle_finished(run, cell.name, less(summary["flops"], prefix))
     return summary
 
 
@@ -197,9 +198,9 @@ class _State:
         self.metrics: list[dict[str, Any]] = []  # the lines of metrics.jsonl, which whoever runs this adds to
         self.settings, self.norms_every = settings, math.ceil(self.steps / GRADIENT_RECORDS) or 1
         if cell.rank:
-            if settings.logit_bias and not settings.scratch:
-                add_logit_bias(model)
             if not settings.scratch:
+                if settings.logit_bias:
+                    add_logit_bias(model)
                 alpha = settings.alpha_of(cell.rank)
                 add_lora(model, cell.rank, alpha, settings.targets, settings.dropout, settings.seed)
             trainable = [p for p in model.parameters() if p.requires_grad]

@@ -116,9 +116,7 @@ def parser() -> argparse.ArgumentParser:
     ahead += "off; 12 suits a CPU). Reserved as if no guess came true, settled at what ran"
     p.add_argument("--draft", type=int, default=0, metavar="N", help=ahead)
 
-    exact = (
-        "the model's probability of every number of the first step, drawn under it and written to a JSON file beside"
-    )
+    exact = "the model's probability of every number of the first step, drawn under it and in a JSON file beside"
     p.add_argument("--density", action="store_true", help=exact)
 
     p = verb("data", "make or check the data set; two worked examples: raw, scaled, text, token ids")

@@ -123,7 +123,7 @@ def _densities(task: Task, made: Forecasts, found: Sequence[Density]) -> dict[st
     truth: list[float | None] = [None] * len(found)
     if not np.isnan(made.truth[0, 0]).any():
         numbers = _written(task, made, made.truth).rstrip(";").split(",")
-        truth = [float(number) * float(task.alphas[system]) for number in numbers]
+        truth = [task.codec.value(number) * float(task.alphas[system]) for number in numbers]
     every = {name: one.record(y) for name, one, y in zip(task.dataset.names, found, truth, strict=True)}
     return {"system": system, "time": float(task.time[first])} | every
 

@@ -2,6 +2,7 @@
 
 import shlex
 from argparse import Namespace
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -85,10 +86,7 @@ def _price(settings: Settings, shard: Shard, as_json: bool) -> None:
         print_json({"cells": cells, "total": total, "budget": settings.budget, "estimated_seconds": taken})
         return
     rows = [("cell", *STAGES), *((name, *(f"{n:,}" for n in flops.values())) for name, flops in cells.items())]
-    print(*table.aligned(rows, left=1), sep="\n")
-    share = f"{total / settings.budget:.2%} of the budget of {settings.budget:.3g}"
-    print(f"together {'at most ' if settings.patience else ''}{total:,} FLOPs (coursework), {share}")
-    print(speed.estimate(settings, plan.config, kinds))
+    _say(settings, plan, rows, kinds, most=bool(settings.patience))
 
 
 def _price_search(settings: Settings, plan: Plan, as_json: bool) -> None:
@@ -107,9 +105,14 @@ def _price_search(settings: Settings, plan: Plan, as_json: bool) -> None:
         print_json(found | {"budget": settings.budget, "estimated_seconds": taken})
         return
     print(", ".join(one.run.cell.name for one in search.cells))
-    print(f"{'rung':>8} {'cells':>6} {'training':>22} {'validation':>20}")
-    for row in rungs:
-        print(f"{row['steps']:8} {row['cells']:6} {row['training']:22,} {row['validation']:20,}")
+    columns = "steps", "cells", *kinds
+    _say(settings, plan, [("rung", *columns[1:]), *([f"{row[c]:,}" for c in columns] for row in rungs)], kinds, True)
+
+
+def _say(settings: Settings, plan: Plan, rows: Sequence[Sequence[str]], kinds: Mapping[str, int], most: bool) -> None:
+    """Print prices as a table, their sum by the budget, and about how long all takes."""
+    print(*table.aligned(rows, left=1), sep="\n")
+    total = sum(kinds.values())
     share = f"{total / settings.budget:.2%} of the budget of {settings.budget:.3g}"
-    print(f"together at most {total:,} FLOPs (coursework), {share}")
+    print(f"together {'at most ' if most else ''}{total:,} FLOPs (coursework), {share}")
     print(speed.estimate(settings, plan.config, kinds))
