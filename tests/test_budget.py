@@ -255,29 +255,26 @@ class Writer:
         assert self.process.wait(timeout=60) == code
 
 
-class Polls(threading.Thread):
-    """Looks at the totals all the time inside the block, and keeps the highest."""
+@contextmanager
+def polled(path, budget):
+    """Look at the totals all the time inside the block; yields a list of what was spent or reserved at each look."""
+    seen, done = [], threading.Event()
 
-    def __init__(self, path, budget):
-        super().__init__()
-        self.path, self.budget, self.highest, self.looks, self.done = path, budget, 0, 0, threading.Event()
-
-    def __enter__(self):
-        self.start()
-        return self
-
-    def __exit__(self, *_):
-        self.done.set()
-        self.join()
-
-    def run(self):
-        with Ledger(self.path, self.budget) as ledger:
+    def look():
+        with Ledger(path, budget) as ledger:
             over = False
             while not over:
-                over = self.done.wait(0.005)  # it looks once more after that: the last debit may be new
+                over = done.wait(0.005)  # it looks once more after that: the last debit may be new
                 totals = ledger.totals()
-                self.highest = max(self.highest, totals["spent"] + totals["reserved"])
-                self.looks += 1
+                seen.append(totals["spent"] + totals["reserved"])
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        done.set()
+        thread.join()
 
 
 @pytest.mark.parametrize(("debits", "kills"), [(50, 10), pytest.param(500, 100, marks=pytest.mark.endurance)])
@@ -286,7 +283,7 @@ def test_16_writers_at_once_some_killed_lose_no_debit_count_none_twice_and_never
     count, draw = 16, random.Random(7)
     whole = (count * debits + kills + 20) * DEBIT
     moments = sorted(draw.sample(range(count * debits), kills))
-    with Polls(path, whole) as polls, ExitStack() as ends:
+    with polled(path, whole) as seen, ExitStack() as ends:
         writers = [Writer(path, number, debits, whole) for number in range(count)]
         for writer in writers:
             ends.callback(lambda writer=writer: writer.process.kill())
@@ -311,7 +308,7 @@ def test_16_writers_at_once_some_killed_lose_no_debit_count_none_twice_and_never
     expected = {w.cell: ("settled", w.acknowledged * DEBIT, w.wasted) for w in writers}
     assert {row["cell"]: (row["state"], row["training"], row["wasted"]) for row in rows} == expected
     assert len(rows) == count and not moments
-    assert totals["spent"] == whole == polls.highest and polls.looks > 10
+    assert totals["spent"] == whole == max(seen) and len(seen) > 10
     with edited(path) as database:
         assert database.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
 
@@ -693,8 +690,7 @@ class AgreesWithAPlainModel(RuleBasedStateMachine):
                 self.ledgers[which].set_aside("run", "shards", predicted)
             return
         self.ledgers[which].set_aside("run", "shards", predicted)
-        nothing = dict.fromkeys(STAGES, 0)
-        fields = {"predicted": predicted, "spent": dict(nothing), "wasted": dict(nothing)}
+        fields = {"predicted": predicted, "spent": dict.fromkeys(STAGES, 0), "wasted": dict.fromkeys(STAGES, 0)}
         if old:
             old |= fields
         else:

@@ -58,14 +58,17 @@ class Whole(NamedTuple):
     seconds: float
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Whole:
-    folder = stand(tmp_path_factory.mktemp("whole"))
-    warm(GRID, folder)
+def never_stopped(argv: list[str], folder: Path) -> Whole:
+    warm(argv, stand(folder))
     began = time.monotonic()
-    ended = ends(GRID, folder, Calls)
+    ended = ends(argv, folder, Calls)
     assert ended.code == 0, ended.err
     return Whole(contents(folder / "g"), entries(folder), ended.calls, time.monotonic() - began)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Whole:
+    return never_stopped(GRID, tmp_path_factory.mktemp("whole"))
 
 
 def contents(out: Path) -> dict[str, bytes]:
@@ -119,14 +122,18 @@ def worst_moments(whole: Whole) -> list[tuple[int, Action]]:
     ]
 
 
-def kill_and_finish(place: Path, whole: Whole, worst: int, by_call: int, by_time: int, seed: int) -> None:
-    draw, count = random.Random(seed), len(whole.calls)
+@pytest.mark.parametrize(
+    ("by_call", "by_time", "seed"), [(5, 1, 0), pytest.param(81, 15, 1, marks=pytest.mark.endurance)]
+)
+def test_a_grid_killed_at_so_many_moments_ends_in_the_bytes_of_one_never_stopped(
+    tmp_path, whole, by_call, by_time, seed
+):
+    draw, count, moments = random.Random(seed), len(whole.calls), worst_moments(whole)
     kills = wasted = 0
-    moments = worst_moments(whole)[:worst]
     for point in range(by_call):  # one in each of as many equal parts of the run; before the call, or right after it
         moments.append((1 + int((point + draw.random()) * count / by_call), draw.choice([die_before, die_after])))
     for point, (chosen, act) in enumerate(moments):
-        folder = stand(place / f"call{point}")
+        folder = stand(tmp_path / f"call{point}")
         killed = ends(GRID, folder, Calls, None, chosen, act)
         assert killed.code == -signal.SIGKILL, (killed.err, chosen)
         kills += 1
@@ -137,7 +144,7 @@ def kill_and_finish(place: Path, whole: Whole, worst: int, by_call: int, by_time
         finishes(GRID, folder)
         wasted += bool(assert_as_never_stopped(folder, whole))
     for point in range(by_time):
-        folder = stand(place / f"time{point}")
+        folder = stand(tmp_path / f"time{point}")
         running = Running(GRID, folder)
         time.sleep(draw.uniform(0, whole.seconds))
         running.kill()
@@ -146,15 +153,6 @@ def kill_and_finish(place: Path, whole: Whole, worst: int, by_call: int, by_time
         wasted += bool(assert_as_never_stopped(folder, whole))
     assert wasted >= len(moments) // 4  # kills between two checkpoints: what ran twice is listed apart
     print(f"{len(moments) + by_time} grids killed {kills} times, {wasted} with wasted FLOPs: all as never stopped")
-
-
-def test_a_grid_killed_at_10_moments_ends_in_the_bytes_of_one_never_stopped(tmp_path, whole):
-    kill_and_finish(tmp_path, whole, worst=4, by_call=5, by_time=1, seed=0)
-
-
-@pytest.mark.endurance
-def test_a_grid_killed_at_100_moments_ends_in_the_bytes_of_one_never_stopped(tmp_path, whole):
-    kill_and_finish(tmp_path, whole, worst=4, by_call=81, by_time=15, seed=1)
 
 
 # Races
@@ -176,11 +174,11 @@ RACES = {
 }
 
 
-def race_and_compare(place: Path, whole: Whole, races: int, seed: int) -> None:
-    draw, refusals = random.Random(seed), 0
-    for number in range(races):
+def test_of_two_processes_on_one_folder_in_20_races_one_works_and_the_other_names_it(tmp_path, whole):
+    draw, refusals = random.Random(0), 0
+    for number in range(20):
         kind = list(RACES)[number % 3]
-        folder = stand(place / str(number))
+        folder = stand(tmp_path / str(number))
         late = [0.0, draw.choice([0.0, draw.uniform(0, 0.1), draw.uniform(0, whole.seconds)])]
         argvs = list(RACES[kind])
         if draw.random() < 0.5:
@@ -199,8 +197,8 @@ def race_and_compare(place: Path, whole: Whole, races: int, seed: int) -> None:
         assert_nothing_ran_twice(folder, "g/shards/1-of-2" if kind == "a shard twice" else "")
         if kind == "two grids":
             assert assert_as_never_stopped(folder, whole) == 0
-    assert refusals >= races // 2
-    print(f"{races} races, {refusals} of the later ones refused by the name of the first, nothing ran twice")
+    assert refusals >= 10
+    print(f"20 races, {refusals} of the later ones refused by the name of the first, nothing ran twice")
 
 
 def assert_nothing_ran_twice(folder: Path, ledger: str) -> None:
@@ -208,13 +206,14 @@ def assert_nothing_ran_twice(folder: Path, ledger: str) -> None:
         rows, totals = held.entries(), held.totals()
     assert len({row["cell"] for row in rows}) == len(rows) >= 2
     assert {row["state"] for row in rows} == {"settled"} and totals["wasted"] == totals["reserved"] == 0
-    for path in (folder / "g").glob("cells/*/metrics.jsonl"):
-        steps = [line["step"] for line in map(json.loads, path.read_text().splitlines()) if "loss" in line]
-        assert steps == [1, 2, 3, 4]
+    for cell in (folder / "g" / "cells").iterdir():
+        assert [line["step"] for line in lines(cell)] == [1, 2, 3, 4]
 
 
-def test_of_two_processes_on_one_folder_in_20_races_one_works_and_the_other_names_it(tmp_path, whole):
-    race_and_compare(tmp_path, whole, races=20, seed=0)
+def lines(cell: Path) -> list[dict[str, Any]]:
+    """The lines of metrics of a cell's steps."""
+    found = map(json.loads, (cell / "metrics.jsonl").read_text().splitlines())
+    return [line for line in found if "loss" in line]
 
 
 # The machine fails
@@ -280,10 +279,11 @@ def points_of_failure(whole: Whole, count: int, seed: int) -> Iterator[tuple[int
         yield at + 1, calls[at], list(FAILURES)[point % len(FAILURES)]
 
 
-def fail_and_finish(place: Path, whole: Whole, points: int, seed: int) -> None:
+@pytest.mark.parametrize(("points", "seed"), [(20, 0), pytest.param(100, 1, marks=pytest.mark.endurance)])
+def test_a_machine_that_fails_at_so_many_points_ends_the_grid_with_exit_4_and_one_line(tmp_path, whole, points, seed):
     checkpoints, kinds = 0, set()
     for point, (chosen, call, failure) in enumerate(points_of_failure(whole, points, seed)):
-        folder = stand(place / str(point))
+        folder = stand(tmp_path / str(point))
         ended = ends(GRID, folder, Calls, CAN_FAIL, chosen, Fails(failure))
         number, _, text = FAILURES[failure]
         line = the_line(ended, text if call.kind == "sqlite" else os.strerror(number))
@@ -294,15 +294,6 @@ def fail_and_finish(place: Path, whole: Whole, points: int, seed: int) -> None:
         kinds.add((call.kind, failure))
     assert checkpoints > points // 4
     print(f"{points} failures of {len(kinds)} kinds: exit 4, one line; {checkpoints} checkpoints loaded; all went on")
-
-
-def test_a_machine_that_fails_at_20_points_ends_the_grid_with_exit_4_and_one_line(tmp_path, whole):
-    fail_and_finish(tmp_path, whole, points=20, seed=0)
-
-
-@pytest.mark.endurance
-def test_a_machine_that_fails_at_100_points_ends_the_grid_with_exit_4_and_one_line(tmp_path, whole):
-    fail_and_finish(tmp_path, whole, points=100, seed=1)
 
 
 def limit(size: int) -> None:
@@ -331,10 +322,7 @@ TRUE_LOSS, TRUE_TOKEN_LOSSES = Qwen.loss, Qwen.token_losses
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Whole:
     """A training run of eight steps that was never stopped."""
-    folder = stand(tmp_path_factory.mktemp("trained"))
-    warm(TRAIN, folder)
-    assert ends(TRAIN, folder).code == 0
-    return Whole(contents(folder / "g"), entries(folder), [], 0.0)
+    return never_stopped(TRAIN, tmp_path_factory.mktemp("trained"))
 
 
 def poison(where: str, step: int, value: float) -> Calls:
@@ -377,7 +365,9 @@ def test_a_number_that_is_not_finite_in_20_steps_stops_in_that_step_and_the_last
         ended = ends(TRAIN, folder, poison, where, step, value)
         line = the_line(ended, "expected finite numbers")
         assert line.startswith(f"g/{CELL}: step {step}: the loss is "), line
-        assert len(ended.calls) == len(lines(folder)) == step - 1  # the optimizer did not take the bad gradient
+        assert (
+            len(ended.calls) == len(lines(folder / "g" / CELL)) == step - 1
+        )  # the optimizer did not take the bad gradient
         last = max(after for after in (0, 2, 3, 4, 6) if after < step)
         state = folder / "g" / CELL / "checkpoint" / "state.json"
         assert (json.loads(state.read_text())["step"] if state.is_file() else 0) == last
@@ -387,12 +377,6 @@ def test_a_number_that_is_not_finite_in_20_steps_stops_in_that_step_and_the_last
         if point < 8 or point == 19:
             finishes(TRAIN, folder)
             assert assert_as_never_stopped(folder, trained) == (step - last) * cost
-
-
-def lines(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics of the trained cell's steps."""
-    found = map(json.loads, (folder / "g" / CELL / "metrics.jsonl").read_text().splitlines())
-    return [line for line in found if "loss" in line]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

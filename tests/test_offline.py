@@ -14,7 +14,7 @@ from pathlib import Path
 
 import network_guard
 import pytest
-from waves import damped_waves
+from waves import damped_waves, refused
 
 from experiments import report, run
 from experiments.training import pocket
@@ -105,14 +105,6 @@ def no_secret(*texts: str, folder: Path | None = None) -> None:
         assert not any(secret in text for secret in SECRETS), text
 
 
-def refused(capsys, *argv: str) -> str:
-    """Run a command that must be refused; returns its one line of error."""
-    assert run.main(list(argv)) == 2
-    printed = capsys.readouterr()
-    assert printed.out == "" and printed.err.count("\n") == 1 and "Traceback" not in printed.err, printed
-    return printed.err
-
-
 def test_every_verb_has_a_case_and_takes_offline_if_it_takes_a_model():
     assert CASES.keys() == run.VERBS.keys() == verbs().keys()
     assert set(takes("--model")) <= set(takes("--offline"))
@@ -177,21 +169,22 @@ def missing(verb: str, *more: str) -> list[str]:
     return [verb, *case, "--model", HUB_ID, *more]
 
 
+@pytest.mark.parametrize(
+    ("flags", "said", "tries"),
+    [
+        (["--offline"], "not cached, and offline was asked for: expected ", (0,)),
+        ([], "could not be fetched: the network could not be reached (ConnectError): expected", (1, 2)),
+    ],
+    ids=["offline", "without a network"],
+)
 @pytest.mark.parametrize("verb", [verb for verb in takes("--model") if verb != "doctor"])
-def test_offline_a_model_that_is_not_cached_is_named_with_the_command_that_fetches_it(verb, attempts, capsys):
-    line = refused(capsys, *missing(verb, "--offline"))
-    assert line.startswith(f"{HUB_ID}: not cached, and offline was asked for: expected ")
-    assert f"'hf download {HUB_ID}' fetches it" in line
-    assert attempts.read_text() == ""
-    no_secret(line)
-
-
-@pytest.mark.parametrize("verb", [verb for verb in takes("--model") if verb != "doctor"])
-def test_without_a_network_it_is_named_with_the_command_and_nothing_is_tried_for_long(verb, attempts, capsys):
-    line = refused(capsys, *missing(verb))
-    assert line.startswith(f"{HUB_ID}: could not be fetched: the network could not be reached (ConnectError): expected")
-    assert f"'hf download {HUB_ID}' fetches it" in line
-    assert 1 <= len(attempts.read_text().splitlines()) <= 2
+def test_a_model_that_is_not_there_is_named_with_the_command_that_fetches_it(
+    verb, flags, said, tries, attempts, capsys
+):
+    """And nothing is tried for long."""
+    line = refused(capsys, *missing(verb, *flags))
+    assert line.startswith(f"{HUB_ID}: {said}") and f"'hf download {HUB_ID}' fetches it" in line
+    assert len(attempts.read_text().splitlines()) in tries
     no_secret(line)
 
 
