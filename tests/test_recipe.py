@@ -114,19 +114,31 @@ def begun(rank: int = 2, **changes) -> tuple[Task, train._State]:
     return task, train._State(model, Cell(1e-2, rank), task.settings)
 
 
-def test_the_best_adapter_is_kept_through_stops_and_is_that_of_a_run_which_ended_there(monkeypatch):
-    assert main([*WILD, "--keep", "best", "--out", "best"]) == 0
+@pytest.mark.parametrize(
+    ("keep", "by", "step"), [("best", "validation_loss", "best_step"), ("horizon", "horizon_mse", "kept_step")]
+)
+def test_the_best_adapter_is_kept_through_stops_and_is_that_of_a_run_which_ended_there(keep, by, step, monkeypatch):
+    Path("few.toml").write_text("points = 5\nhorizon = 3\nconstrained = false\nnum_samples = 2\nkeep_series = 1\n")
+    kept = [*WILD, "--config", "few.toml", "--keep", keep]
+    assert main([*kept, "--out", "best"]) == 0
     result = result_of("best")
-    assert result["best_step"] < 6 and result["validation_loss"] == result["best_validation_loss"]
-    assert main([*WILD, "--steps", str(result["best_step"]), "--out", "ended"]) == 0
+    lines = [line for line in map(json.loads, records("best")["metrics.jsonl"].splitlines()) if by in line]
+    least = min(lines, key=lambda line: line[by])
+    assert len(lines) == 6 and (result[by], result[step]) == (least[by], least["step"])
+    assert result[step] < 6 and result["validation_loss"] == least["validation_loss"]
+    assert main([*WILD, "--steps", str(result[step]), "--out", "ended"]) == 0
+    price, spent = result["predicted_flops"], result["flops"]
+    each, rest = divmod(result_of("ended")["flops"]["validation"], result[step])
+    assert price["training"] == spent["training"] and rest == 0
+    assert 6 * each < spent["validation"] <= price["validation"] if keep == "horizon" else price == spent
     adapter = "adapter/adapter_model.safetensors"
     assert records("best")[adapter] == records("ended")[adapter]
-    assert main([*WILD, "--keep", "best", "--out", "best"]) == 0  # read back, and left as it is
+    assert main([*kept, "--out", "best"]) == 0  # read back, and left as it is
 
     true = train._State.save
 
     def dying(self, folder):
-        if self.step == result["best_step"] and not stopped:
+        if self.step == result[step] and not stopped:
             stopped.append(self.step)
             raise Killed  # between the adapter and the checkpoint
         true(self, folder)
@@ -134,8 +146,8 @@ def test_the_best_adapter_is_kept_through_stops_and_is_that_of_a_run_which_ended
     stopped: list[int] = []
     monkeypatch.setattr(train._State, "save", dying)
     with pytest.raises(Killed):
-        main([*WILD, "--keep", "best", "--out", "killed"])
-    assert main([*WILD, "--keep", "best", "--out", "killed"]) == 0
+        main([*kept, "--out", "killed"])
+    assert main([*kept, "--out", "killed"]) == 0
     assert records("killed") == records("best")
 
 
@@ -236,7 +248,8 @@ def test_lora_sits_on_the_targets_and_the_prices_are_those_of_what_runs(capsys):
             "decay is 4 steps: expected at most 3",
         ),
         (["--schedule", "up"], "schedule is 'up': expected one of constant"),
-        (["--keep", "all"], "keep is 'all': expected one of last, best"),
+        (["--keep", "all"], "keep is 'all': expected one of last, best, horizon"),
+        (["--keep", "horizon"], "has 8 points: expected at least the 80 that a forecast sees and the 20"),
         (["--patience", "2", "--val-every", "0"], "patience is 2: expected 0 where no validation comes before"),
         (["--patience", "-1"], "patience is -1: expected 0 or more"),
         (["--clip", "-1"], "clip is -1.0: expected 0 or more"),

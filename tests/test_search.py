@@ -217,6 +217,7 @@ def test_a_list_of_values_of_another_setting_makes_a_grid_without_rungs_too():
         (["--steps", "9"], "steps is 9: expected 7, the last of rungs"),
         (["--survivors", "1"], "survivors is 1.0: expected a part of the cells, more than 0 and less than 1"),
         (["--survivors", "0"], "survivors is 0.0: expected a part of the cells"),
+        (["--keep", "horizon"], "keep is 'horizon': expected last or best with rungs"),
         (["--over", "decimals=2|3"], "over is 'decimals=2|3': expected NAME=VALUE|VALUE, NAME one of batch_size"),
         (["--over", "clip"], "over clip=: clip is '': expected a number"),
         (["--over", "clip=1|1.0"], "over is 'clip=1|1.0': expected each value once"),

@@ -93,7 +93,12 @@ def check_draft(task: Task, draft: int) -> None:
 
 
 def forecast(
-    task: Task, model: Qwen, systems: Sequence[int], draft: int = 0, progress: Counted = lambda done, of: None
+    task: Task,
+    model: Qwen,
+    systems: Sequence[int],
+    draft: int = 0,
+    progress: Counted = lambda done, of: None,
+    scored: bool = True,
 ) -> Forecasts:
     """Forecast `horizon` points after the first `points` of each system, and score those that are known on the way.
 
@@ -103,6 +108,7 @@ def forecast(
         draft: at most so many tokens in a forward, guesses included, for one system; 0 for one token. The forecast is
             the same; what a constraint cuts off is not measured.
         progress: takes how many steps of all horizons are written, samples included, and of how many.
+        scored: whether to take the losses of the true horizons' tokens, whose price is "validation".
 
     Raises:
         ValueError: there is no such system, or there are several, or samples, with a draft.
@@ -122,7 +128,7 @@ def forecast(
     def written(steps: int) -> None:
         progress(before + steps, of)
 
-    for batch in _batches(task, systems, model.device):
+    for batch in _batches(task, systems, model.device, scored):
         written(0)
         rows = len(batch.places) * settings.num_samples
         constraint = guesses = None
@@ -186,11 +192,14 @@ class _Batch:
     lengths: list[int]  # of the true horizons, in tokens
 
 
-def _batches(task: Task, systems: Sequence[int], device: torch.device | str = "cpu") -> Iterator[_Batch]:
+def _batches(
+    task: Task, systems: Sequence[int], device: torch.device | str = "cpu", scored: bool = True
+) -> Iterator[_Batch]:
     """Prompts and true horizons, a few systems at a time, those of like length together."""
     settings = task.settings
     prompts = [task.tokens(system, settings.points) for system in systems]
-    wholes = [task.tokens(system, settings.points + settings.horizon) for system in systems]
+    known = settings.points + settings.horizon * scored
+    wholes = [task.tokens(system, known) for system in systems]
     order = sorted(range(len(systems)), key=lambda place: len(prompts[place]))
     most = ROWS_AT_ONCE if settings.device == "cpu" else ROWS_AT_ONCE_ON_A_GPU
     at_once = max(1, most // settings.num_samples)
@@ -226,7 +235,9 @@ def _continue(
     return torch.stack(new, 1).tolist()
 
 
-def predicted(task: Task, config, systems: Sequence[int], draft: int = 0, **trained: Any) -> dict[str, int]:
+def predicted(
+    task: Task, config, systems: Sequence[int], draft: int = 0, scored: bool = True, **trained: Any
+) -> dict[str, int]:
     """The most FLOPs that forecasts of these systems take, by ledger stage, at all origins; text that ends early takes
     less.
 
@@ -237,15 +248,15 @@ def predicted(task: Task, config, systems: Sequence[int], draft: int = 0, **trai
     settings, most = task.settings, config.max_position_embeddings
     flops = {"training": 0, "validation": 0, "inference": 0}
     options = trained | {"samples": settings.num_samples}
-    for origin, batch in ((one, batch) for one in task.origins for batch in _batches(one, systems)):
-        b, prompt, scored = len(batch.places), batch.ids.shape[1], batch.targets.shape[1]
+    for origin, batch in ((one, batch) for one in task.origins for batch in _batches(one, systems, scored=scored)):
+        b, prompt, true = len(batch.places), batch.ids.shape[1], batch.targets.shape[1]
         if (tokens := prompt + origin.tokens_to_forecast - 1) > most:
             raise ValueError(
                 f"points is {settings.points}, horizon {settings.horizon}: {tokens} tokens with "
                 f"{len(task.dataset.names)} variables: expected at most {most}, the model's max_position_embeddings"
             )
         alone, both = (
-            predict.generation(config, b, prompt, origin.tokens_to_forecast, scored=n, **options) for n in (0, scored)
+            predict.generation(config, b, prompt, origin.tokens_to_forecast, scored=n, **options) for n in (0, true)
         )
         flops["inference"] += alone if not draft else _drafted(task, config, prompt, draft, **trained)
         flops["validation"] += both - alone

@@ -27,18 +27,24 @@ _RESULT: dict[str, Any] = {
     **{"train_windows": int, "validation_windows": int, "validation_tokens": int, "data_sha256": str},
 }
 _OPTIONAL = {"adapter_sha256": dict, "metrics_sha256": str, "keep": str, "stopped_early": (int, type(None))}
+_OPTIONAL |= {"horizon_mse": _NUMBER_OR_NULL, "kept_step": int}
 
 
 def summary(metrics: Sequence[Mapping[str, Any]], keep: str = "last") -> dict[str, Any]:
     """The part of `result.json` that follows from `metrics.jsonl`, the last line of which is a validation.
 
-    `validation_loss` is that of the adapter that is kept: the "last", or the "best" by that loss, of which the first.
+    `validation_loss` is that of the adapter that is kept: the "last", the "best" by that loss, or that of the lowest
+    "horizon" error; of equals the first.
     """
     losses = [m["loss"] for m in metrics if "loss" in m]
     validation = [m for m in metrics if "validation_loss" in m]
     best, last = min(validation, key=lambda m: m["validation_loss"]), validation[-1]
-    kept = best if keep == "best" else last
-    return {
+    kept = last if keep == "last" else best
+    by_horizon: dict[str, Any] = {}
+    if keep == "horizon":
+        kept = min(validation, key=lambda m: m.get("horizon_mse", math.inf))
+        by_horizon = {"kept_step": kept["step"], "horizon_mse": kept.get("horizon_mse")}
+    return by_horizon | {
         "steps": len(losses),
         "validation_loss": kept["validation_loss"],
         "validation_loss_with_padding": kept.get("validation_loss_with_padding"),
@@ -80,6 +86,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         where = f"{path}: line {number}"
         trains = "loss" in line
         files.check(where, line, _STEP if trains else _VALIDATION)
+        files.check(where, line, {"horizon_mse": float} if "horizon_mse" in line else {})
         step += trains
         if line["step"] != step:
             raise ValueError(f"{where}: step is {line['step']}: expected {step}")
@@ -112,11 +119,11 @@ def read_result(folder: RunFolder) -> dict[str, Any]:
     if not metrics or "validation_loss" not in metrics[-1]:
         raise ValueError(f"{folder.metrics}: ends without a validation: expected all of a finished run")
     for name, value in summary(metrics, result.get("keep", "last")).items():
-        same = result[name] == value
+        same = result.get(name) == value
         if name == "last_losses_mean" and value is not None:  # Python 3.12 adds up in another way
             same = math.isclose(result[name] or 0.0, value, rel_tol=1e-12)
         if not same:
-            raise ValueError(f"{path}: {name} is {result[name]!r}: expected {value!r}, as metrics.jsonl says")
+            raise ValueError(f"{path}: {name} is {result.get(name)!r}: expected {value!r}, as metrics.jsonl says")
     if (early := result.get("stopped_early")) not in (None, result["steps"]):
         raise ValueError(f"{path}: stopped_early is {early}: expected {result['steps']}, the last step, or null")
     _check_digest(folder.metrics, metrics, result.get("metrics_sha256"), path.name)

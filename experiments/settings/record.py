@@ -106,7 +106,8 @@ class Settings:
     logit_bias: bool = False  # train a bias on the logits too
     val_every: int = 30  # steps between validations; 0 for one after training
     checkpoint_every: int = 100  # steps between checkpoints, besides those of the validations
-    keep: str = "last"  # the adapter of the last validation, or of the "best" by its loss
+    keep: str = "last"  # the adapter of the last validation, of the "best" by its loss, or by the "horizon" error
+    keep_series: int = 4  # series of the validation part whose horizon error that is; 0 for all
     patience: int = 0  # a run stops after so many validations in a row without a lower loss; 0: it never does
     val_series: int = 20  # series of the validation part whose loss is taken; 0 for all
 
@@ -151,6 +152,7 @@ class Settings:
         _require(
             not (self.patience and self.rungs), "patience", self.patience, "0 with rungs, which end runs themselves"
         )
+        _require(not self.rungs or self.keep != "horizon", "keep", self.keep, "last or best with rungs, judged by their loss")
         last = self.rungs[-1] if self.rungs else self.steps
         _require(self.steps == last, "steps", self.steps, f"{last}, the last of rungs")
         schedule.check(self.schedule, self.steps, self.warmup, self.decay)
@@ -193,6 +195,11 @@ class Settings:
     def compute_dtype(self) -> torch.dtype:
         """Products run in float32 on a CPU, which is slow at anything else, and on a GPU in bfloat16 by default."""
         return torch.float32 if self.device == "cpu" or self.dtype == "float32" else torch.bfloat16
+
+    @property
+    def at_most(self) -> str:
+        """What stands before the price of a run that may need less: it, or text that it forecasts, may end early."""
+        return "at most " if self.patience or self.keep == "horizon" else ""
 
     @property
     def judged(self) -> str:
@@ -284,7 +291,7 @@ _LARGEST = 2**20  # far above what any run needs: a damaged file must not ask fo
 _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("steps default_steps context_steps final_steps points horizon origins", lambda v: v >= 1, "at least 1"),
     ("checkpoint_every default_rank", lambda v: v >= 1, "at least 1"),
-    ("val_every val_series forecast_series shown_series patience", lambda v: v >= 0, "0 or more"),
+    ("val_every val_series forecast_series shown_series keep_series patience", lambda v: v >= 0, "0 or more"),
     ("best_rank best_context top_k", lambda v: v >= 0, "0 or more"),
     ("alpha temperature lora_alpha warmup decay", lambda v: 0 <= v < math.inf, "0 or more"),
     ("weight_decay clip number_loss", lambda v: 0 <= v < math.inf, "0 or more"),
@@ -315,7 +322,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("schedule", schedule.SCHEDULES.__contains__, f"one of {', '.join(schedule.SCHEDULES)}"),
     ("scratch", SCRATCH.__contains__, "same, small, or nothing"),
     ("point_forecast", POINT_FORECASTS.__contains__, f"one of {', '.join(POINT_FORECASTS)}"),
-    ("keep", ("last", "best").__contains__, "one of last, best"),
+    ("keep", ("last", "best", "horizon").__contains__, "one of last, best, horizon"),
     ("final_lr", lambda v: 0 <= v <= 1, "0 to 1, a part of the learning rate"),
     (
         "digit_weights",

@@ -10,6 +10,7 @@ from typing import Any
 
 from experiments.accounting.ledger import STAGES as LEDGER_STAGES
 from experiments.accounting.predict import predict
+from experiments.forecasting import horizon
 from experiments.forecasting.forecast import predicted as predicted_forecasts
 from experiments.run_folder import files
 from experiments.run_folder.folder import RunFolder
@@ -119,7 +120,10 @@ class Plan:
             except ValueError as e:
                 raise ValueError(f"{e}{'' if run.settings.protocol else ', or --no-forecast-cells'}") from None
             forecasts = predicted_forecasts(task, config, systems, **run.settings.trained(run.cell.rank))
-        self._planned[run] = Planned(run, task, predicted(task, run.cell, config), forecasts)
+        error = 0
+        if run.cell.rank and run.settings.keep == "horizon":
+            error = horizon.price(task, config, **run.settings.trained(run.cell.rank))
+        self._planned[run] = Planned(run, task, predicted(task, run.cell, config, horizon=error), forecasts)
         return self._planned[run]
 
 

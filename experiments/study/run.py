@@ -17,7 +17,7 @@ from pathlib import Path
 
 from experiments.accounting.ledger import STAGES as LEDGER_STAGES
 from experiments.accounting.ledger import BudgetExceeded, Ledger
-from experiments.forecasting import judge, naive
+from experiments.forecasting import horizon, judge, naive
 from experiments.forecasting.evaluate import evaluate
 from experiments.run_folder import files
 from experiments.run_folder.errors import RunFailed
@@ -117,7 +117,8 @@ def run_all(
 ) -> None:
     """Train and judge what is not finished of some runs, in their order."""
     for one in planned:
-        run_cell(one.task, one.run.cell, one.training, one.within(out), ledger, name, progress, group)
+        of = one.task, one.run.cell, one.training, one.within(out)
+        run_cell(*of, ledger, name, progress, horizon.error, group)
         if one.run.parts:
             group.tell(_judge, one, out, ledger, name, progress)
 
@@ -165,10 +166,11 @@ def _run_to(
         return run_all([own], out, ledger, name, progress, group)
     folder, shared = own.within(out), search.before[rung + 1][cell]
     if not group.tell(one.within(out).path.is_dir):
-        run_cell(own.task, own.run.cell, shared, folder, ledger, name, progress, group, until=until)
+        run_cell(own.task, own.run.cell, shared, folder, ledger, name, progress, horizon.error, group, until=until)
         group.tell(branch, folder, one.within(out))
     name = f"{name}/rungs/{until}"
-    run_cell(one.task, one.run.cell, one.training, one.within(out), ledger, name, progress, group, prefix=shared)
+    of = one.task, one.run.cell, one.training, one.within(out)
+    run_cell(*of, ledger, name, progress, horizon.error, group, prefix=shared)
 
 
 def _require_room(ledger: Ledger, name: str, needs: Callable[[], int]) -> None:

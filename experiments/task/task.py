@@ -194,6 +194,12 @@ class Task:
         part = self.split.validation
         return part[: self.settings.series_of(len(part), self.settings.val_series)]
 
+    @property
+    def keep_systems(self) -> list[int]:
+        """Those of the validation part whose horizon error chooses the adapter, where `keep` is "horizon"."""
+        part = self.split.validation
+        return part[: self.settings.series_of(len(part), self.settings.keep_series)].tolist()
+
     def forecast_systems(self, part: str) -> list[int]:
         """Those of a part ("validation", "test") that are forecast, or those that are drawn one by one ("shown")."""
         settings, validation = self.settings, self.split.validation

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,23 +48,25 @@ class Cell:
         return self.called or (f"lr{self.lr:g}-r{self.rank}" if self.rank else "untrained")
 
 
-def predicted(task: Task, cell: Cell, config, until: int | None = None) -> dict[str, int]:
+def predicted(task: Task, cell: Cell, config, until: int | None = None, horizon: int = 0) -> dict[str, int]:
     """FLOPs of a cell by ledger stage, before it runs: of the whole, or of its first `until` steps.
 
-    With `patience` the most, as it may stop early."""
+    With `patience` the most, as it may stop early; `horizon`: the most of the forecasts that each validation makes too."""
     settings = task.settings
     steps = (until or settings.steps) if cell.rank else 0
-    validations = steps / settings.val_every if settings.val_every else 0
-    return predict.training_run(
+    share = steps / settings.val_every if settings.val_every else 0
+    validations = int(share) if until else max(1, math.ceil(share))
+    flops = predict.training_run(
         config,
         steps=steps,
         batch=settings.batch_size,
         context=settings.context,
-        validations=int(validations) if until else max(1, math.ceil(validations)),
+        validations=validations,
         validation_windows=len(task.validation_windows),
         symbols=task.symbols,
         **settings.trained(cell.rank),
     )
+    return flops | {"validation": flops["validation"] + validations * horizon}
 
 
 def run_cell(
@@ -74,6 +77,7 @@ def run_cell(
     ledger: Ledger,
     run: str,
     progress: Progress,
+    horizon_error: Callable[[Task, Qwen], float],
     group: Alone = ALONE,
     until: int | None = None,
     prefix: Mapping[str, int] | None = None,
@@ -82,7 +86,8 @@ def run_cell(
 
     A finished cell is left as it is. The FLOPs `expected` of it by stage (see `predicted`) are reserved before the
     first step, debited as they are spent and settled at the end. Of a group's ranks the first one alone reads and
-    writes the folder and the ledger, which is charged what all ran.
+    writes the folder and the ledger, which is charged what all ran. Where `keep` is "horizon" each validation takes the
+    `horizon_error` of the model too, as a part of its price.
 
     Args:
         until: pause after this step, with a checkpoint, and return nothing; `expected` is then of the steps up to it,
@@ -101,6 +106,7 @@ def run_cell(
         model = load_model(settings)
         state = _State(model, cell, settings, group)
     metrics = state.resume(folder)
+    error = partial(horizon_error, task, model) if cell.rank and settings.keep == "horizon" else None
     own = (less(flops, prefix) for flops in (expected, state.flops))
     entry = group.tell(ledger.reserve, run, cell.name, *own)
 
@@ -130,8 +136,8 @@ def run_cell(
                 last = state.step == state.steps
                 if last or (settings.val_every and state.step % settings.val_every == 0):
                     with group.together():
-                        note(state.validate(windows, ledger, entry))
-                        if settings.keep == "best" and state.best:
+                        note(state.validate(windows, ledger, entry, error))
+                        if settings.keep != "last" and state.best:
                             group.first(state.keep, folder)
                         group.first(state.save, folder)
                 elif state.step % settings.checkpoint_every == 0 or state.step == until:
@@ -226,12 +232,17 @@ class _State:
         self.step += 1
         return {"step": self.step, "loss": loss, "gradient_norm": norm} | self.flops
 
-    def validate(self, windows: Windows, ledger: Ledger, entry: int) -> dict[str, Any]:
-        """One pass over the validation windows; returns its line of `metrics.jsonl`."""
+    def validate(
+        self, windows: Windows, ledger: Ledger, entry: int, error: Callable[[], float] | None = None
+    ) -> dict[str, Any]:
+        """One pass over the validation windows, and the horizon's `error`; returns its line of `metrics.jsonl`."""
         with FlopMeter() as meter:
             losses = validation_loss(self.model, windows, self.settings.count_padding, self.group)
+            finite = all(map(math.isfinite, losses.values()))
+            if error and finite:
+                losses["horizon_mse"] = self.group.tell(error)
         self._spend(ledger, entry, "validation", meter.total)
-        if not all(map(math.isfinite, losses.values())):
+        if not finite:
             found = ", ".join(f"{name} is {loss:g}" for name, loss in losses.items())
             raise RunFailed(f"after step {self.step}: {found}: expected finite numbers; a lower learning rate may help")
         self.validated_at = self.step
@@ -247,8 +258,11 @@ class _State:
     @property
     def best(self) -> bool:
         """Whether no earlier validation was as good as the last one; the untrained model has no adapter to keep."""
-        *before, last = (line["validation_loss"] for line in self.metrics if "validation_loss" in line)
-        return bool(self.steps) and all(last < loss for loss in before)
+        if not self.steps:
+            return False
+        by = "horizon_mse" if self.settings.keep == "horizon" else "validation_loss"
+        *before, last = (line[by] for line in self.metrics if by in line)
+        return all(last < one for one in before)
 
     def keep(self, folder: RunFolder) -> None:
         """Write the adapter as it is now."""

@@ -211,7 +211,8 @@ def _settings(p: argparse.ArgumentParser, *groups: str) -> None:
         add("--targets", nargs="+", help="linear layers that get LoRA: names, or all-linear (q_proj v_proj)")
         add("--lora-alpha", type=float, help="the update is scaled by this over the rank (the rank, so by 1)")
         add("--rank-stabilised", action="store_true", help="or over the rank's square root")
-        add("--keep", help="the adapter of the last validation, or of the best by its loss (last)")
+        add("--keep", help="the adapter of the last validation, or of the best by its loss or horizon error (last)")
+        add("--keep-series", type=int, help="series whose horizon error each validation takes then (4); 0 for all")
         forecasts = "forecast with each cell too (a grid does; train does not)"
         add("--forecast-cells", action=argparse.BooleanOptionalAction, help=forecasts)
         add("--patience", type=int, help="stop after so many validations in a row without a lower loss (0: never)")

@@ -114,5 +114,5 @@ def _say(settings: Settings, plan: Plan, rows: Sequence[Sequence[str]], kinds: M
     print(*table.aligned(rows, left=1), sep="\n")
     total = sum(kinds.values())
     share = f"{total / settings.budget:.2%} of the budget of {settings.budget:.3g}"
-    print(f"together {'at most ' if most else ''}{total:,} FLOPs (coursework), {share}")
+    print(f"together {settings.at_most}{total:,} FLOPs (coursework), {share}")
     print(speed.estimate(settings, plan.config, kinds))

@@ -69,9 +69,8 @@ def _price(settings: Settings, stages: Sequence[str], as_json: bool) -> None:
     for row in rows:
         amounts = f"{row['training']:24,} {row['validation']:22,} {row['inference']:22,}"
         print(f"{row['stage']:10} {row['runs']:4} {row['steps']:7,} {amounts}")
-    most = "at most " if settings.patience else ""
     print(
-        f"together {most}{total:,} FLOPs (coursework), {total / settings.budget:.2%} of the budget of "
+        f"together {settings.at_most}{total:,} FLOPs (coursework), {total / settings.budget:.2%} of the budget of "
         f"{settings.budget:.3g}, if the largest rank and context are carried forward: "
         + ("it fits" if fits else "IT DOES NOT FIT")
     )
