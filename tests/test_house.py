@@ -116,6 +116,11 @@ def test_no_plain_file_imports_the_wing_for_speed(path):
         assert not {m for m in imported(tree(path)) if m.startswith("qwen_min.fast")}
 
 
+def test_the_way_from_token_ids_to_a_greedy_token_is_850_lines():
+    way = ("model", "layers", "view", "cache", "ops", "generate")
+    assert sum(len((ROOT / "qwen_min" / f"{file}.py").read_text().splitlines()) for file in way) <= 850
+
+
 def test_what_a_run_left_in_its_folder_is_read_without_torch():
     rooms = " ".join(module(path) for path in files("experiments/run_folder"))
     script = f"import sys\nfor m in {rooms!r}.split(): __import__(m)\nsys.exit('torch' in sys.modules)"
