@@ -46,6 +46,7 @@ CASES = {
     "data": DATA,
     "flops": ["--model", str(POCKET), "--rank", "8", "--train"],
     "doctor": [],
+    "verify": ["--generate", "2"],
     "generate": ["--prompt", "1.00,2.00;", "--max-new-tokens", "2"],
     "bench": ["--quick", "--peer", "none", "--what", "load"],
     "pretrain-pocket": ["--steps", "1", "--out", "pocket"],

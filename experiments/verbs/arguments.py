@@ -28,6 +28,7 @@ EXAMPLES = {
     "status": "python -m experiments.run status runs/grid",
     "budget": "python -m experiments.run budget",
     "doctor": "python -m experiments.run doctor --model Qwen/Qwen2.5-0.5B-Instruct",
+    "verify": "python -m experiments.run verify --model Qwen/Qwen2.5-0.5B-Instruct --gradients",
     "generate": "python -m experiments.run generate --prompt '1.00,0.50;1.20,0.60;' --max-new-tokens 50",
     "bench": "python -m experiments.run bench --model weights/pocket --quick --what train,generate",
     "pretrain-pocket": "python -m experiments.run pretrain-pocket --out weights/pocket",
@@ -122,6 +123,23 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     p.add_argument("--plot", help="draw the components' shares into this PNG")
     p.add_argument("--offline", action="store_true", help="never open a connection")
+
+    p = verb("verify", "every layer's activations beside transformers', tokens and text; ends with PASS or FAIL")
+    p.add_argument("--model", help="a dense Qwen2.5: a folder or a hub id (weights/pocket)")
+    p.add_argument("--offline", action="store_true", help="never open a connection")
+    p.add_argument("--against", help="whose computation ours is compared with: transformers (transformers)")
+    p.add_argument("--prompt", help="what both read (a short series)")
+    p.add_argument("--generate", type=int, metavar="N", help="greedy tokens after it (20)")
+    p.add_argument(
+        "--gradients", action="store_true", help="compare gradients of its loss, too; of --adapter alone, if any"
+    )
+    p.add_argument("--adapter", help="an adapter folder, for both; each side also reads what the other writes")
+    p.add_argument("--float64", action="store_true", dest="exact", help="how far both are from float64")
+    p.add_argument(
+        "--break", dest="defect", metavar="NAME", help="plant a defect, which must be found: see docs/verify.md"
+    )
+    p.add_argument("--tolerance", type=float, help="most difference, as a part of a tensor's largest value (1e-4)")
+    p.add_argument("--plain", action="store_true", help="the plain maths alone, without qwen_min.fast")
 
     p = verb("status", "what is running, done or failed in a run's folder, how far it is, and the time left")
     p.add_argument("run", metavar="RUN", help="the folder of a study, a grid, its shards or a training run")
