@@ -100,7 +100,7 @@ VERBS = {
     **dict.fromkeys(("baseline", "default", "context", "final"), "study.stage"),
     **{"grid": "grid.grid", "train": "grid.train"},
     **{"evaluate": "evaluate.evaluate", "forecast": "evaluate.forecast"},
-    **{"data": "inspect.data", "flops": "inspect.flops", "doctor": "inspect.doctor"},
+    **{"data": "inspect.data", "flops": "inspect.flops", "explain": "inspect.explain", "doctor": "inspect.doctor"},
     **{"verify": "verify.verify"},
     **{"status": "records.status", "budget": "records.budget"},
     **{"generate": "model.generate", "bench": "model.bench", "pretrain-pocket": "model.pretrain_pocket"},

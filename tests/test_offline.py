@@ -45,6 +45,7 @@ CASES = {
     "forecast": [*DATA, *FORECAST[:4], "--system", "17"],
     "data": DATA,
     "flops": ["--model", str(POCKET), "--rank", "8", "--train"],
+    "explain": ["attend"],
     "doctor": [],
     "verify": ["--generate", "2"],
     "generate": ["--prompt", "1.00,2.00;", "--max-new-tokens", "2"],

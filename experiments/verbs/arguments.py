@@ -28,6 +28,7 @@ EXAMPLES = {
     "status": "python -m experiments.run status runs/grid",
     "budget": "python -m experiments.run budget",
     "doctor": "python -m experiments.run doctor --model Qwen/Qwen2.5-0.5B-Instruct",
+    "explain": "python -m experiments.run explain attend --context 128",
     "verify": "python -m experiments.run verify --model Qwen/Qwen2.5-0.5B-Instruct --gradients",
     "generate": "python -m experiments.run generate --prompt '1.00,0.50;1.20,0.60;' --max-new-tokens 50",
     "bench": "python -m experiments.run bench --model weights/pocket --quick --what train,generate",
@@ -111,18 +112,15 @@ def parser() -> argparse.ArgumentParser:
     _settings(p, "data")
 
     p = verb("flops", "what a forward or a training step costs, formula by formula, without weights")
-    p.add_argument("--model", help="Qwen2.5-0.5B ... Qwen2.5-72B, a folder or a hub id (Qwen2.5-0.5B)")
-    p.add_argument("--protocol", help="take batch, context and rank from this protocol's default run")
-    p.add_argument("--batch", type=int, help="sequences (4)")
-    p.add_argument("--context", type=int, help="new tokens of each (512)")
-    p.add_argument("--rank", type=int, help="LoRA rank on q and v (0: no LoRA)")
-    p.add_argument("--cache", type=int, default=0, help="tokens already in the KV cache (0)")
+    _forward(p)
     p.add_argument("--train", action="store_true", help="the backward pass too")
-    p.add_argument("--convention", default="coursework", help="coursework, exact or matmul (coursework)")
     p.add_argument("--per-layer", action="store_true", help="and by module, each with the modules inside it")
     p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     p.add_argument("--plot", help="draw the components' shares into this PNG")
-    p.add_argument("--offline", action="store_true", help="never open a connection")
+
+    p = verb("explain", "an op or a layer: its source, its shapes in a model, its price with the numbers")
+    p.add_argument("what", nargs="?", metavar="WHAT", help="such as attend, Attention or layers.0.mlp; none lists them")
+    _forward(p)
 
     p = verb("verify", "every layer's activations beside transformers', tokens and text; ends with PASS or FAIL")
     p.add_argument("--model", help="a dense Qwen2.5: a folder or a hub id (weights/pocket)")
@@ -249,6 +247,18 @@ def _settings(p: argparse.ArgumentParser, *groups: str) -> None:
         add("--best-lr", type=float, help="carry this learning rate forward, not that of the lowest validation loss")
         add("--best-rank", type=int, help="carry this rank forward")
         add("--best-context", type=int, help="carry this context forward to the final run")
+
+
+def _forward(p: argparse.ArgumentParser) -> None:
+    """Flags of a forward that is priced."""
+    p.add_argument("--model", help="Qwen2.5-0.5B ... Qwen2.5-72B, a folder or a hub id (Qwen2.5-0.5B)")
+    p.add_argument("--protocol", help="take batch, context and rank from this protocol's default run")
+    p.add_argument("--batch", type=int, help="sequences (4)")
+    p.add_argument("--context", type=int, help="new tokens of each (512)")
+    p.add_argument("--rank", type=int, help="LoRA rank on q and v (0: no LoRA)")
+    p.add_argument("--cache", type=int, default=0, help="tokens already in the KV cache (0)")
+    p.add_argument("--convention", default="coursework", help="coursework, exact or matmul (coursework)")
+    p.add_argument("--offline", action="store_true", help="never open a connection")
 
 
 def _shard(text: str) -> tuple[int, int]:
