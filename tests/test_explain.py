@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from experiments import run
-from experiments.accounting import explain
+from experiments.accounting import explain, flops_table
 from experiments.accounting.predict import on_meta, predict
 from qwen_min import QwenConfig
 from qwen_min.flops import CONVENTIONS
@@ -33,6 +33,16 @@ def test_the_numbers_of_every_formula_give_its_integer_and_all_calls_the_predict
             assert eval(found[1].replace("·", "*")) == int(found[2].replace(",", "")), line
             total += times * int(found[2].replace(",", ""))
     assert total == predicted
+
+
+@pytest.mark.parametrize(
+    "layer", ["model.layers.1", "model.layers.0.mlp", "model.layers.0.self_attn.k_proj", "lm_head"]
+)
+def test_a_layer_has_the_flops_that_the_table_of_layers_has(layer):
+    model, ids, _ = on_meta(CONFIG, 2, 7, 8)
+    listed = flops_table.per_layer(predict(CONFIG, 2, 7, rank=8))[layer]["forward"]
+    page = explain.explain(layer.removeprefix("model."), model, explain.calls(model, ids), "coursework")
+    assert f"\n{listed:,} of the forward's " in page
 
 
 def test_a_layer_is_shown_with_its_source_its_shapes_and_the_worked_number_of_the_documents(capsys):

@@ -1,12 +1,13 @@
 """`verify`: our model beside transformers, activation by activation; what is planted is seen first where it is."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from experiments import run
-from experiments.parity import verify
+from experiments.parity import peer, verify
 from experiments.parity.defects import DEFECTS
 from lora import add_lora, save_adapter
 from lora.layer import lora_layers
@@ -68,6 +69,46 @@ def test_the_pocket_model_passes_with_gradients_float64_and_an_adapter_both_ways
         "PASS  PEFT's adapter read here: logits: 1 within 0.0001, the farthest logits",
         "PASS  our adapter read by PEFT: logits: 1 within 0.0001, the farthest logits",
     ]
+
+
+def test_an_adapter_that_we_write_wrongly_is_found_by_peft(tmp_path, monkeypatch):
+    def wrong(model: Qwen, folder: Path) -> None:
+        save_adapter(model, folder)
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": 1.0}))
+
+    model = add_lora(Qwen.from_pretrained(POCKET), 3, 7.0, seed=0)
+    for _, layer in lora_layers(model):
+        torch.nn.init.normal_(layer.lora_b, std=0.1)
+    save_adapter(model, tmp_path / "adapter")
+    monkeypatch.setattr(verify, "save_adapter", wrong)
+    report = verify.verify(POCKET, verify.Options(adapter=tmp_path / "adapter", generate=0))
+    assert [check.passed for check in report.checks] == [True] * 4 + [False]
+    assert report.checks[-1].text.startswith("our adapter read by PEFT: logits: beyond 0.0001 first at logits")
+
+
+def test_the_reference_is_float64_in_norms_angles_and_softmax():
+    """Where transformers itself computes in float32, whatever the type of its weights."""
+    with peer._InFloat64():
+        assert torch.ones(1).float().dtype == torch.ones(1).to(torch.float32).dtype == torch.float64
+    ids = torch.arange(40)[None] * 5
+    of = peer.Peer(POCKET).exact_trace(ids)
+    assert {tensor.dtype for tensor in of.values()} == {torch.float64}
+    model = Qwen.from_pretrained(POCKET, torch.float64)
+    x, block, (h, kv, d) = of["embedding"], model.model.layers[0], (4, 2, 32)
+    normed = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * block.input_layernorm.weight
+    angles = torch.arange(40)[:, None] * 1e4 ** (-torch.arange(d // 2, dtype=torch.float64) / (d // 2))
+    turn = torch.polar(torch.ones_like(angles), angles)  # a pair (i, i + D/2) as a complex number
+    turned = torch.complex(*of["layers.0.q"].chunk(2, -1)) * turn
+    q, k, v = (of[f"layers.0.{name}"] for name in ("q_rotated", "k_rotated", "v"))
+    scores = q @ k.repeat_interleave(h // kv, 1).mT / d**0.5
+    weights = scores.masked_fill(torch.ones(40, 40).triu(1).bool(), float("-inf")).softmax(-1)
+    for got, expected in (
+        (of["layers.0.input_norm"], normed),
+        (of["layers.0.q_rotated"], torch.cat((turned.real, turned.imag), -1)),
+        (of["layers.0.attention"], weights @ v.repeat_interleave(h // kv, 1)),
+    ):
+        torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)
 
 
 def test_a_difference_is_shown_in_its_row_and_ends_with_fail_and_exit_code_1(capsys):

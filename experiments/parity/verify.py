@@ -31,8 +31,8 @@ class Options:
     `defects.DEFECTS`, planted into ours. tolerance: the most that a value of ours may be off, as a part of the largest
     value of the peer's tensor; ten times as much in a gradient.
 
-    The default tolerance is float32's: 1e-6 is usual, and in the first layer of the 0.5B model, whose scores are in
-    the thousands, attention is off by 1e-5, and either side by twice that from float64. Gradients are off by up to
+    The default tolerance is float32's: 1e-6 is usual, and in the first layer of the 0.5B model, whose scores reach
+    1,500, attention is off by 1e-5, and either side by twice that from float64. Gradients are off by up to
     6e-5: the fast loss takes the target's row of the head from the softmax's mean of all, almost equal where a token
     is almost certain; those of the plain maths are off by 1e-6 (measured).
 
