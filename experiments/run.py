@@ -1,7 +1,7 @@
 """The command line: `python -m experiments.run VERB`.
 
-Exit codes: 0 done; 2 bad input (one line on stderr); 3 over the budget; 4 the run or the machine failed: a loss that is
-not finite, no memory, a disk that is full or cannot be written; 130 interrupted.
+Exit codes: 0 done; 1 `verify` found a difference; 2 bad input (one line on stderr); 3 over the budget; 4 the run or the
+machine failed: a loss that is not finite, no memory, a disk that is full or cannot be written; 130 interrupted.
 """
 
 import argparse
@@ -42,9 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         check_text(sys.argv[1:] if argv is None else argv, args)
         with terminable(), _ways(args), parallel.joined(args.verb, trains) as args.group, args.group.together():
-            _run(args)
+            code = _run(args)
         sys.stdout.flush()
-        return 0
+        return code
     except KeyboardInterrupt as e:
         if first:
             say(str(e) or "interrupted; the same command continues where it stopped")
@@ -100,16 +100,17 @@ VERBS = {
     **dict.fromkeys(("baseline", "default", "context", "final"), "study.stage"),
     **{"grid": "grid.grid", "train": "grid.train"},
     **{"evaluate": "evaluate.evaluate", "forecast": "evaluate.forecast"},
-    **{"data": "inspect.data", "flops": "inspect.flops", "doctor": "inspect.doctor"},
+    **{"data": "inspect.data", "flops": "inspect.flops", "explain": "inspect.explain", "doctor": "inspect.doctor"},
+    **{"verify": "verify.verify"},
     **{"status": "records.status", "budget": "records.budget"},
     **{"generate": "model.generate", "bench": "model.bench", "pretrain-pocket": "model.pretrain_pocket"},
 }
 """Where in `experiments.verbs` each verb's function is; its file is imported when it is asked for."""
 
 
-def _run(args: argparse.Namespace) -> None:
+def _run(args: argparse.Namespace) -> int:
     file, _, function = VERBS[args.verb].partition(".")
-    getattr(import_module(f"experiments.verbs.{file}"), function)(args)
+    return getattr(import_module(f"experiments.verbs.{file}"), function)(args) or 0
 
 
 if __name__ == "__main__":

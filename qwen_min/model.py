@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qwen_min import generate, load, loss, ops
+from qwen_min import generate, load, loss, ops, trace
 from qwen_min.cache import KVCache
 from qwen_min.config import QwenConfig
 from qwen_min.flops import Metered
@@ -83,6 +83,8 @@ class Qwen(Metered):
 
     The parameters are initialised as Hugging Face does (normal, .02); `from_pretrained` loads released ones.
     """
+
+    trace = trace.trace
 
     def __init__(self, config: QwenConfig):
         super().__init__()

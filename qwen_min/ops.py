@@ -15,8 +15,7 @@ from qwen_min.flops import Dim, Price, charge
 
 FAST: dict[str, Callable] = {}
 COMPILABLE: dict[str, Callable] = {}
-"""Faster functions for the plain maths, by name, and those that torch's compiler can use instead; `qwen_min.fast` fills
-both, without it they are empty."""
+"""Faster functions for the plain maths, by name, and those torch's compiler can use; `qwen_min.fast` fills both."""
 
 
 def faster(name: str) -> Callable | None:

@@ -19,6 +19,7 @@ ROOMS: dict[str, set[str]] = {
 }
 FLOORS = (
     *("run_folder", "accounting", "settings", "plots", "task", "training", "forecasting", "study", "report", "bench"),
+    "parity",
     *("verbs", "run"),
 )
 """The rooms of `experiments`: what is in one may import what is in it or in an earlier one."""
@@ -114,6 +115,11 @@ def test_no_file_imports_itself_by_way_of_others():
 def test_no_plain_file_imports_the_wing_for_speed(path):
     if path.parent.name != "fast" and path != ROOT / "qwen_min" / "__init__.py":  # which turns it on
         assert not {m for m in imported(tree(path)) if m.startswith("qwen_min.fast")}
+
+
+def test_the_way_from_token_ids_to_a_greedy_token_is_850_lines():
+    way = ("model", "layers", "view", "cache", "ops", "generate")
+    assert sum(len((ROOT / "qwen_min" / f"{file}.py").read_text().splitlines()) for file in way) <= 850
 
 
 def test_what_a_run_left_in_its_folder_is_read_without_torch():

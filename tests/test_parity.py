@@ -2,16 +2,14 @@
 
 import itertools
 import json
-from collections.abc import Callable
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
+from experiments.parity.defects import DEFECTS, planted
 from qwen_min import Qwen, ops
-from qwen_min.layers import SwiGLU
 
 TOLERANCE = 1e-5
 """Logits are up to 5 in size, and float32 rounds each of some hundred sums at 6e-8: 3e-6 was the most seen, but for the
@@ -111,111 +109,14 @@ def test_a_configuration_computes_what_transformers_makes_of_it_or_is_refused(ch
     assert difference(Qwen.from_pretrained(folder), theirs, batch_of(97, seed=3)) < TOLERANCE
 
 
-def swap_norms(model: Qwen, patch) -> None:
-    for block in model.model.layers:
-        first, second = block.input_layernorm, block.post_attention_layernorm
-        block.input_layernorm, block.post_attention_layernorm = second, first
-
-
-def drop_bias(name: str):
-    def plant(model: Qwen, patch) -> None:
-        for block in model.model.layers:
-            getattr(block.self_attn, name).bias = None
-
-    return plant
-
-
-def interleave_rotation(model: Qwen, patch) -> None:
-    def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Pairs dimension 2i with 2i + 1, as Su et al. write it, where Hugging Face's weights expect i and i + D/2."""
-        half = cos.shape[-1] // 2
-        cos, sin = (t[..., :half].repeat_interleave(2, -1) for t in (cos, sin))
-        turned = torch.stack((-x[..., 1::2], x[..., 0::2]), -1).flatten(-2)
-        return x * cos + turned * sin
-
-    patch.setattr(ops, "rotate", rotate)
-
-
-def rotate_backwards(model: Qwen, patch) -> None:
-    rotate = ops.rotate
-    patch.setattr(ops, "rotate", lambda x, cos, sin: rotate(x, cos, -sin) if x.shape[2] == 6 else rotate(x, cos, sin))
-
-
-def attend_otherwise(change: Callable) -> Callable:
-    """A defect: `change` is given attention, and its arguments."""
-
-    def plant(model: Qwen, patch) -> None:
-        patch.setattr(ops, "attend", partial(change, ops.attend))
-
-    return plant
-
-
-def group_heads_wrongly(attend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Gives query head h the key head h mod K, where it should be h // (H/K)."""
-    return attend(q, *(t.repeat(1, q.shape[1] // t.shape[1], 1, 1) for t in (k, v)), mask)
-
-
-def assume_one_query_head_a_key_head(attend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """K = H: as many query heads as there are key heads are read, and the others say nothing."""
-    out = attend(q[:, : k.shape[1]], k, v, mask)
-    return torch.cat((out, torch.zeros_like(q[:, k.shape[1] :])), 1)
-
-
-def average_the_query_heads_of_a_key_head(attend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """K = H again: a group's queries are averaged into one head, whose answer all of them get."""
-    mean = q.unflatten(1, (k.shape[1], -1)).mean(2)
-    return attend(mean, k, v, mask).repeat_interleave(q.shape[1] // k.shape[1], 1)
-
-
-def forget_the_causal_mask(attend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    return attend(q, k, v, torch.ones(q.shape[2], k.shape[2], dtype=torch.bool))
-
-
-def assume_the_rope_theta(model: Qwen, patch) -> None:
-    angles = ops.rotation_angles
-    patch.setattr(ops, "rotation_angles", lambda positions, head_dim, theta: angles(positions, head_dim, 1e6))
-
-
-def swap_gate_and_up(model: Qwen, patch) -> None:
-    for module in model.modules():
-        if isinstance(module, SwiGLU):
-            module.gate_proj, module.up_proj = module.up_proj, module.gate_proj
-
-
-def forget_the_final_norm(model: Qwen, patch) -> None:
-    model.model.norm.weight = torch.nn.Parameter(torch.ones_like(model.model.norm.weight))
-
-
-def untie_the_head(model: Qwen, patch) -> None:
-    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.roll(1, 0))
-
-
-PLANTED = {
-    "norms swapped": swap_norms,
-    "q bias dropped": drop_bias("q_proj"),
-    "k bias dropped": drop_bias("k_proj"),
-    "v bias dropped": drop_bias("v_proj"),
-    "rotation interleaved": interleave_rotation,
-    "queries rotated backwards": rotate_backwards,
-    "heads grouped wrongly": attend_otherwise(group_heads_wrongly),
-    "K = H assumed, query heads left out": attend_otherwise(assume_one_query_head_a_key_head),
-    "K = H assumed, query heads averaged": attend_otherwise(average_the_query_heads_of_a_key_head),
-    "no causal mask": attend_otherwise(forget_the_causal_mask),
-    "rope theta assumed": assume_the_rope_theta,
-    "gate and up swapped": swap_gate_and_up,
-    "no final norm": forget_the_final_norm,
-    "another head": untie_the_head,
-}
-
-
-@pytest.mark.parametrize("defect", PLANTED)
-def test_a_broken_model_is_a_thousand_tolerances_away(defect, reference, monkeypatch):
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_a_broken_model_is_a_thousand_tolerances_away(defect, reference):
     folder, theirs = reference()
     ours = Qwen.from_pretrained(folder)
     ids = batch_of(97, seed=3)
     assert difference(ours, theirs, ids) < TOLERANCE
-    PLANTED[defect](ours, monkeypatch)
-    assert difference(ours, theirs, ids) > 1000 * TOLERANCE
+    with planted(defect, ours):
+        assert difference(ours, theirs, ids) > 1000 * TOLERANCE
 
 
 @pytest.mark.parametrize("kv_heads", [6, None])

@@ -53,12 +53,12 @@ def table(meter: FlopMeter, training: bool) -> str:
         if each:
             values = charge.price.values(charge.dims, meter.convention)
             numbers = ", ".join(f"{d}={v}" for d, v in values.items() if not d.startswith("g"))
-            row = rows[component(charge), _formula(charge.price, meter.convention), numbers]
+            row = rows[component(charge), formula(charge.price, meter.convention), numbers]
             row[0], row[1] = row[0] + charge.times, row[1] + each * charge.times
     total = meter.total
     lines = [f"{'component':10} {'times':>5}  {'FLOPs':>22} {'share':>7}   formula [its numbers]"]
-    for (name, formula, numbers), (count, flops) in rows.items():
-        lines.append(f"{name:10} {count:5}  {flops:22,} {flops / total:7.2%}   {formula} [{numbers}]")
+    for (name, text, numbers), (count, flops) in rows.items():
+        lines.append(f"{name:10} {count:5}  {flops:22,} {flops / total:7.2%}   {text} [{numbers}]")
     spent = meter.by_primitive()
     primitives = ", ".join(f"{name.replace('_', ' ')} {spent[name]:,}" for name in PRIMITIVES if name in spent)
     lines += ["", f"by primitive: {primitives}", "", f"forward   {total:26,}"]
@@ -70,5 +70,6 @@ def table(meter: FlopMeter, training: bool) -> str:
     return "\n".join(lines)
 
 
-def _formula(price: Price, convention: str) -> str:
+def formula(price: Price, convention: str) -> str:
+    """The forward price as text, as `convention` counts it."""
     return f"2·{price.product.replace(',', '·')}" if convention == "matmul" else price.formula

@@ -37,10 +37,29 @@ def predict(
         logit_bias: with a trainable bias on the logits.
         symbols: logits of so many tokens alone; 0 for the whole vocabulary.
     """
+    model, ids, cache = on_meta(config, batch, tokens, rank, targets, cached, logit_bias)
+    some = torch.empty(symbols, dtype=torch.int64, device="meta") if symbols else None
+    with unmetered(), FlopMeter(convention) as meter, torch.set_grad_enabled(training):
+        if training and not cached:
+            model.loss(ids, ids, vocabulary=some)
+        else:
+            model.head(model.model(ids, cache)[:, -1 if last_only else 0 :], some)
+    return meter
+
+
+def on_meta(
+    config: QwenConfig,
+    batch: int,
+    tokens: int,
+    rank: int = 0,
+    targets: Sequence[str] = TARGETS,
+    cached: int = 0,
+    logit_bias: bool = False,
+) -> tuple[Qwen, torch.Tensor, KVCache | None]:
+    """A model without weights, (batch, tokens) ids, and its cache of `cached` tokens, all on the meta device."""
     with torch.device("meta"):
         model = Qwen(config)
         ids = torch.empty(batch, tokens, dtype=torch.int64)
-        some = torch.empty(symbols, dtype=torch.int64) if symbols else None
     if logit_bias:
         add_logit_bias(model)
     if rank:
@@ -49,12 +68,7 @@ def predict(
     if cached:
         cache = KVCache(config, batch, cached + tokens, device="meta")
         cache.advance(cached)
-    with unmetered(), FlopMeter(convention) as meter, torch.set_grad_enabled(training):
-        if training and not cached:
-            model.loss(ids, ids, vocabulary=some)
-        else:
-            model.head(model.model(ids, cache)[:, -1 if last_only else 0 :], some)
-    return meter
+    return model, ids, cache
 
 
 @cache

@@ -28,6 +28,8 @@ EXAMPLES = {
     "status": "python -m experiments.run status runs/grid",
     "budget": "python -m experiments.run budget",
     "doctor": "python -m experiments.run doctor --model Qwen/Qwen2.5-0.5B-Instruct",
+    "explain": "python -m experiments.run explain attend --context 128",
+    "verify": "python -m experiments.run verify --model Qwen/Qwen2.5-0.5B-Instruct --gradients",
     "generate": "python -m experiments.run generate --prompt '1.00,0.50;1.20,0.60;' --max-new-tokens 50",
     "bench": "python -m experiments.run bench --model weights/pocket --quick --what train,generate",
     "pretrain-pocket": "python -m experiments.run pretrain-pocket --out weights/pocket",
@@ -123,18 +125,32 @@ def parser() -> argparse.ArgumentParser:
     _settings(p, "data")
 
     p = verb("flops", "what a forward or a training step costs, formula by formula, without weights")
-    p.add_argument("--model", help="Qwen2.5-0.5B ... Qwen2.5-72B, a folder or a hub id (Qwen2.5-0.5B)")
-    p.add_argument("--protocol", help="take batch, context and rank from this protocol's default run")
-    p.add_argument("--batch", type=int, help="sequences (4)")
-    p.add_argument("--context", type=int, help="new tokens of each (512)")
-    p.add_argument("--rank", type=int, help="LoRA rank on q and v (0: no LoRA)")
-    p.add_argument("--cache", type=int, default=0, help="tokens already in the KV cache (0)")
+    _forward(p)
     p.add_argument("--train", action="store_true", help="the backward pass too")
-    p.add_argument("--convention", default="coursework", help="coursework, exact or matmul (coursework)")
     p.add_argument("--per-layer", action="store_true", help="and by module, each with the modules inside it")
     p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     p.add_argument("--plot", help="draw the components' shares into this PNG")
+
+    p = verb("explain", "an op or a layer: its source, its shapes in a model, its price with the numbers")
+    p.add_argument("what", nargs="?", metavar="WHAT", help="such as attend, Attention or layers.0.mlp; none lists them")
+    _forward(p)
+
+    p = verb("verify", "every layer's activations beside transformers', tokens and text; ends with PASS or FAIL")
+    p.add_argument("--model", help="a dense Qwen2.5: a folder or a hub id (weights/pocket)")
     p.add_argument("--offline", action="store_true", help="never open a connection")
+    p.add_argument("--against", help="whose computation ours is compared with: transformers (transformers)")
+    p.add_argument("--prompt", help="what both read (a short series)")
+    p.add_argument("--generate", type=int, metavar="N", help="greedy tokens after it (20)")
+    p.add_argument(
+        "--gradients", action="store_true", help="compare gradients of its loss, too; of --adapter alone, if any"
+    )
+    p.add_argument("--adapter", help="an adapter folder, for both; each side also reads what the other writes")
+    p.add_argument("--float64", action="store_true", dest="exact", help="how far both are from float64")
+    p.add_argument(
+        "--break", dest="defect", metavar="NAME", help="plant a defect, which must be found: see docs/verify.md"
+    )
+    p.add_argument("--tolerance", type=float, help="most difference, as a part of a tensor's largest value (1e-4)")
+    p.add_argument("--plain", action="store_true", help="the plain maths alone, without qwen_min.fast")
 
     p = verb("status", "what is running, done or failed in a run's folder, how far it is, and the time left")
     p.add_argument("run", metavar="RUN", help="the folder of a study, a grid, its shards or a training run")
@@ -257,6 +273,18 @@ def _settings(p: argparse.ArgumentParser, *groups: str) -> None:
         add("--best-lr", type=float, help="carry this learning rate forward, not that of the lowest validation loss")
         add("--best-rank", type=int, help="carry this rank forward")
         add("--best-context", type=int, help="carry this context forward to the final run")
+
+
+def _forward(p: argparse.ArgumentParser) -> None:
+    """Flags of a forward that is priced."""
+    p.add_argument("--model", help="Qwen2.5-0.5B ... Qwen2.5-72B, a folder or a hub id (Qwen2.5-0.5B)")
+    p.add_argument("--protocol", help="take batch, context and rank from this protocol's default run")
+    p.add_argument("--batch", type=int, help="sequences (4)")
+    p.add_argument("--context", type=int, help="new tokens of each (512)")
+    p.add_argument("--rank", type=int, help="LoRA rank on q and v (0: no LoRA)")
+    p.add_argument("--cache", type=int, default=0, help="tokens already in the KV cache (0)")
+    p.add_argument("--convention", default="coursework", help="coursework, exact or matmul (coursework)")
+    p.add_argument("--offline", action="store_true", help="never open a connection")
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -1,18 +1,20 @@
-"""Verbs that show what is there: `data`, `flops`, `doctor`."""
+"""Verbs that show what is there: `data`, `flops`, `explain`, `doctor`."""
 
 import re
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from experiments.accounting import explain as explained
 from experiments.accounting import flops_table
-from experiments.accounting.predict import predict
+from experiments.accounting.predict import on_meta, predict
 from experiments.settings import protocols
 from experiments.task.preprocessing import preprocessing
 from experiments.task.task import Task
 from experiments.verbs.common import gather, print_json
 from experiments.verbs.doctor import lines
 from qwen_min import QwenConfig, Tokenizer
+from qwen_min.flops import CONVENTIONS
 from qwen_min.load import resolve
 
 
@@ -44,23 +46,11 @@ def data(args: Namespace) -> None:
 
 
 def flops(args: Namespace) -> None:
-    name, training = getattr(args, "model", "Qwen2.5-0.5B"), hasattr(args, "train")
-    size = {"batch": 4, "context": 512, "rank": 0}
-    if hasattr(args, "protocol"):
-        settings = protocols.load(args.protocol).settings
-        size = {"batch": settings.batch_size, "context": settings.context, "rank": settings.default_rank}
-    size = {flag: getattr(args, flag, value) for flag, value in size.items()} | {"cache": args.cache}
-    for flag, value in size.items():
-        least = 0 if flag in ("rank", "cache") else 1
-        if value < least:
-            raise ValueError(f"--{flag} is {value}: expected at least {least}")
+    training = hasattr(args, "train")
+    name, config, size = _sized(args)
     batch, tokens, rank, cached = size.values()
     if training and cached:
         raise ValueError(f"--cache is {cached} with --train: expected 0, as a training step has no cache")
-    if re.fullmatch(r"Qwen2\.5-.*|Qwen/Qwen2\.5-[\d.]+B(-Instruct)?", name) and not Path(name).is_dir():
-        config = QwenConfig.named(name)
-    else:
-        config = QwenConfig.from_file(resolve(name, offline=hasattr(args, "offline")) / "config.json")
     meter = predict(config, batch, tokens, rank=rank, cached=cached, training=training, convention=args.convention)
     question: dict[str, Any] = {"model": name} | size
     if hasattr(args, "plot"):
@@ -81,6 +71,36 @@ def flops(args: Namespace) -> None:
         print("", flops_table.layers_table(meter, training), sep="\n")
     if hasattr(args, "plot"):
         print(f"\nwritten: {args.plot}")
+
+
+def explain(args: Namespace) -> None:
+    name, config, size = _sized(args)
+    batch, tokens, rank, cached = size.values()
+    if args.convention not in CONVENTIONS:
+        raise ValueError(f"--convention is {args.convention!r}: expected one of {', '.join(CONVENTIONS)}")
+    model, ids, cache = on_meta(config, batch, tokens, rank, cached=cached)
+    if not hasattr(args, "what"):
+        print(explained.contents(model))
+        return
+    page = explained.explain(args.what, model, explained.calls(model, ids, cache), args.convention)
+    print(f"{name}: {batch} x {tokens} tokens after {cached} cached, LoRA rank {rank} on q and v\n\n{page}")
+
+
+def _sized(args: Namespace) -> tuple[str, QwenConfig, dict[str, int]]:
+    """A model's name and shape, and of a forward: batch, context, rank, cache."""
+    name = getattr(args, "model", "Qwen2.5-0.5B")
+    size = {"batch": 4, "context": 512, "rank": 0}
+    if hasattr(args, "protocol"):
+        settings = protocols.load(args.protocol).settings
+        size = {"batch": settings.batch_size, "context": settings.context, "rank": settings.default_rank}
+    size = {flag: getattr(args, flag, value) for flag, value in size.items()} | {"cache": args.cache}
+    for flag, value in size.items():
+        least = 0 if flag in ("rank", "cache") else 1
+        if value < least:
+            raise ValueError(f"--{flag} is {value}: expected at least {least}")
+    if re.fullmatch(r"Qwen2\.5-.*|Qwen/Qwen2\.5-[\d.]+B(-Instruct)?", name) and not Path(name).is_dir():
+        return name, QwenConfig.named(name), size
+    return name, QwenConfig.from_file(resolve(name, offline=hasattr(args, "offline")) / "config.json"), size
 
 
 def doctor(args: Namespace) -> None:
