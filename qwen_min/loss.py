@@ -5,9 +5,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwen_min.cache import Prefill
-from qwen_min.flops import Price, charge
+from qwen_min.flops import charge
 from qwen_min.layers import Linear
 from qwen_min.ops import LINEAR, LOGIT_BIAS, faster, wanted
+from qwen_min.prices import Price
 
 IGNORED = -100
 """The target of a token that does not count, as in torch and Hugging Face."""

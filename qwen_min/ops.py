@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from qwen_min.flops import Dim, Price, charge
+from qwen_min.flops import charge
+from qwen_min.prices import Dim, Price
 
 FAST: dict[str, Callable] = {}
 COMPILABLE: dict[str, Callable] = {}
@@ -36,11 +37,6 @@ def wanted(*tensors: Tensor | None) -> tuple[int, ...]:
     return tuple(int(t is not None and t.requires_grad) for t in tensors)
 
 
-def _width(true: int, coursework: int | None) -> int | Dim:
-    """A layer's output width as it is charged: one number, or two where `coursework` has its own."""
-    return true if coursework is None or coursework == true else Dim(true, coursework)
-
-
 # Coursework adds position vectors to the embeddings, and leaves rotations free; the real model does the reverse.
 POSITIONS = Price("positions", "N E", add="N*E", only=("coursework",))
 EMBEDDING = Price("embedding", "N E gw", d_add="gw*N*E", only=("exact",))
@@ -56,8 +52,8 @@ def embedding(ids: Tensor, weight: Tensor) -> Tensor:
         raise ValueError(f"a token is outside of the vocabulary: expected 0 to {len(weight) - 1}") from None
 
 
-LINEAR = Price("", "N I O gx gw", product="N,I,O", d_products=("gx*N,O,I", "gw*O,N,I"))
-BIAS = Price("", "N O gb", add="N*O", d_add="gb*O*(N-1)")
+LINEAR = Price("linear", "N I O gx gw", component="", product="N,I,O", d_products=("gx*N,O,I", "gw*O,N,I"))
+BIAS = Price("bias", "N O gb", component="", add="N*O", d_add="gb*O*(N-1)")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, coursework_out: int | None = None) -> Tensor:
@@ -67,7 +63,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, coursework_out
     """
     n, (o, i) = tokens_of(x), weight.shape
     gx, gw, gb = wanted(x, weight, bias)
-    out = _width(o, coursework_out)
+    out = Dim.of(o, coursework_out)
     charge(LINEAR, n, i, out, gx, gw)
     if bias is not None:
         charge(BIAS, n, out, gb)
@@ -85,10 +81,13 @@ def shared(x: Tensor, readers: int) -> Tensor:
     return x
 
 
-LOW_RANK = Price("lora", "N I R gx ga", product="N,I,R", d_products=("gx*N,R,I", "ga*R,N,I"), d_add="gx*N*I")
+LOW_RANK = Price(
+    "low_rank", "N I R gx ga", component="lora", product="N,I,R", d_products=("gx*N,R,I", "ga*R,N,I"), d_add="gx*N*I"
+)
 LOW_RANK_OUT = Price(
-    "lora",
+    "low_rank_out",
     "N R O gh gb",
+    component="lora",
     product="N,R,O",
     multiply="N*O",
     add="N*O",
@@ -105,7 +104,7 @@ def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, cours
     n, (r, i), o = tokens_of(x), a.shape, b.shape[0]
     low = F.linear(x.to(a.dtype), a)  # (..., R)
     charge(LOW_RANK, n, i, r, *wanted(x, a))
-    charge(LOW_RANK_OUT, n, r, _width(o, coursework_out), *wanted(low, b))
+    charge(LOW_RANK_OUT, n, r, Dim.of(o, coursework_out), *wanted(low, b))
     return _plus(y, F.linear(low, b), scale)
 
 
@@ -144,7 +143,7 @@ def count_up(n: int, device: torch.device) -> Tensor:
     return torch.arange(n).to(device) if device.type == "meta" else torch.arange(n, device=device)
 
 
-ANGLES = Price("rotation", "N D", multiply="N*D//2", sine_cosine="N*D", only=("exact",))
+ANGLES = Price("angles", "N D", component="rotation", multiply="N*D//2", sine_cosine="N*D", only=("exact",))
 
 
 def rotation_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -176,7 +175,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 # The gradient of a key or value head sums over the H/K query heads that share it.
 SCORES = Price("scores", "B H K T S D gq gk", product="B*H*T,D,S", d_products=("gq*B*H*T,S,D", "gk*B*K*S,H//K*T,D"))
-SCALE = Price("scores", "B H T S gx", multiply="B*H*T*S", d_multiply="gx*B*H*T*S")
+SCALE = Price("scale", "B H T S gx", component="scores", multiply="B*H*T*S", d_multiply="gx*B*H*T*S")
 SOFTMAX = Price(
     "softmax",
     "B H T S gx",
@@ -217,8 +216,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 SWIGLU = Price(
-    "silu",
+    "swiglu",
     "N F gg gu",
+    component="silu",
     add="2*N*F",
     exponential="N*F",
     divide="N*F",

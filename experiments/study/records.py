@@ -15,7 +15,7 @@ from experiments.settings.record import Settings
 from experiments.study.plan import Best, Plan, Run, carried, runs_of
 from experiments.task.preprocessing import preprocessing
 from experiments.training.cell import Cell
-from qwen_min.flops import PRIMITIVES
+from qwen_min.prices import PRIMITIVES
 
 RULE = "lowest validation loss per real token"
 

@@ -2,17 +2,20 @@
 
 import re
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from experiments.accounting import flops_table
+from experiments.accounting import flops_files, flops_table
 from experiments.accounting.predict import predict
+from experiments.run_folder import files
 from experiments.settings import protocols
 from experiments.task.preprocessing import preprocessing
 from experiments.task.task import Task
 from experiments.verbs.common import gather, print_json
 from experiments.verbs.doctor import lines
-from qwen_min import QwenConfig, Tokenizer
+from lora.layer import TARGETS
+from qwen_min import FlopMeter, QwenConfig, Tokenizer
 from qwen_min.load import resolve
 
 
@@ -54,32 +57,52 @@ def flops(args: Namespace) -> None:
         if value < least:
             raise ValueError(f"--{flag} is {value}: expected at least {least}")
     batch, tokens, rank, cached = size.values()
+    depth = getattr(args, "depth", None)
+    if depth is not None and depth < 0:
+        raise ValueError(f"--depth is {depth}: expected at least 0")
     if training and cached:
         raise ValueError(f"--cache is {cached} with --train: expected 0, as a training step has no cache")
     if re.fullmatch(r"Qwen2\.5-.*|Qwen/Qwen2\.5-[\d.]+B(-Instruct)?", name) and not Path(name).is_dir():
         config = QwenConfig.named(name)
     else:
         config = QwenConfig.from_file(resolve(name, offline=hasattr(args, "offline")) / "config.json")
-    meter = predict(config, batch, tokens, rank=rank, cached=cached, training=training, convention=args.convention)
-    question: dict[str, Any] = {"model": name} | size
-    if hasattr(args, "plot"):
-        from experiments import plots  # its library takes a second to load
-
-        plots.flops_bars(meter.by_component(), args.plot, f"{name}: forward of {batch} x {tokens} tokens")
-        question["plot"] = args.plot
+    targets = getattr(args, "targets", list(TARGETS))
+    options: dict[str, Any] = {"rank": rank, "targets": targets, "cached": cached, "training": training}
+    meter = predict(config, batch, tokens, convention=args.convention, **options)
+    written = {flag: getattr(args, flag) for flag in EXPORTS if hasattr(args, flag)}
+    for flag, path in written.items():
+        EXPORTS[flag](path, meter, f"{name}: {batch} x {tokens} tokens")
     if hasattr(args, "json"):
-        layers = {"per_layer": flops_table.per_layer(meter)} if hasattr(args, "per_layer") else {}
-        print_json(flops_table.as_json(meter, question) | layers)
+        shown = flops_table.as_json(meter, {"model": name} | size | written)
+        if hasattr(args, "per_layer"):
+            ops = list(flops_table.ops(meter.tree(), args.convention))
+            shown |= {"per_layer": flops_table.per_layer(meter), "ops": ops}
+        print_json(shown)
         return
     print(
-        f"{name}: {batch} x {tokens} tokens after {cached} cached, LoRA rank {rank} on q and v, "
+        f"{name}: {batch} x {tokens} tokens after {cached} cached, LoRA rank {rank} on {', '.join(targets)}, "
         f"convention {args.convention}\n"
     )
     print(flops_table.table(meter, training))
-    if hasattr(args, "per_layer"):
-        print("", flops_table.layers_table(meter, training), sep="\n")
-    if hasattr(args, "plot"):
-        print(f"\nwritten: {args.plot}")
+    if hasattr(args, "per_layer") or depth is not None:
+        print("", flops_table.tree_table(meter.tree(fold=True), training, depth), sep="\n")
+    if written:
+        print(f"\nwritten: {', '.join(written.values())}")
+
+
+def _plot(path: str, meter: FlopMeter, title: str) -> None:
+    from experiments import plots  # its library takes a second to load
+
+    plots.flops_bars(meter.by_component(), path, title.replace(": ", ": forward of "))
+
+
+EXPORTS: dict[str, Callable[[str, FlopMeter, str], None]] = {
+    "plot": _plot,
+    "csv": lambda path, meter, _: files.write_text(path, flops_files.as_csv(meter.tree(), meter.convention)),
+    "speedscope": lambda path, meter, title: files.write_json(path, flops_files.as_speedscope(meter.tree(), title)),
+    "chrome": lambda path, meter, _: files.write_json(path, flops_files.as_trace(meter.tree(), meter.convention)),
+}
+"""What writes the file of each flag."""
 
 
 def doctor(args: Namespace) -> None:
