@@ -31,17 +31,20 @@ class Charge(NamedTuple):
 
 @dataclass
 class Cost:
-    """What a forward, or a backward, of a part of the model costs: FLOPs by primitive."""
+    """What a forward, or a backward, of a part of the model costs: FLOPs by primitive, bytes read and written."""
 
     flops: Counter[str] = field(default_factory=Counter)
+    read: int = 0
+    written: int = 0
 
     @property
     def total(self) -> int:
         return self.flops.total()
 
-    def add(self, flops: Mapping[str, int], times: int) -> None:
+    def add(self, flops: Mapping[str, int], read: int, written: int, times: int) -> None:
         for primitive, n in flops.items():
             self.flops[primitive] += n * times
+        self.read, self.written = self.read + read * times, self.written + written * times
 
 
 @dataclass
@@ -140,10 +143,15 @@ class FlopMeter:
         """Forward FLOPs by primitive (an exponential counts 10)."""
         return self._by(lambda c, p: p)
 
-    def tree(self, fold: bool = False) -> Node:
+    def tree(self, fold: bool = False, activation: int = 4, weight: int = 4) -> Node:
         """What was charged, as model > layers > module > op; every node holds the sum of its children.
 
-        fold: layers that cost the same, op by op, are one node ("0-23"), which holds what they cost together.
+        Args:
+            fold: layers of the same FLOPs, op by op, are one node ("0-23"), which holds what they cost together.
+            activation, weight: bytes of a number of each. LoRA's matrices and the logit bias have 4.
+
+        Bytes are those of the plain maths, op by op: each tensor that an op names is read or written once, whatever a
+        cache or a fused kernel saves. Token ids, masks, copies and the cache's writes are left out.
         """
         names = _folded(self.tree()) if fold else {}
         root = Node("", "")
@@ -164,9 +172,10 @@ class FlopMeter:
             op = ops[key]
             op.charge, op.times = charge, op.times + charge.times
             forward, backward = charge.price.cost(charge.dims, self.convention)
+            read, written, d_read, d_written = charge.price.bytes(charge.dims, activation, weight)
             for node in (*inside, op):
-                node.forward.add(forward, charge.times)
-                node.backward.add(backward, charge.times)
+                node.forward.add(forward, read, written, charge.times)
+                node.backward.add(backward, d_read, d_written, charge.times)
         return root
 
     def _by(self, key, phase: int = 0) -> dict[str, int]:
@@ -182,7 +191,7 @@ def _folded(tree: Node) -> dict[tuple[str, str], tuple[str, int]]:
 
     def costs(layer: Node) -> list:
         inside = [node for _, node in layer.walk()]
-        return [(node.forward, node.backward, node.times, node.name) for node in inside[1:]]
+        return [(node.forward.flops, node.backward.flops, node.times, node.name) for node in inside[1:]]
 
     names: dict[tuple[str, str], tuple[str, int]] = {}
     for _, node in tree.walk():

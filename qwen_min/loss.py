@@ -18,7 +18,7 @@ IGNORED = -100
 # them, which depends on their size and is a ten-thousandth of the product: not charged.
 CROSS_ENTROPY = Price(
     "loss",
-    "N V E gh gw gb",
+    "N V E gh gw gb: x*N*V > 8*N; max(gh,gw,gb)*x*N*V+gh*x*N*E+gw*w*V*E > max(gh,gw,gb)*x*N*V+gh*x*N*E+gw*w*V*E",
     exponential="N*(V+1)",
     add="N*V",
     d_divide="gh*N*E+max(gw,gb)*N",

@@ -32,10 +32,18 @@ class Price:
     """What one call of an op costs, forward and backward.
 
     `product` is "m,n,p" for a matrix product (m, n) @ (n, p): m·n·p multiplies and m·(n-1)·p adds, so m·p·(2n-1).
-    The other keywords are formulas for the number of primitives. The backward formulas (`d_...`) are the real ones;
-    0/1 flags among the dimensions say which gradients are wanted. `coursework` does not use them: there a backward
+    Other keywords are formulas for the number of primitives. The backward formulas (`d_...`) are the real ones; 0/1
+    flags among the dimensions say which gradients are wanted. `coursework` does not use them: there a backward
     is twice the forward by decree. `only` restricts a price to some conventions. `component` is the part of the
     architecture, `name` by default; an empty one follows from the module (see `flops.component`).
+
+    After the dimensions, past a colon, are the bytes that the op reads > writes; and, past a semicolon, its backward; x
+    is the bytes of an activation, w of a weight. `again` is a flag where the backward costs what the forward does.
+
+    A product follows from its sizes alone. Its backward is two products, where its last two dimensions, flags, are 1:
+    the result's gradient and the second operand make the first's gradient, and the other way round. Each reads both
+    operands and writes its result. The second operand is a matrix of weights; or, as activations are, one for each of
+    a `batch` of products, which m is divided over.
     """
 
     def __init__(
@@ -45,15 +53,31 @@ class Price:
         *,
         component: str | None = None,
         product: str = "",
-        d_products: tuple[str, ...] = (),
+        batch: str = "",
+        again: str = "",
         only: tuple[str, ...] = CONVENTIONS,
         **formulas: str,
     ):
+        dims, _, moved = dims.partition(":")
         self.name, self.dims, self.only = name, tuple(dims.split()), only
         self.component = name if component is None else component
-        self.product, self.d_products = product, d_products
         self.forward = {name: f for name, f in formulas.items() if not name.startswith("d_")}
         self.backward = {name[2:]: f for name, f in formulas.items() if name.startswith("d_")}
+        self.product, self.d_products = product, tuple[str, ...]()
+        moves = [side.strip() for phase in moved.split(";") if phase for side in phase.split(">")]
+        if again:
+            self.backward = {name: f"{again}*({formula})" for name, formula in self.forward.items()}
+            moves += [f"{again}*({formula})" for formula in moves]
+        moves += ["0"] * (4 - len(moves))
+        if product:
+            m, n, p = product.split(",")
+            g, h = self.dims[-2:]
+            back = f"{h}*{batch}*{p},{m}//({batch}),{n}" if batch else f"{h}*{p},{m},{n}"
+            self.d_products = (f"{g}*{m},{p},{n}", back)
+            first, second, out = f"x*{m}*{n}", f"x*{batch}*{n}*{p}" if batch else f"w*{n}*{p}", f"x*{m}*{p}"
+            d_moves = f"({g}+{h})*{out}+{g}*{second}+{h}*{first}", f"{g}*{first}+{h}*{second}"
+            moves = [f"{a}+{b}" for a, b in zip((f"{first}+{second}", out, *d_moves), moves, strict=True)]
+        self.moves = tuple(moves)
         assert set(self.forward) | set(self.backward) <= set(PRIMITIVES), (name, formulas)
 
     def formula(self, convention: str = "coursework") -> str:
@@ -91,6 +115,12 @@ class Price:
         if convention == "coursework":
             return forward, {name: 2 * n for name, n in forward.items()}
         return forward, _evaluate(self.d_products, self.backward, values, convention)
+
+    def bytes(self, dims: Dims, activation: int, weight: int) -> tuple[int, int, int, int]:
+        """Bytes read and written forward, read and written backward, with so many bytes in a number."""
+        values = self.values(dims, "exact") | {"x": activation, "w": weight}
+        read, written, d_read, d_written = (eval(_compiled(formula), {}, values) for formula in self.moves)
+        return read, written, d_read, d_written
 
 
 @cache

@@ -57,9 +57,10 @@ def as_trace(tree: Node, convention: str) -> dict[str, Any]:
     events: list[dict[str, Any]] = []
 
     def visit(node: Node, phase: str, start: int) -> None:
-        if not (flops := getattr(node, phase).total):
+        cost = getattr(node, phase)
+        if not (flops := cost.total):
             return
-        args: dict[str, Any] = {"flops": flops}
+        args: dict[str, Any] = {"flops": flops, "bytes read": cost.read, "bytes written": cost.written}
         if node.charge:
             numbers = node.charge.price.numbers(node.charge.dims, convention)
             args |= {"times": node.times, "formula": node.charge.price.formula(convention)} | numbers

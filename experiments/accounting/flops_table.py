@@ -33,7 +33,7 @@ def per_layer(meter: FlopMeter) -> dict[str, dict[str, int]]:
 
 
 def ops(tree: Node, convention: str) -> Iterator[dict[str, Any]]:
-    """Every op of a tree in a flat record: where it stands, its formula with its numbers, what it costs."""
+    """Every op of a tree in a flat record: where it stands, its formula with its numbers, FLOPs and bytes."""
     for _, node in tree.walk():
         if not (charge := node.charge):
             continue
@@ -43,6 +43,7 @@ def ops(tree: Node, convention: str) -> Iterator[dict[str, Any]]:
         row["numbers"] = " ".join(f"{name}={n}" for name, n in numbers.items())
         for phase, cost in (("forward", node.forward), ("backward", node.backward)):
             row |= {phase: cost.total} | {f"{phase}_{name}": cost.flops[name] for name in PRIMITIVES}
+            row |= {f"{phase}_bytes_read": cost.read, f"{phase}_bytes_written": cost.written}
         yield row
 
 

@@ -119,6 +119,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--cache", type=int, default=0, help="tokens already in the KV cache (0)")
     p.add_argument("--train", action="store_true", help="the backward pass too")
     p.add_argument("--convention", default="coursework", help="coursework, exact or matmul (coursework)")
+    p.add_argument("--dtype", default="float32", help="of the weights, for their bytes: float32 or bfloat16 (float32)")
+    p.add_argument(
+        "--compute-dtype", default="float32", help="of all else, for its bytes: float32 or bfloat16 (float32)"
+    )
     p.add_argument("--per-layer", action="store_true", help="and a tree of modules and ops, each with what is in it")
     p.add_argument("--depth", type=int, metavar="N", help="that tree down to N levels below the model (all)")
     p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")

@@ -16,6 +16,7 @@ from experiments.verbs.common import gather, print_json
 from experiments.verbs.doctor import lines
 from lora.layer import TARGETS
 from qwen_min import FlopMeter, QwenConfig, Tokenizer
+from qwen_min.flops import Node
 from qwen_min.load import resolve
 
 
@@ -69,13 +70,15 @@ def flops(args: Namespace) -> None:
     targets = getattr(args, "targets", list(TARGETS))
     options: dict[str, Any] = {"rank": rank, "targets": targets, "cached": cached, "training": training}
     meter = predict(config, batch, tokens, convention=args.convention, **options)
+    activation, weight = _bytes("compute-dtype", args.compute_dtype), _bytes("dtype", args.dtype)
+    tree = meter.tree(activation=activation, weight=weight)
     written = {flag: getattr(args, flag) for flag in EXPORTS if hasattr(args, flag)}
     for flag, path in written.items():
-        EXPORTS[flag](path, meter, f"{name}: {batch} x {tokens} tokens")
+        EXPORTS[flag](path, meter, tree, f"{name}: {batch} x {tokens} tokens")
     if hasattr(args, "json"):
         shown = flops_table.as_json(meter, {"model": name} | size | written)
         if hasattr(args, "per_layer"):
-            ops = list(flops_table.ops(meter.tree(), args.convention))
+            ops = list(flops_table.ops(tree, args.convention))
             shown |= {"per_layer": flops_table.per_layer(meter), "ops": ops}
         print_json(shown)
         return
@@ -90,17 +93,27 @@ def flops(args: Namespace) -> None:
         print(f"\nwritten: {', '.join(written.values())}")
 
 
-def _plot(path: str, meter: FlopMeter, title: str) -> None:
+TYPES = {"float32": 4, "bfloat16": 2}
+"""Bytes of a number."""
+
+
+def _bytes(flag: str, kind: str) -> int:
+    if kind not in TYPES:
+        raise ValueError(f"--{flag} is {kind!r}: expected {' or '.join(TYPES)}")
+    return TYPES[kind]
+
+
+def _plot(path: str, meter: FlopMeter, _: Node, title: str) -> None:
     from experiments import plots  # its library takes a second to load
 
     plots.flops_bars(meter.by_component(), path, title.replace(": ", ": forward of "))
 
 
-EXPORTS: dict[str, Callable[[str, FlopMeter, str], None]] = {
+EXPORTS: dict[str, Callable[[str, FlopMeter, Node, str], None]] = {
     "plot": _plot,
-    "csv": lambda path, meter, _: files.write_text(path, flops_files.as_csv(meter.tree(), meter.convention)),
-    "speedscope": lambda path, meter, title: files.write_json(path, flops_files.as_speedscope(meter.tree(), title)),
-    "chrome": lambda path, meter, _: files.write_json(path, flops_files.as_trace(meter.tree(), meter.convention)),
+    "csv": lambda path, meter, tree, _: files.write_text(path, flops_files.as_csv(tree, meter.convention)),
+    "speedscope": lambda path, _, tree, title: files.write_json(path, flops_files.as_speedscope(tree, title)),
+    "chrome": lambda path, meter, tree, _: files.write_json(path, flops_files.as_trace(tree, meter.convention)),
 }
 """What writes the file of each flag."""
 
