@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 # hidden, layers, query heads, key/value heads, feed-forward, tied head, vocabulary (the releases' own config.json)
-_SIZES = {
+SIZES = {
     "0.5B": (896, 24, 14, 2, 4864, True, 151936),
     "1.5B": (1536, 28, 12, 2, 8960, True, 151936),
     "3B": (2048, 36, 16, 2, 11008, True, 151936),
@@ -79,11 +79,11 @@ class QwenConfig:
     def named(cls, name: str) -> "QwenConfig":
         """One of the seven released sizes, without weights: "Qwen2.5-0.5B", ..., "Qwen2.5-72B" ("-Instruct" too)."""
         size = name.removeprefix("Qwen/").removeprefix("Qwen2.5-").removesuffix("-Instruct")
-        if size not in _SIZES or "Qwen2.5-" not in name:
+        if size not in SIZES or "Qwen2.5-" not in name:
             raise ValueError(
-                f"{name!r} is not a known size: expected one of " + ", ".join(f"Qwen2.5-{s}" for s in _SIZES)
+                f"{name!r} is not a known size: expected one of " + ", ".join(f"Qwen2.5-{s}" for s in SIZES)
             )
-        hidden, layers, heads, kv_heads, feed_forward, tied, vocabulary = _SIZES[size]
+        hidden, layers, heads, kv_heads, feed_forward, tied, vocabulary = SIZES[size]
         return cls(
             vocabulary,
             hidden,

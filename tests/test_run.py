@@ -78,6 +78,8 @@ def test_every_help_shows_an_example_that_parses(verb, capsys, monkeypatch):
         ["flops", "--depth", "-1"],
         ["flops", "--rank", "2", "--targets", "z_proj"],
         ["flops", "--csv", "."],
+        ["flops", "--html", "."],
+        ["flops", "--calibrate"],
         ["flops", "--dtype", "float16"],
         ["flops", "--compute-dtype", "int8"],
         ["budget"],

@@ -9,7 +9,7 @@ from typing import NoReturn
 from experiments.training.parallel import rank
 
 LEDGER = "ledger.sqlite"
-PATHS = {"model", "data", "adapter", "out", "ledger", "config", "run"} | {"plot", "csv", "speedscope", "chrome"}
+PATHS = {"model", "data", "adapter", "out", "ledger", "config", "run"} | {"plot", "csv", "speedscope", "chrome", "html"}
 """The flags that name a file or folder."""
 
 EXAMPLES = {
@@ -127,6 +127,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--depth", type=int, metavar="N", help="that tree down to N levels below the model (all)")
     p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     p.add_argument("--plot", help="draw the components' shares into this PNG")
+    p.add_argument("--html", help="write a page to look through all of it, for any setting, into this file")
+    p.add_argument("--calibrate", action="store_true", help="with --html: measure this machine for its roofline")
     p.add_argument("--csv", help="write every op, its formula, numbers and primitives into this file")
     p.add_argument("--speedscope", help="write the tree as speedscope's JSON")
     p.add_argument("--chrome", help="write the tree as trace events, which a browser's trace viewer opens")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from experiments.accounting import flops_files, flops_table
+from experiments.accounting import explorer, flops_files, flops_table
 from experiments.accounting.predict import predict
 from experiments.run_folder import files
 from experiments.settings import protocols
@@ -61,6 +61,8 @@ def flops(args: Namespace) -> None:
     depth = getattr(args, "depth", None)
     if depth is not None and depth < 0:
         raise ValueError(f"--depth is {depth}: expected at least 0")
+    if hasattr(args, "calibrate") and not hasattr(args, "html"):
+        raise ValueError("--calibrate without --html: expected both, as the measured machine stands on the page")
     if training and cached:
         raise ValueError(f"--cache is {cached} with --train: expected 0, as a training step has no cache")
     if re.fullmatch(r"Qwen2\.5-.*|Qwen/Qwen2\.5-[\d.]+B(-Instruct)?", name) and not Path(name).is_dir():
@@ -75,6 +77,12 @@ def flops(args: Namespace) -> None:
     written = {flag: getattr(args, flag) for flag in EXPORTS if hasattr(args, flag)}
     for flag, path in written.items():
         EXPORTS[flag](path, meter, tree, f"{name}: {batch} x {tokens} tokens")
+    if hasattr(args, "html"):
+        start = size | {"guesses": 13, "targets": targets, "phase": "training" if training else "forward"}
+        start |= {"convention": args.convention, "x": activation, "w": weight}
+        machines = [explorer.calibrated()] if hasattr(args, "calibrate") else []
+        files.write_text(args.html, explorer.page(name, config, start, machines))
+        written["html"] = args.html
     if hasattr(args, "json"):
         shown = flops_table.as_json(meter, {"model": name} | size | written)
         if hasattr(args, "per_layer"):
