@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import groupby
 from typing import NamedTuple
 
@@ -153,6 +154,11 @@ class FlopMeter:
         Bytes are those of the plain maths, op by op: each tensor that an op names is read or written once, whatever a
         cache or a fused kernel saves. Token ids, masks, copies and the cache's writes are left out.
         """
+
+        @cache  # layers are charged alike
+        def priced(price: Price, dims: Dims):
+            return price.cost(dims, self.convention), price.bytes(dims, activation, weight)
+
         names = _folded(self.tree()) if fold else {}
         root = Node("", "")
         modules, ops = {"": root}, dict[tuple, Node]()
@@ -171,8 +177,7 @@ class FlopMeter:
                 inside[-1].children.append(ops[key])
             op = ops[key]
             op.charge, op.times = charge, op.times + charge.times
-            forward, backward = charge.price.cost(charge.dims, self.convention)
-            read, written, d_read, d_written = charge.price.bytes(charge.dims, activation, weight)
+            (forward, backward), (read, written, d_read, d_written) = priced(charge.price, charge.dims)
             for node in (*inside, op):
                 node.forward.add(forward, read, written, charge.times)
                 node.backward.add(backward, d_read, d_written, charge.times)

@@ -80,6 +80,7 @@ def test_every_help_shows_an_example_that_parses(verb, capsys, monkeypatch):
         ["flops", "--csv", "."],
         ["flops", "--html", "."],
         ["flops", "--calibrate"],
+        ["flops", "--rank", "2", "--targets", "1.mlp.up_proj", "--html", "f.html"],
         ["flops", "--dtype", "float16"],
         ["flops", "--compute-dtype", "int8"],
         ["budget"],

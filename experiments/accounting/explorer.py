@@ -88,8 +88,10 @@ def page(name: str, config: QwenConfig, start: dict[str, Any], machines: Sequenc
         machines: (name, FLOP/s, bytes/s) beside the known ones.
 
     Raises:
-        ValueError: the page is larger than `MOST` bytes.
+        ValueError: the page is larger than `MOST` bytes, or a target of LoRA is of one layer alone.
     """
+    if single := [target for target in start["targets"] if any(part.isdigit() for part in target.split("."))]:
+        raise ValueError(f"target {single[0]!r} is of one layer: expected names that hold for every layer of the page")
     sets = list(dict.fromkeys((*TARGET_SETS, tuple(start["targets"]))))
     prices, charged = programs(sets)
     models = {f"Qwen2.5-{size}": QwenConfig.named(f"Qwen2.5-{size}") for size in SIZES} | {name: config}
