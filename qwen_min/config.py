@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 # The first six fields of a config and whether the head is tied, from the releases' own config.json
-_SIZES = {
+SIZES = {
     "0.5B": ((151936, 896, 4864, 24, 14, 2), True),
     "1.5B": ((151936, 1536, 8960, 28, 12, 2), True),
     "3B": ((151936, 2048, 11008, 36, 16, 2), True),
@@ -71,11 +71,11 @@ class QwenConfig:
     def named(cls, name: str) -> "QwenConfig":
         """One of the seven released sizes, without weights: "Qwen2.5-0.5B", ..., "Qwen2.5-72B" ("-Instruct" too)."""
         size = name.removeprefix("Qwen/").removeprefix("Qwen2.5-").removesuffix("-Instruct")
-        if size not in _SIZES or "Qwen2.5-" not in name:
+        if size not in SIZES or "Qwen2.5-" not in name:
             raise ValueError(
-                f"{name!r} is not a known size: expected one of " + ", ".join(f"Qwen2.5-{s}" for s in _SIZES)
+                f"{name!r} is not a known size: expected one of " + ", ".join(f"Qwen2.5-{s}" for s in SIZES)
             )
-        sizes, tied = _SIZES[size]
+        sizes, tied = SIZES[size]
         return cls(*sizes, rope_theta=1e6, rms_norm_eps=1e-6, max_position_embeddings=32768, tie_word_embeddings=tied)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""FLOPs, counted where the op runs: prices, conventions, the ambient meter and `charge`.
+"""FLOPs, counted where the op runs: the ambient meter, `charge`, and the tree of what was charged.
 
 An op declares its `Price` once, as formulas over named dimensions, and calls `charge(PRICE, *dims)` on the line
 beside its arithmetic. The meter keeps how often each (module, price, dimensions) was charged and evaluates the
@@ -6,105 +6,19 @@ formulas when it is asked, so a count costs one dictionary update, is an exact P
 every convention. Nothing here looks at tensor data: a forward on the meta device charges the same integers.
 """
 
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from functools import cache
+from itertools import groupby
 from typing import NamedTuple
 
 from torch import nn
 from torch.compiler import is_compiling
 
-PRIMITIVES = {"add": 1, "multiply": 1, "divide": 1, "exponential": 10, "square_root": 10, "sine_cosine": 10}
-"""FLOPs of one primitive: add, subtract, negate 1; multiply 1; divide, invert 1; the rest 10. Logarithms are priced
-(and listed) as exponentials."""
-
-CONVENTIONS = ("coursework", "exact", "matmul")
-"""`coursework`: the course brief's simplifications (below). `exact`: what the machine executes. `matmul`: matrix
-products alone at 2mnp, the figure of torch.utils.flop_counter."""
-
-
-class Dim(NamedTuple):
-    """A dimension that `coursework` reads as another number (the key/value width: charged with all H heads)."""
-
-    true: int
-    coursework: int
-
-
-Dims = tuple["int | Dim", ...]
-
-
-class Price:
-    """What one call of an op costs, forward and backward.
-
-    `product` is "m,n,p" for a matrix product (m, n) @ (n, p): m·n·p multiplies and m·(n-1)·p adds, so m·p·(2n-1).
-    The other keywords are formulas for the number of primitives. The backward formulas (`d_...`) are the real ones;
-    0/1 flags among the dimensions say which gradients are wanted. `coursework` does not use them: there a backward
-    is twice the forward by decree. `only` restricts a price to some conventions.
-    """
-
-    def __init__(
-        self,
-        component: str,
-        dims: str,
-        *,
-        product: str = "",
-        d_products: tuple[str, ...] = (),
-        only: tuple[str, ...] = CONVENTIONS,
-        **formulas: str,
-    ):
-        self.component, self.dims, self.only = component, tuple(dims.split()), only
-        self.product, self.d_products = product, d_products
-        self.forward = {name: f for name, f in formulas.items() if not name.startswith("d_")}
-        self.backward = {name[2:]: f for name, f in formulas.items() if name.startswith("d_")}
-        assert set(self.forward) | set(self.backward) <= set(PRIMITIVES), (component, formulas)
-
-    @property
-    def formula(self) -> str:
-        """The forward price as text, e.g. "N·O·(2·I-1)"."""
-        terms = []
-        if self.product:
-            m, n, p = self.product.split(",")
-            terms.append(f"{m}*{p}*(2*{n}-1)")
-        for primitive, text in self.forward.items():
-            price = PRIMITIVES[primitive]
-            terms.append(text if price == 1 else f"{price}*{text}")
-        return " + ".join(terms).replace("*", "·")
-
-    def values(self, dims: Dims, convention: str) -> dict[str, int]:
-        """The dimensions by name, as `convention` reads them."""
-        side = 1 if convention == "coursework" else 0
-        return {name: d[side] if isinstance(d, tuple) else d for name, d in zip(self.dims, dims, strict=True)}
-
-    def cost(self, dims: Dims, convention: str) -> tuple[dict[str, int], dict[str, int]]:
-        """FLOPs by primitive, forward and backward."""
-        if convention not in self.only:
-            return {}, {}
-        values = self.values(dims, convention)
-        forward = _evaluate((self.product,) if self.product else (), self.forward, values, convention)
-        if convention == "coursework":
-            return forward, {name: 2 * n for name, n in forward.items()}
-        return forward, _evaluate(self.d_products, self.backward, values, convention)
-
-
-@cache
-def _compiled(formula: str):
-    return compile(formula.strip(), "<price>", "eval")
-
-
-def _evaluate(
-    products: tuple[str, ...], formulas: dict[str, str], values: dict[str, int], convention: str
-) -> dict[str, int]:
-    flops: dict[str, int] = defaultdict(int)
-    for product in products:
-        m, n, p = (eval(_compiled(side), {}, values) for side in product.split(","))
-        flops["multiply"] += m * n * p
-        flops["add"] += m * n * p if convention == "matmul" else m * (n - 1) * p
-    if convention != "matmul":
-        for primitive, formula in formulas.items():
-            flops[primitive] += PRIMITIVES[primitive] * eval(_compiled(formula), {}, values)
-    return flops
+from qwen_min.prices import CONVENTIONS, Dim, Dims, Price
 
 
 class Charge(NamedTuple):
@@ -114,6 +28,49 @@ class Charge(NamedTuple):
     price: Price
     dims: Dims
     times: int
+
+
+@dataclass
+class Cost:
+    """What a forward, or a backward, of a part of the model costs: FLOPs by primitive, bytes read and written."""
+
+    flops: Counter[str] = field(default_factory=Counter)
+    read: int = 0
+    written: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.flops.total()
+
+    def add(self, flops: Mapping[str, int], read: int, written: int, times: int) -> None:
+        for primitive, n in flops.items():
+            self.flops[primitive] += n * times
+        self.read, self.written = self.read + read * times, self.written + written * times
+
+
+@dataclass
+class Node:
+    """A module with all that is inside it, or an op: a node of the tree that `FlopMeter.tree` returns.
+
+    `name` is the last part of `path` ("model.layers.0.mlp.up_proj"; empty for the whole), or the op's ("linear").
+    `layers` equal layers stand in one node. An op has what was charged last (its flags of gradients may differ from
+    call to call) and how many `times`; a module has `children`, in the order of the forward.
+    """
+
+    name: str
+    path: str
+    forward: Cost = field(default_factory=Cost)
+    backward: Cost = field(default_factory=Cost)
+    children: list["Node"] = field(default_factory=list)
+    layers: int = 1
+    charge: "Charge | None" = None
+    times: int = 0
+
+    def walk(self, depth: int = 0) -> Iterator[tuple[int, "Node"]]:
+        """This node and all below it, each with its depth, a parent before its children."""
+        yield depth, self
+        for child in self.children:
+            yield from child.walk(depth + 1)
 
 
 class FlopMeter:
@@ -170,8 +127,13 @@ class FlopMeter:
         """Forward and backward."""
         return self.total + self.backward
 
-    def by_module(self) -> dict[str, int]:
-        """Forward FLOPs by the module that ran the op, by its name in the model ("model.layers.0.mlp.up_proj")."""
+    def by_module(self, inclusive: bool = False) -> dict[str, int]:
+        """Forward FLOPs by the module that ran the op, by its name in the model ("model.layers.0.mlp.up_proj").
+
+        The module's own ops alone; `inclusive`: and those of the modules inside it, so that "" is the whole model.
+        """
+        if inclusive:
+            return {node.path: node.forward.total for _, node in self.tree().walk() if not node.charge}
         return self._by(lambda c, p: c.module)
 
     def by_component(self) -> dict[str, int]:
@@ -182,12 +144,67 @@ class FlopMeter:
         """Forward FLOPs by primitive (an exponential counts 10)."""
         return self._by(lambda c, p: p)
 
+    def tree(self, fold: bool = False, activation: int = 4, weight: int = 4) -> Node:
+        """What was charged, as model > layers > module > op; every node holds the sum of its children.
+
+        Args:
+            fold: layers of the same FLOPs, op by op, are one node ("0-23"), which holds what they cost together.
+            activation, weight: bytes of a number of each. LoRA's matrices and the logit bias have 4.
+
+        Bytes are those of the plain maths, op by op: each tensor that an op names is read or written once, whatever a
+        cache or a fused kernel saves. Token ids, masks, copies and the cache's writes are left out.
+        """
+
+        @cache  # layers are charged alike
+        def priced(price: Price, dims: Dims):
+            return price.cost(dims, self.convention), price.bytes(dims, activation, weight)
+
+        names = _folded(self.tree()) if fold else {}
+        root = Node("", "")
+        modules, ops = {"": root}, dict[tuple, Node]()
+        for charge in self.charges():
+            inside, path = [root], ""
+            for part in charge.module.split(".") if charge.module else ():
+                part, count = names.get((path, part), (part, 1))
+                path = f"{path}.{part}".lstrip(".")
+                if path not in modules:
+                    modules[path] = Node(part, path, layers=count)
+                    inside[-1].children.append(modules[path])
+                inside.append(modules[path])
+            key = (path, charge.price, *charge.price.numbers(charge.dims, self.convention).values())
+            if key not in ops:
+                ops[key] = Node(charge.price.name, path)
+                inside[-1].children.append(ops[key])
+            op = ops[key]
+            op.charge, op.times = charge, op.times + charge.times
+            (forward, backward), (read, written, d_read, d_written) = priced(charge.price, charge.dims)
+            for node in (*inside, op):
+                node.forward.add(forward, read, written, charge.times)
+                node.backward.add(backward, d_read, d_written, charge.times)
+        return root
+
     def _by(self, key, phase: int = 0) -> dict[str, int]:
         flops: dict[str, int] = defaultdict(int)
         for charge in self.charges():
             for primitive, n in charge.price.cost(charge.dims, self.convention)[phase].items():
                 flops[key(charge, primitive)] += n * charge.times
         return {name: n for name, n in flops.items() if n}
+
+
+def _folded(tree: Node) -> dict[tuple[str, str], tuple[str, int]]:
+    """Of each layer, by its list and number: the name of the run of layers that cost what it does, and their count."""
+
+    def costs(layer: Node) -> list:
+        inside = [node for _, node in layer.walk()]
+        return [(node.forward.flops, node.backward.flops, node.times, node.name) for node in inside[1:]]
+
+    names: dict[tuple[str, str], tuple[str, int]] = {}
+    for _, node in tree.walk():
+        for _, run in groupby((child for child in node.children if child.name.isdigit()), costs):
+            layers = [layer.name for layer in run]
+            name = layers[0] if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
+            names |= {(node.path, layer): (name, len(layers)) for layer in layers}
+    return names
 
 
 _meters: ContextVar[tuple[FlopMeter, ...]] = ContextVar("meters", default=())

@@ -5,9 +5,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwen_min.cache import Prefill
-from qwen_min.flops import Price, charge
+from qwen_min.flops import charge
 from qwen_min.layers import Linear
 from qwen_min.ops import LINEAR, LOGIT_BIAS, count_up, faster, wanted
+from qwen_min.prices import Price
 
 IGNORED = -100
 """The target of a token that does not count, as in torch and Hugging Face."""
@@ -17,7 +18,7 @@ IGNORED = -100
 # them, which depends on their size and is a ten-thousandth of the product: not charged.
 CROSS_ENTROPY = Price(
     "loss",
-    "N V E gh gw gb",
+    "N V E gh gw gb: x*N*V > 8*N; max(gh,gw,gb)*x*N*V+gh*x*N*E+gw*w*V*E > max(gh,gw,gb)*x*N*V+gh*x*N*E+gw*w*V*E",
     exponential="N*(V+1)",
     add="N*V",
     d_divide="gh*N*E+max(gw,gb)*N",
@@ -27,15 +28,22 @@ CROSS_ENTROPY = Price(
 )
 
 # A weight per token, times its loss and its part of each gradient.
-WEIGHTS = Price("loss", "N E gh gw gb", multiply="N", d_multiply="gh*N*E+max(gw,gb)*N+gw*N*E", only=("exact",))
+WEIGHTS = Price(
+    "weights",
+    "N E gh gw gb: 12*N > 8*N; 4*N+x*((gh+gw)*N*E+max(gw,gb)*N) > x*((gh+gw)*N*E+max(gw,gb)*N)",
+    component="loss",
+    multiply="N",
+    d_multiply="gh*N*E+max(gw,gb)*N+gw*N*E",
+    only=("exact",),
+)
 
 # Per token: the D digits' logits, their softmax, and its mean distance from the true digit, which is looked up.
 # Backward: the loss's factor times each distance, the softmax's own, and the sums with the cross-entropy's gradients.
 NUMBER_LOSS = Price(
-    "loss",
-    "N E D b gh gw gb",
+    "number_loss",
+    "N E D b gb gh gw: x*N*D+8*N > 0; max(gh,gw,gb)*x*N*D > max(gh,gw,gb)*x*N*D",
+    component="loss",
     product="N,E,D",
-    d_products=("gh*N,D,E", "gw*D,N,E"),
     exponential="N*D",
     divide="N*D",
     multiply="N*D",
@@ -101,7 +109,7 @@ def number_loss(hidden: Tensor, head: Linear, targets: Tensor, digits: Tensor, b
     rows, weight = hidden.flatten(0, -2), head.weight[digits]  # (N, E), (10, E)
     bias = None if bias is None else bias[digits]
     with head.charged():
-        charge(NUMBER_LOSS, *rows.shape, len(digits), int(bias is not None), *wanted(rows, weight, bias))
+        charge(NUMBER_LOSS, *rows.shape, len(digits), int(bias is not None), *wanted(bias, rows, weight))
     logits = F.linear(rows, weight.to(rows.dtype), None if bias is None else bias.to(rows.dtype))  # (N, 10)
     true = targets.flatten()[:, None] == digits  # (N, 10)
     values = count_up(len(digits), digits.device)

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from qwen_min.flops import Dim, Price, charge
+from qwen_min.flops import charge
+from qwen_min.prices import Dim, Price
 
 FAST: dict[str, Callable] = {}
 COMPILABLE: dict[str, Callable] = {}
@@ -35,14 +36,9 @@ def wanted(*tensors: Tensor | None) -> tuple[int, ...]:
     return tuple(int(t is not None and t.requires_grad) for t in tensors)
 
 
-def _width(true: int, coursework: int | None) -> int | Dim:
-    """A layer's output width as it is charged: one number, or two where `coursework` has its own."""
-    return true if coursework is None or coursework == true else Dim(true, coursework)
-
-
 # Coursework adds position vectors to the embeddings, and leaves rotations free; the real model does the reverse.
 POSITIONS = Price("positions", "N E", add="N*E", only=("coursework",))
-EMBEDDING = Price("embedding", "N E gw", d_add="gw*N*E", only=("exact",))
+EMBEDDING = Price("embedding", "N E gw: w*N*E > x*N*E; gw*x*N*E > gw*w*N*E", d_add="gw*N*E", only=("exact",))
 
 
 def embedding(ids: Tensor, weight: Tensor) -> Tensor:
@@ -55,8 +51,8 @@ def embedding(ids: Tensor, weight: Tensor) -> Tensor:
         raise ValueError(f"a token is outside of the vocabulary: expected 0 to {len(weight) - 1}") from None
 
 
-LINEAR = Price("", "N I O gx gw", product="N,I,O", d_products=("gx*N,O,I", "gw*O,N,I"))
-BIAS = Price("", "N O gb", add="N*O", d_add="gb*O*(N-1)")
+LINEAR = Price("linear", "N I O gx gw", component="", product="N,I,O")
+BIAS = Price("bias", "N O gb: w*O > 0; gb*x*N*O > gb*w*O", component="", add="N*O", d_add="gb*O*(N-1)")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, coursework_out: int | None = None) -> Tensor:
@@ -66,7 +62,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, coursework_out
     """
     n, (o, i) = tokens_of(x), weight.shape
     gx, gw, gb = wanted(x, weight, bias)
-    out = _width(o, coursework_out)
+    out = Dim.of(o, coursework_out)
     charge(LINEAR, n, i, out, gx, gw)
     if bias is not None:
         charge(BIAS, n, out, gb)
@@ -75,7 +71,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, coursework_out
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-SHARED = Price("shared", "n readers gx", d_add="gx*n*(readers-1)", only=("exact",))
+SHARED = Price("shared", "n readers gx: 0 > 0; gx*x*n*readers > gx*x*n", d_add="gx*n*(readers-1)", only=("exact",))
 
 
 def shared(x: Tensor, readers: int) -> Tensor:
@@ -84,14 +80,15 @@ def shared(x: Tensor, readers: int) -> Tensor:
     return x
 
 
-LOW_RANK = Price("lora", "N I R gx ga", product="N,I,R", d_products=("gx*N,R,I", "ga*R,N,I"), d_add="gx*N*I")
+LOW_RANK = Price("lora", "N I R gx ga: 0 > 0; gx*2*x*N*I > gx*x*N*I", product="N,I,R", batch="1", d_add="gx*N*I")
 LOW_RANK_OUT = Price(
-    "lora",
-    "N R O gh gb",
+    "lora_out",
+    "N R O gh gb: 2*x*N*O > x*N*O; max(gh,gb)*x*N*O > max(gh,gb)*x*N*O",
+    component="lora",
     product="N,R,O",
+    batch="1",
     multiply="N*O",
     add="N*O",
-    d_products=("gh*N,O,R", "gb*O,N,R"),
     d_multiply="N*O*max(gh,gb)",
 )
 
@@ -104,7 +101,7 @@ def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, cours
     n, (r, i), o = tokens_of(x), a.shape, b.shape[0]
     low = F.linear(x.to(a.dtype), a)  # (..., R)
     charge(LOW_RANK, n, i, r, *wanted(x, a))
-    charge(LOW_RANK_OUT, n, r, _width(o, coursework_out), *wanted(low, b))
+    charge(LOW_RANK_OUT, n, r, Dim.of(o, coursework_out), *wanted(low, b))
     return _plus(y, F.linear(low, b), scale)
 
 
@@ -117,7 +114,7 @@ def _plus(y: Tensor, x: Tensor, scale: float = 1.0) -> Tensor:
 
 RMS_NORM = Price(
     "norm",
-    "N E gx gw",
+    "N E gx gw: x*N*E+w*E > x*N*E; max(gx,gw)*2*x*N*E+gx*w*E > gx*x*N*E+gw*w*E",
     multiply="2*N*E",
     add="N*E",
     divide="N*(E+1)",
@@ -143,7 +140,7 @@ def count_up(n: int, device: torch.device) -> Tensor:
     return torch.arange(n).to(device) if device.type == "meta" else torch.arange(n, device=device)
 
 
-ANGLES = Price("rotation", "N D", multiply="N*D//2", sine_cosine="N*D", only=("exact",))
+ANGLES = Price("angles", "N D: 0 > 8*N*D", component="rotation", multiply="N*D//2", sine_cosine="N*D", only=("exact",))
 
 
 def rotation_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -158,14 +155,12 @@ def rotation_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Ten
     return torch.cat((angles.cos(),) * 2, -1), torch.cat((angles.sin(),) * 2, -1)
 
 
-ROTATION = Price(
-    "rotation", "n gx", multiply="2*n", add="n+n//2", d_multiply="gx*2*n", d_add="gx*(n+n//2)", only=("exact",)
-)
+ROTATION = Price("rotation", "n c gx: x*(n+2*c) > x*n", multiply="2*n", add="n+n//2", again="gx", only=("exact",))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate each pair (x[i], x[i + D/2]) of (B, T, heads, D) by its angle, in the type of x."""
-    charge(ROTATION, x.numel(), *wanted(x))
+    charge(ROTATION, x.numel(), cos.numel(), *wanted(x))
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)  # (B, T, 1, D)
     if answer := faster("rotate"):
         return answer(x, cos, sin)
@@ -173,19 +168,19 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-second, first), -1) * sin
 
 
-# The gradient of a key or value head sums over the H/K query heads that share it.
-SCORES = Price("scores", "B H K T S D gq gk", product="B*H*T,D,S", d_products=("gq*B*H*T,S,D", "gk*B*K*S,H//K*T,D"))
-SCALE = Price("scores", "B H T S gx", multiply="B*H*T*S", d_multiply="gx*B*H*T*S")
+# The gradient of a key or value head sums over the H/K query heads that share it: B·K products.
+SCORES = Price("scores", "B H K T S D gq gk", product="B*H*T,D,S", batch="B*K")
+SCALE = Price("scale", "B H T S gx: x*B*H*T*S > x*B*H*T*S", component="scores", multiply="B*H*T*S", again="gx")
 SOFTMAX = Price(
     "softmax",
-    "B H T S gx",
+    "B H T S gx: x*B*H*T*S > x*B*H*T*S; gx*2*x*B*H*T*S > gx*x*B*H*T*S",
     exponential="B*H*T*S",
     add="B*H*T*(S-1)",
     divide="B*H*T*S",
     d_multiply="gx*2*B*H*T*S",
     d_add="gx*B*H*T*(2*S-1)",
 )
-VALUES = Price("values", "B H K T S D gw gv", product="B*H*T,S,D", d_products=("gw*B*H*T,D,S", "gv*B*K*S,H//K*T,D"))
+VALUES = Price("values", "B H K T S D gw gv", product="B*H*T,S,D", batch="B*K")
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -217,7 +212,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 SWIGLU = Price(
     "silu",
-    "N F gg gu",
+    "N F gg gu: 2*x*N*F > x*N*F; (2*max(gg,gu)+gg)*x*N*F > (gg+gu)*x*N*F",
     add="2*N*F",
     exponential="N*F",
     divide="N*F",
@@ -237,7 +232,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-RESIDUAL = Price("residual", "N E gx", add="N*E", d_add="gx*N*E")  # backward: the two branches' gradients meet
+# In the backward the two branches' gradients meet.
+RESIDUAL = Price("residual", "N E gx: 2*x*N*E > x*N*E", add="N*E", again="gx")
 
 
 def add_residual(x: Tensor, branch: Tensor) -> Tensor:
@@ -246,7 +242,7 @@ def add_residual(x: Tensor, branch: Tensor) -> Tensor:
     return _plus(branch, x)
 
 
-LOGIT_BIAS = Price("logit_bias", "N V gb", add="N*V", d_add="gb*V*(N-1)")
+LOGIT_BIAS = Price("logit_bias", "N V gb: x*N*V+4*V > x*N*V; gb*x*N*V > gb*4*V", add="N*V", d_add="gb*V*(N-1)")
 
 
 def add_logit_bias(logits: Tensor, bias: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """The command line: one line and exit code 2 for bad input, JSON alone on stdout, an example in every --help."""
 
+import csv
 import json
 import shlex
 import shutil
@@ -14,6 +15,7 @@ import pytest
 from experiments import run
 from experiments.verbs import arguments
 from qwen_min.fast import product
+from qwen_min.prices import PRIMITIVES
 
 ROOT = Path(__file__).parents[1]
 POCKET = ROOT / "weights" / "pocket"
@@ -73,6 +75,14 @@ def test_every_help_shows_an_example_that_parses(verb, capsys, monkeypatch):
         ["flops", "--model", "Qwen/Qwen2.5-Math-7B", "--offline"],
         ["flops", "--batch", "0"],
         ["flops", "--convention", "paper"],
+        ["flops", "--depth", "-1"],
+        ["flops", "--rank", "2", "--targets", "z_proj"],
+        ["flops", "--csv", "."],
+        ["flops", "--html", "."],
+        ["flops", "--calibrate"],
+        ["flops", "--rank", "2", "--targets", "1.mlp.up_proj", "--html", "f.html"],
+        ["flops", "--dtype", "float16"],
+        ["flops", "--compute-dtype", "int8"],
         ["budget"],
         ["forecast"],
         ["forecast", "--system", "1000"],
@@ -184,8 +194,8 @@ def test_the_flops_table_shows_formulas_whose_lines_add_up(capsys, tmp_path):
     lines = printed[printed.index("component") :].split("\n\n")[0].splitlines()[1:]
     assert sum(int(line.split()[2].replace(",", "")) for line in lines) == 2_258_760_259_584
     assert "N·O·(2·I-1) [N=2048, I=896, O=4864]" in printed and printed.endswith("\n\nwritten: f.png\n")
-    layer = next(line for line in printed.splitlines() if line.startswith("model.layers.23.mlp.down_proj"))
-    assert layer.split()[1:] == ["17,849,122,816", "0.79%", "35,698,245,632", "53,547,368,448"]
+    layer = next(line for line in printed.splitlines() if line.startswith("     down_proj"))
+    assert layer.split()[1:] == ["428,378,947,584", "856,757,895,168", "1,285,136,842,752", "18.97%", "#"]
     assert Path("f.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -201,13 +211,65 @@ def test_per_layer_a_module_has_its_own_flops_and_those_of_the_modules_inside_it
     assert plain["convention"] == convention
     for part in ("by_module", "by_component", "by_primitive"):
         assert sum(plain[part].values()) == plain["forward"]
-    layers = both.pop("per_layer")
+    layers, ops = both.pop("per_layer"), both.pop("ops")
+    assert sum(op["forward"] for op in ops) == plain["forward"]
     assert both == plain | {"plot": "f.png"}
     assert layers[""] == {"forward": plain["forward"], "backward": plain["backward"]}
     for name, flops in layers.items():
         inside = [child for child in layers if child and child.rpartition(".")[0] == name]
         own = plain["by_module"].get(name, 0)
         assert flops["forward"] == own + sum(layers[child]["forward"] for child in inside), name
+
+
+def tree_lines(capsys, *flags: str) -> list[str]:
+    assert run.main(["flops", *flags]) == 0
+    return capsys.readouterr().out.rpartition("\n\n")[2].splitlines()
+
+
+def test_the_tree_of_a_model_fits_100_columns_and_goes_as_deep_as_it_is_asked_to(capsys):
+    large = ("--model", "Qwen2.5-72B", "--batch", "400", "--context", "9000")
+    for flags in ((), ("--train",), (*large, "--train", "--convention", "exact"), large):
+        lines = tree_lines(capsys, *flags, "--per-layer")
+        assert max(map(len, lines)) <= 100 and any("24 x 0-23" in line or "80 x 0-79" in line for line in lines), lines
+    assert tree_lines(capsys, "--rank", "8", "--depth", "1") == [
+        "                     forward   share",
+        "the model  2,258,760,259,584 100.00% ####################",
+        " model     1,701,463,873,536  75.33% ###############",
+        " lm_head     557,296,386,048  24.67% #####",
+    ]
+
+
+def test_the_tree_is_written_as_csv_as_speedscopes_profiles_and_as_trace_events(capsys):
+    flags = ["--model", str(POCKET), "--rank", "2", "--train", "--convention", "exact"]
+    files = [*("--csv", "a.csv"), *("--speedscope", "s.json"), *("--chrome", "t.json")]
+    assert run.main(["flops", *flags, *files, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["csv"], shown["speedscope"], shown["chrome"]) == ("a.csv", "s.json", "t.json")
+    whole = {phase: shown[phase] for phase in ("forward", "backward")}
+
+    rows = list(csv.DictReader(Path("a.csv").read_text().splitlines()))
+    assert {phase: sum(int(row[phase]) for row in rows) for phase in whole} == whole
+    for row in rows:
+        assert int(row["forward"]) == sum(int(row[f"forward_{name}"]) for name in PRIMITIVES)
+        numbers = {name: int(n) for name, n in (pair.split("=") for pair in row["numbers"].split())}
+        formula = row["formula"].replace("·", "*") or "0"
+        assert int(row["forward"]) == int(row["times"]) * eval(formula, {}, numbers), row
+
+    profiles = json.loads(Path("s.json").read_text())
+    frames = [frame["name"] for frame in profiles["shared"]["frames"]]
+    for profile in profiles["profiles"]:
+        assert profile["endValue"] == sum(profile["weights"]) == whole[profile["name"]]
+        assert len(profile["samples"]) == len(profile["weights"])
+        assert all(frames[stack[0]].startswith(str(POCKET)) and len(stack) > 2 for stack in profile["samples"])
+    assert "model.layers.1.mlp.up_proj linear" in frames
+
+    events = json.loads(Path("t.json").read_text())["traceEvents"]
+    roots = [event for event in events if event["name"] in whole]
+    assert {event["name"]: event["args"]["flops"] for event in roots} == whole
+    layers = [event for event in events if event["name"] == "1"]
+    assert [event["cat"] for event in layers] == ["forward", "backward"]
+    for event, root in zip(layers, roots, strict=True):
+        assert root["ts"] <= event["ts"] and event["ts"] + event["dur"] <= root["ts"] + root["dur"]
 
 
 def test_generate_streams_a_greedy_continuation_to_stdout(capsys):

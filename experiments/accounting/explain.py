@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from experiments.accounting.flops_table import formula
 from qwen_min import FlopMeter, Qwen, ops
-from qwen_min.flops import Charge, Metered, Price, component, unmetered
+from qwen_min.flops import Charge, Metered, component, unmetered
+from qwen_min.prices import Price
 from qwen_min.trace import replaced
 
 PRICES = {name: value for name, value in vars(ops).items() if isinstance(value, Price)}
@@ -110,7 +110,7 @@ def _prices(call: Call, convention: str) -> Iterator[str]:
         if not (flops := cost(charge, convention)):
             yield f"    {component(charge)}: nothing in a forward, by {convention}"
             continue
-        text, values = formula(charge.price, convention), charge.price.values(charge.dims, convention)
+        text, values = charge.price.formula(convention), charge.price.numbers(charge.dims, convention)
         numbers = re.sub(r"[A-Za-z]\w*", partial(_number, values), text)
         yield f"    {component(charge)}: {text} = {numbers} = {flops:,}"
 

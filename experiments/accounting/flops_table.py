@@ -1,11 +1,16 @@
 """The `flops` verb: what a forward or a training step costs, with each formula and its numbers."""
 
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 from experiments.accounting.ledger import BUDGET
 from qwen_min import FlopMeter
-from qwen_min.flops import PRIMITIVES, Price, component
+from qwen_min.flops import Node, component
+from qwen_min.prices import PRIMITIVES
+
+WIDTH = 100
+"""Columns of the tree."""
 
 
 def as_json(meter: FlopMeter, question: dict[str, Any]) -> dict[str, Any]:
@@ -23,25 +28,60 @@ def as_json(meter: FlopMeter, question: dict[str, Any]) -> dict[str, Any]:
 
 def per_layer(meter: FlopMeter) -> dict[str, dict[str, int]]:
     """Forward and backward FLOPs of every module and all modules inside it, in the model's order; "" is the model."""
-    rows: dict[str, dict[str, int]] = {}
-    for charge in meter.charges():
-        costs = charge.price.cost(charge.dims, meter.convention)
-        parts = charge.module.split(".") if charge.module else []
-        for depth in range(len(parts) + 1):
-            row = rows.setdefault(".".join(parts[:depth]), {"forward": 0, "backward": 0})
-            for phase, cost in zip(row, costs, strict=True):
-                row[phase] += charge.times * sum(cost.values())
-    return rows
+    modules = (node for _, node in meter.tree().walk() if not node.charge)
+    return {node.path: {"forward": node.forward.total, "backward": node.backward.total} for node in modules}
 
 
-def layers_table(meter: FlopMeter, training: bool) -> str:
-    """`per_layer` as text, with shares of the forward, and with `training` what a training step costs."""
-    head = f"{'module, with the modules inside it':44} {'forward':>22} {'share':>7}"
-    lines = [head + (f" {'backward':>22} {'training':>22}" if training else "")]
-    for name, row in per_layer(meter).items():
-        line = f"{name or 'the model':44} {row['forward']:22,} {row['forward'] / meter.total:7.2%}"
-        lines.append(line + (f" {row['backward']:22,} {sum(row.values()):22,}" if training else ""))
-    return "\n".join(lines)
+def ops(tree: Node, convention: str) -> Iterator[dict[str, Any]]:
+    """Every op of a tree in a flat record: where it stands, its formula with its numbers, FLOPs and bytes."""
+    for _, node in tree.walk():
+        if not (charge := node.charge):
+            continue
+        numbers = charge.price.numbers(charge.dims, convention)
+        row: dict[str, Any] = {"module": node.path, "op": node.name, "component": component(charge)}
+        row |= {"times": node.times, "formula": charge.price.formula(convention)}
+        row["numbers"] = " ".join(f"{name}={n}" for name, n in numbers.items())
+        for phase, cost in (("forward", node.forward), ("backward", node.backward)):
+            row |= {phase: cost.total} | {f"{phase}_{name}": cost.flops[name] for name in PRIMITIVES}
+            row |= {f"{phase}_bytes_read": cost.read, f"{phase}_bytes_written": cost.written}
+        yield row
+
+
+def tree_table(tree: Node, training: bool, depth: int | None = None) -> str:
+    """A tree as text of at most `WIDTH` columns: each node with all that is inside it, down to `depth`, its share as
+    a bar; with `training` the forward, the backward and both. The only op of a module is its module's line."""
+
+    def figures(node: Node) -> list[int]:
+        forward, backward = node.forward.total, node.backward.total
+        return [forward, backward, forward + backward] if training else [forward]
+
+    whole = figures(tree)[-1]
+
+    def lines(node: Node, level: int = 0) -> Iterator[tuple[int, Node]]:
+        yield level, node
+        inside = [child for child in node.children if figures(child)[-1]]
+        if level != depth and not (len(inside) == 1 and inside[0].charge):
+            for child in inside:
+                yield from lines(child, level + 1)
+
+    width = max(len(f"{whole:,}"), len("training")) + 2
+    exact = WIDTH - len(figures(tree)) * width >= 40
+    width = width if exact else 15
+    room = WIDTH - len(figures(tree)) * width - 8
+    names = [f"{' ' * level}{_name(node)}"[: room - 1] for level, node in lines(tree)]
+    longest = max(map(len, names))
+    heads = ("forward", "backward", "training")[: len(figures(tree))]
+    text = [" " * longest + "".join(f"{head:>{width}}" for head in heads) + f"{'share':>8}"]
+    for name, (_, node) in zip(names, lines(tree), strict=True):
+        numbers = "".join(f"{n:{width},}" if exact else f"{n:{width}.6e}" for n in figures(node))
+        share = figures(node)[-1] / whole
+        bar = "#" * round(share * min(20, room - longest - 1))
+        text.append(f"{name:{longest}}{numbers}{share:8.2%} {bar}".rstrip())
+    return "\n".join(text)
+
+
+def _name(node: Node) -> str:
+    return f"{node.layers} x {node.name}" if node.layers > 1 else node.name or "the model"
 
 
 def table(meter: FlopMeter, training: bool) -> str:
@@ -51,9 +91,9 @@ def table(meter: FlopMeter, training: bool) -> str:
     for charge in meter.charges():
         each = sum(charge.price.cost(charge.dims, meter.convention)[0].values())
         if each:
-            values = charge.price.values(charge.dims, meter.convention)
-            numbers = ", ".join(f"{d}={v}" for d, v in values.items() if not d.startswith("g"))
-            row = rows[component(charge), formula(charge.price, meter.convention), numbers]
+            values = charge.price.numbers(charge.dims, meter.convention)
+            numbers = ", ".join(f"{d}={v}" for d, v in values.items())
+            row = rows[component(charge), charge.price.formula(meter.convention), numbers]
             row[0], row[1] = row[0] + charge.times, row[1] + each * charge.times
     total = meter.total
     lines = [f"{'component':10} {'times':>5}  {'FLOPs':>22} {'share':>7}   formula [its numbers]"]
@@ -68,8 +108,3 @@ def table(meter: FlopMeter, training: bool) -> str:
             f"training  {meter.training:26,}   (10^17 FLOPs pay for {BUDGET // meter.training:,} such steps)",
         ]
     return "\n".join(lines)
-
-
-def formula(price: Price, convention: str) -> str:
-    """The forward price as text, as `convention` counts it."""
-    return f"2·{price.product.replace(',', '·')}" if convention == "matmul" else price.formula

@@ -152,7 +152,8 @@ class Settings:
         _require(
             not (self.patience and self.rungs), "patience", self.patience, "0 with rungs, which end runs themselves"
         )
-        _require(not self.rungs or self.keep != "horizon", "keep", self.keep, "last or best with rungs, judged by their loss")
+        by_loss = not self.rungs or self.keep != "horizon"
+        _require(by_loss, "keep", self.keep, "last or best with rungs, judged by their loss")
         last = self.rungs[-1] if self.rungs else self.steps
         _require(self.steps == last, "steps", self.steps, f"{last}, the last of rungs")
         schedule.check(self.schedule, self.steps, self.warmup, self.decay)

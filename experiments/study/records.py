@@ -16,7 +16,7 @@ from experiments.study.plan import CONTROLS, Best, Plan, Run, carried, runs_of
 from experiments.study.search import Search
 from experiments.task.preprocessing import preprocessing
 from experiments.training.cell import Cell
-from qwen_min.flops import PRIMITIVES
+from qwen_min.prices import PRIMITIVES
 
 RULE = "lowest validation loss per real token"
 

@@ -51,7 +51,7 @@ class Cell:
 def predicted(task: Task, cell: Cell, config, until: int | None = None, horizon: int = 0) -> dict[str, int]:
     """FLOPs of a cell by ledger stage, before it runs: of the whole, or of its first `until` steps.
 
-    With `patience` the most, as it may stop early; `horizon`: the most of the forecasts that each validation makes too."""
+    With `patience` the most, as it may stop early; `horizon`: of the forecasts that each validation makes, the most."""
     settings = task.settings
     steps = (until or settings.steps) if cell.rank else 0
     share = steps / settings.val_every if settings.val_every else 0

@@ -9,7 +9,7 @@ from typing import NoReturn
 from experiments.training.parallel import rank
 
 LEDGER = "ledger.sqlite"
-PATHS = {"model", "data", "adapter", "out", "ledger", "config", "plot", "run"}
+PATHS = {"model", "data", "adapter", "out", "ledger", "config", "run"} | {"plot", "csv", "speedscope", "chrome", "html"}
 """The flags that name a file or folder."""
 
 EXAMPLES = {
@@ -127,9 +127,19 @@ def parser() -> argparse.ArgumentParser:
     p = verb("flops", "what a forward or a training step costs, formula by formula, without weights")
     _forward(p)
     p.add_argument("--train", action="store_true", help="the backward pass too")
-    p.add_argument("--per-layer", action="store_true", help="and by module, each with the modules inside it")
+    p.add_argument("--dtype", default="float32", help="of the weights, for their bytes: float32 or bfloat16 (float32)")
+    p.add_argument(
+        "--compute-dtype", default="float32", help="of all else, for its bytes: float32 or bfloat16 (float32)"
+    )
+    p.add_argument("--per-layer", action="store_true", help="and a tree of modules and ops, each with what is in it")
+    p.add_argument("--depth", type=int, metavar="N", help="that tree down to N levels below the model (all)")
     p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     p.add_argument("--plot", help="draw the components' shares into this PNG")
+    p.add_argument("--html", help="write a page to look through all of it, for any setting, into this file")
+    p.add_argument("--calibrate", action="store_true", help="with --html: measure this machine for its roofline")
+    p.add_argument("--csv", help="write every op, its formula, numbers and primitives into this file")
+    p.add_argument("--speedscope", help="write the tree as speedscope's JSON")
+    p.add_argument("--chrome", help="write the tree as trace events, which a browser's trace viewer opens")
 
     p = verb("explain", "an op or a layer: its source, its shapes in a model, its price with the numbers")
     p.add_argument("what", nargs="?", metavar="WHAT", help="such as attend, Attention or layers.0.mlp; none lists them")
@@ -281,7 +291,8 @@ def _forward(p: argparse.ArgumentParser) -> None:
     p.add_argument("--protocol", help="take batch, context and rank from this protocol's default run")
     p.add_argument("--batch", type=int, help="sequences (4)")
     p.add_argument("--context", type=int, help="new tokens of each (512)")
-    p.add_argument("--rank", type=int, help="LoRA rank on q and v (0: no LoRA)")
+    p.add_argument("--rank", type=int, help="LoRA rank (0: no LoRA)")
+    p.add_argument("--targets", nargs="+", help="linear layers that get LoRA: names, or all-linear (q_proj v_proj)")
     p.add_argument("--cache", type=int, default=0, help="tokens already in the KV cache (0)")
     p.add_argument("--convention", default="coursework", help="coursework, exact or matmul (coursework)")
     p.add_argument("--offline", action="store_true", help="never open a connection")

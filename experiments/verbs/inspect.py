@@ -2,20 +2,24 @@
 
 import re
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from experiments.accounting import explain as explained
-from experiments.accounting import flops_table
+from experiments.accounting import explorer, flops_files, flops_table
 from experiments.accounting.predict import on_meta, predict
+from experiments.run_folder import files
 from experiments.settings import protocols
 from experiments.task.preprocessing import preprocessing
 from experiments.task.task import Task
 from experiments.verbs.common import gather, print_json
 from experiments.verbs.doctor import lines
-from qwen_min import QwenConfig, Tokenizer
-from qwen_min.flops import CONVENTIONS
+from lora.layer import TARGETS
+from qwen_min import FlopMeter, QwenConfig, Tokenizer
+from qwen_min.flops import Node
 from qwen_min.load import resolve
+from qwen_min.prices import CONVENTIONS
 
 
 def data(args: Namespace) -> None:
@@ -49,28 +53,68 @@ def flops(args: Namespace) -> None:
     training = hasattr(args, "train")
     name, config, size = _sized(args)
     batch, tokens, rank, cached = size.values()
+    depth = getattr(args, "depth", None)
+    if depth is not None and depth < 0:
+        raise ValueError(f"--depth is {depth}: expected at least 0")
+    if hasattr(args, "calibrate") and not hasattr(args, "html"):
+        raise ValueError("--calibrate without --html: expected both, as the measured machine stands on the page")
     if training and cached:
         raise ValueError(f"--cache is {cached} with --train: expected 0, as a training step has no cache")
-    meter = predict(config, batch, tokens, rank=rank, cached=cached, training=training, convention=args.convention)
-    question: dict[str, Any] = {"model": name} | size
-    if hasattr(args, "plot"):
-        from experiments import plots  # its library takes a second to load
-
-        plots.flops_bars(meter.by_component(), args.plot, f"{name}: forward of {batch} x {tokens} tokens")
-        question["plot"] = args.plot
+    targets = getattr(args, "targets", list(TARGETS))
+    options: dict[str, Any] = {"rank": rank, "targets": targets, "cached": cached, "training": training}
+    meter = predict(config, batch, tokens, convention=args.convention, **options)
+    activation, weight = _bytes("compute-dtype", args.compute_dtype), _bytes("dtype", args.dtype)
+    tree = meter.tree(activation=activation, weight=weight)
+    written = {flag: getattr(args, flag) for flag in EXPORTS if hasattr(args, flag)}
+    for flag, path in written.items():
+        EXPORTS[flag](path, meter, tree, f"{name}: {batch} x {tokens} tokens")
+    if hasattr(args, "html"):
+        start = size | {"guesses": 13, "targets": targets, "phase": "training" if training else "forward"}
+        start |= {"convention": args.convention, "x": activation, "w": weight}
+        machines = [explorer.calibrated()] if hasattr(args, "calibrate") else []
+        files.write_text(args.html, explorer.page(name, config, start, machines))
+        written["html"] = args.html
     if hasattr(args, "json"):
-        layers = {"per_layer": flops_table.per_layer(meter)} if hasattr(args, "per_layer") else {}
-        print_json(flops_table.as_json(meter, question) | layers)
+        shown = flops_table.as_json(meter, {"model": name} | size | written)
+        if hasattr(args, "per_layer"):
+            ops = list(flops_table.ops(tree, args.convention))
+            shown |= {"per_layer": flops_table.per_layer(meter), "ops": ops}
+        print_json(shown)
         return
     print(
-        f"{name}: {batch} x {tokens} tokens after {cached} cached, LoRA rank {rank} on q and v, "
+        f"{name}: {batch} x {tokens} tokens after {cached} cached, LoRA rank {rank} on {', '.join(targets)}, "
         f"convention {args.convention}\n"
     )
     print(flops_table.table(meter, training))
-    if hasattr(args, "per_layer"):
-        print("", flops_table.layers_table(meter, training), sep="\n")
-    if hasattr(args, "plot"):
-        print(f"\nwritten: {args.plot}")
+    if hasattr(args, "per_layer") or depth is not None:
+        print("", flops_table.tree_table(meter.tree(fold=True), training, depth), sep="\n")
+    if written:
+        print(f"\nwritten: {', '.join(written.values())}")
+
+
+TYPES = {"float32": 4, "bfloat16": 2}
+"""Bytes of a number."""
+
+
+def _bytes(flag: str, kind: str) -> int:
+    if kind not in TYPES:
+        raise ValueError(f"--{flag} is {kind!r}: expected {' or '.join(TYPES)}")
+    return TYPES[kind]
+
+
+def _plot(path: str, meter: FlopMeter, _: Node, title: str) -> None:
+    from experiments import plots  # its library takes a second to load
+
+    plots.flops_bars(meter.by_component(), path, title.replace(": ", ": forward of "))
+
+
+EXPORTS: dict[str, Callable[[str, FlopMeter, Node, str], None]] = {
+    "plot": _plot,
+    "csv": lambda path, meter, tree, _: files.write_text(path, flops_files.as_csv(tree, meter.convention)),
+    "speedscope": lambda path, _, tree, title: files.write_json(path, flops_files.as_speedscope(tree, title)),
+    "chrome": lambda path, meter, tree, _: files.write_json(path, flops_files.as_trace(tree, meter.convention)),
+}
+"""What writes the file of each flag."""
 
 
 def explain(args: Namespace) -> None:
@@ -78,12 +122,14 @@ def explain(args: Namespace) -> None:
     batch, tokens, rank, cached = size.values()
     if args.convention not in CONVENTIONS:
         raise ValueError(f"--convention is {args.convention!r}: expected one of {', '.join(CONVENTIONS)}")
-    model, ids, cache = on_meta(config, batch, tokens, rank, cached=cached)
+    targets = getattr(args, "targets", list(TARGETS))
+    model, ids, cache = on_meta(config, batch, tokens, rank, targets, cached)
     if not hasattr(args, "what"):
         print(explained.contents(model))
         return
     page = explained.explain(args.what, model, explained.calls(model, ids, cache), args.convention)
-    print(f"{name}: {batch} x {tokens} tokens after {cached} cached, LoRA rank {rank} on q and v\n\n{page}")
+    print(f"{name}: {batch} x {tokens} tokens after {cached} cached, LoRA rank {rank} on {', '.join(targets)}\n")
+    print(page)
 
 
 def _sized(args: Namespace) -> tuple[str, QwenConfig, dict[str, int]]:
