@@ -223,9 +223,9 @@ CHANGED = {
     **{"clip": 1.0, "keep": "best", "point_forecast": "mean", "patience": 2, "scratch": "small", "control_lr": 1e-2},
     **{"origins": 2, "rungs": (2, 4), "survivors": 0.5, "over": ("clip=0|1",), "keep_series": 2},
     **{"model": "model", "offline": True, "device": "cuda", "dtype": "float32", "budget": 10**16, "data": "data.h5"},
-    **{"best_lr": 1e-3, "best_rank": 4, "best_context": 64, "compile": True},
+    **{"best_lr": 1e-3, "best_rank": 4, "best_context": 64, "compile": True, "compute_dtype": "bfloat16"},
 }
-OF_THE_ENVIRONMENT = ("device", "dtype", "compile")
+OF_THE_ENVIRONMENT = ("device", "dtype", "compute_dtype", "compile")
 
 
 def test_there_is_a_case_for_every_field_of_the_settings():

@@ -74,7 +74,7 @@ class Options:
     @property
     def compute(self) -> str:
         """The type of products on both sides."""
-        return str(Settings(dtype=self.dtype, device=self.device).compute_dtype).removeprefix("torch.")
+        return str(Settings(dtype=self.dtype, device=self.device).computed_in).removeprefix("torch.")
 
 
 def bench(options: Options, folder: Path, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:

@@ -36,7 +36,8 @@ step: a window begins at any point of its series that leaves enough to fill it. 
 
 SCRATCH = ("", "same", "small")  # a pretrained model with LoRA; the same shape; a small one with its tokenizer
 POINT_FORECASTS = ("median", "mean")
-DTYPES = {"stored": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES: dict[str, torch.dtype | None] = {"stored": None, "": None, **TYPES}
 MOST_VALIDATIONS = 12  # of a run of a shortened study
 FEWEST_SERIES = 20  # that tell something of a forecaster
 
@@ -55,6 +56,7 @@ class Settings:
     offline: bool = False
     device: str = "cpu"
     dtype: str = "stored"  # that the frozen weights are kept in: the type of their file, or another
+    compute_dtype: str = ""  # of activations and products; "" for float32, on a GPU bfloat16 unless dtype is float32
     compile: bool = False  # blocks and loss as torch's compiler makes them
     seed: int = 0
     budget: int = BUDGET  # FLOPs
@@ -193,9 +195,10 @@ class Settings:
         return self.lr or PRESETS[self.preset_name]
 
     @property
-    def compute_dtype(self) -> torch.dtype:
-        """Products run in float32 on a CPU, which is slow at anything else, and on a GPU in bfloat16 by default."""
-        return torch.float32 if self.device == "cpu" or self.dtype == "float32" else torch.bfloat16
+    def computed_in(self) -> torch.dtype:
+        """The type of activations and products. Few CPUs are fast at any but float32."""
+        usual = torch.float32 if self.device == "cpu" or self.dtype == "float32" else torch.bfloat16
+        return DTYPES[self.compute_dtype] or usual
 
     @property
     def at_most(self) -> str:
@@ -313,7 +316,8 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("scaling", SCALINGS.__contains__, f"one of {', '.join(SCALINGS)}"),
     ("windows", WINDOWS.__contains__, f"one of {', '.join(WINDOWS)}"),
     ("pad_side", ("right", "left").__contains__, "one of right, left"),
-    ("dtype", DTYPES.__contains__, f"one of {', '.join(DTYPES)}"),
+    ("dtype", ("stored", *TYPES).__contains__, f"one of stored, {', '.join(TYPES)}"),
+    ("compute_dtype", ("", *TYPES).__contains__, f"one of {', '.join(TYPES)}"),
     ("vocabulary", ("full", "symbols").__contains__, "one of full, symbols"),
     ("stride", lambda v: 0 < v <= 1 or (v > 1 and v % 1 == 0), "a part of the window up to 1, or whole tokens"),
     ("fractions", lambda v: len(v) == 3 and min(v) > 0 and math.isclose(sum(v), 1), "three positive numbers of sum 1"),

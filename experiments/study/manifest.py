@@ -25,7 +25,8 @@ PACKAGES = ("torch", "safetensors", "tokenizers", "numpy", "h5py", "scipy", "hug
 
 # A larger budget, the same files under another name, or another choice of what is carried forward (which every run
 # that depends on it checks) make no other run. The last three are of the environment, which `check_drift` looks at.
-FREE = ("budget", "offline", "model", "data", "best_lr", "best_rank", "best_context", "device", "dtype", "compile")
+FREE = ("budget", "offline", "model", "data", "best_lr", "best_rank", "best_context")
+FREE += ("device", "dtype", "compute_dtype", "compile")  # of these `environment` tells
 
 
 def undivided(out: Path) -> None:
@@ -130,7 +131,7 @@ def environment(settings: Settings) -> dict[str, Any]:
         "torch": torch.__version__,
         "device": "cpu" if on_cpu else torch.cuda.get_device_name(settings.device),
         "dtype": settings.dtype,
-        "compute_dtype": str(settings.compute_dtype).removeprefix("torch."),
+        "compute_dtype": str(settings.computed_in).removeprefix("torch."),
         "compiled": settings.compile,
         "threads": torch.get_num_threads(),  # of each process
         "processes": parallel.world(),

@@ -38,7 +38,7 @@ def load_model(settings: Settings) -> Qwen:
             return Qwen(shape_of(settings)).to(settings.device)
     kept = DTYPES[settings.dtype], settings.device
     where = settings.revision or None, settings.offline
-    model = Qwen.from_pretrained(settings.model, *kept, *where, compute_dtype=settings.compute_dtype)
+    model = Qwen.from_pretrained(settings.model, *kept, *where, compute_dtype=settings.computed_in)
     if settings.compile:
         model.compile()
     return model.requires_grad_(False)

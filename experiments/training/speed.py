@@ -28,7 +28,7 @@ def seconds(settings: Settings, config: QwenConfig, flops: Mapping[str, int]) ->
     model = add_lora(Qwen(small), 8).to(settings.device)
     for parameter in model.parameters():
         if not parameter.requires_grad:
-            parameter.data = parameter.to(settings.compute_dtype)
+            parameter.data = parameter.to(settings.computed_in)
     rows = min(settings.batch_size, sequences_at_once(model, settings.context))
     ids = torch.zeros(rows, settings.context, dtype=torch.int64, device=settings.device)
     prompts = ids[:1, : settings.context // 2].repeat(ROWS, 1)

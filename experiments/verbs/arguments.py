@@ -101,7 +101,7 @@ def parser() -> argparse.ArgumentParser:
 
     p = verb("evaluate", "validation loss, and forecasts scored beside naive ones")
     _settings(p, "data", "forecast")
-    p.add_argument("--adapter", help="an adapter folder; none is the untrained model")
+    p.add_argument("--adapter", help="an adapter folder, or forecaster (docs/best.md); none is the untrained model")
     spaced = "evenly spaced, the first after --points points, scored together and one by one (1)"
     p.add_argument("--origins", type=int, metavar="N", help=f"cut-offs of each series, {spaced}")
     p.add_argument("--part", default="validation", help="whose series are forecast: validation or test (validation)")
@@ -111,7 +111,7 @@ def parser() -> argparse.ArgumentParser:
 
     p = verb("forecast", "forecast one system and draw it, beyond the data's end too; a single series will do")
     _settings(p, "data", "forecast")
-    p.add_argument("--adapter", help="an adapter folder; none is the untrained model")
+    p.add_argument("--adapter", help="an adapter folder, or forecaster (docs/best.md); none is the untrained model")
     p.add_argument("--system", type=int, required=True, help="number of the series, from 0")
     p.add_argument("--out", help="the PNG to write (forecast-SYSTEM.png)")
     ahead = "guess ahead: a forward carries up to N tokens, verified; the same greedy forecast in fewer forwards (0: "
@@ -217,6 +217,7 @@ def _settings(p: argparse.ArgumentParser, *groups: str) -> None:
     add("--revision", help="of the hub's model: branch, tag or commit")
     add("--offline", action="store_true", help="never open a connection")
     add("--device", help="cpu or cuda (cpu)")
+    add("--compute-dtype", help="of activations and products: float32 or bfloat16 (float32; on a GPU bfloat16)")
     add("--dtype", help="that the weights are kept in: stored (as in their file), float32 or bfloat16 (stored)")
     add("--compile", action="store_true", help="run blocks and loss as torch's compiler makes them, which suits a GPU")
     add("--plain", action="store_true", help="run the plain maths alone, without qwen_min.fast: slow, to find a fault")

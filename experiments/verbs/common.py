@@ -11,15 +11,19 @@ if TYPE_CHECKING:
     from experiments.settings.record import Settings
 
 RECORDS = ("results.csv", "flops.csv")
+FORECASTER = Path(__file__).parents[2] / "weights" / "forecaster"
+"""What is left of the run whose adapter `--adapter forecaster` names: it, its settings and its result."""
 
 
 def gather(args: Namespace) -> "Settings":
-    """The settings of a command line: the protocol's, then those of --config, then the flags."""
+    """The settings of a command line: the protocol's, a named adapter's, those of --config, then the flags."""
     from experiments.settings import protocols
     from experiments.settings.record import Settings
 
     given = vars(args)
     settings = protocols.load(given["protocol"]).settings if "protocol" in given else Settings()
+    if adapter_of(args) == FORECASTER / "adapter":
+        settings = Settings.from_toml(FORECASTER / "config.toml", settings)
     if "config" in given:
         settings = Settings.from_toml(given["config"], settings)
     names = Settings.__dataclass_fields__.keys() & given.keys()
@@ -27,6 +31,12 @@ def gather(args: Namespace) -> "Settings":
     if "merge" not in given:  # which computes nothing
         settings.check_device()
     return settings.shorten(given["scale"]) if "scale" in given else settings
+
+
+def adapter_of(args: Namespace) -> Path | None:
+    """The folder of --adapter, which may be a name."""
+    named = getattr(args, "adapter", None)
+    return FORECASTER / "adapter" if named == "forecaster" else Path(named) if named else None
 
 
 def ledger_of(args: Namespace) -> Path:

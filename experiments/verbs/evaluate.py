@@ -23,11 +23,11 @@ from experiments.run_folder import files
 from experiments.task.model import prepare, trained
 from experiments.task.task import Task
 from experiments.training.progress import Report, counting
-from experiments.verbs.common import gather, ledger_of, print_json, wrote
+from experiments.verbs.common import adapter_of, gather, ledger_of, print_json, wrote
 
 
 def evaluate(args: Namespace) -> None:
-    settings, adapter = gather(args), getattr(args, "adapter", None)
+    settings, adapter = gather(args), adapter_of(args)
     out = Path(args.out) if hasattr(args, "out") else None
     if out:
         files.check_own(out / "evaluation", judge.TABLES)
@@ -46,8 +46,7 @@ def evaluate(args: Namespace) -> None:
         ledger.settle(entry)
         plain = {part: naive.forecasts(task, chosen, far(f"law fits, {part}")) for part, chosen in parts.items()}
     result = losses | {"validation_tokens": task.validation_windows.real_tokens}
-    adapter_folder = Path(adapter) if adapter else None
-    tables = judge.tables(task, made, plain, parts, result, expected, adapter_folder)
+    tables = judge.tables(task, made, plain, parts, result, expected, adapter)
     evaluation = tables["evaluation.json"]
     rated = [row for row in tables["scores.csv"] if (row["part"], row["unit"]) == (args.part, "raw")]
     if out:
@@ -62,7 +61,7 @@ def evaluate(args: Namespace) -> None:
 
 
 def forecast(args: Namespace) -> None:
-    settings, adapter = replace(gather(args), origins=1), getattr(args, "adapter", None)
+    settings, adapter = replace(gather(args), origins=1), adapter_of(args)
     path = Path(getattr(args, "out", f"forecast-{args.system}.png"))
     files.check_file(path)
     task, model = prepare(settings, adapter, needs_split=False)
