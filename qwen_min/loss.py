@@ -61,6 +61,8 @@ def linear_cross_entropy(
     bias: Tensor | None = None,
     vocabulary: Tensor | None = None,
     weights: Tensor | None = None,
+    digits: Tensor | None = None,
+    digit_factor: float = 0.0,
 ) -> tuple[Tensor, int]:
     """The sum over tokens of -log softmax(h Wᵀ + bias)[target], and how many tokens counted.
 
@@ -72,6 +74,7 @@ def linear_cross_entropy(
         vocabulary: (N) token ids, each once: the softmax runs over these alone, which is another, lower loss. None
             is all V.
         weights: (B, T) float32, what each token's loss is multiplied by. None is 1.
+        digits, digit_factor: the tokens of 0 to 9, whose `number_loss`, times this factor, is added.
 
     Returns:
         The sum in nats, a float64 scalar, and the count.
@@ -81,6 +84,8 @@ def linear_cross_entropy(
             `vocabulary`.
     """
     total, _ = _cross_entropy(hidden, head, targets, bias, vocabulary, weights)
+    if digits is not None:
+        total = total + digit_factor * number_loss(hidden, head, targets, digits, bias)
     return total, targets.numel() if targets.is_meta else int((targets != IGNORED).sum())
 
 

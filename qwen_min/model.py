@@ -153,29 +153,14 @@ class Qwen(Metered):
             bias = None if bias is None else bias[tokens]
         return logits if bias is None else ops.add_logit_bias(logits, bias)
 
-    def loss(
-        self,
-        ids: Tensor,
-        targets: Tensor,
-        padding: Tensor | None = None,
-        vocabulary: Tensor | None = None,
-        weights: Tensor | None = None,
-        digits: Tensor | None = None,
-        digit_factor: float = 0.0,
-    ) -> tuple[Tensor, int]:
+    def loss(self, ids: Tensor, targets: Tensor, padding: Tensor | None = None, *options, **more) -> tuple[Tensor, int]:
         """Summed cross-entropy in nats of `targets` (B, T) after `ids` (B, T), and how many targets counted.
 
         Targets of -100 (padding) do not count. The sum is float64; divide by the count for the mean per real token.
-        `padding` as in `forward`; `vocabulary`, token ids, limits the softmax to them, which is another loss.
-        `weights` (B, T) multiply the tokens' losses. With `digits`, the tokens of 0 to 9, `digit_factor` times the
-        summed `loss.number_loss` is added.
+        `padding` as in `forward`; more (a smaller vocabulary, weights, digits) as in `loss.linear_cross_entropy`.
         """
         hidden = self.model(ids, padding=padding)
-        head, bias = self.lm_head, self.logit_bias
-        total, count = loss.linear_cross_entropy(hidden, head, targets, bias, vocabulary, weights)
-        if digits is not None:
-            total = total + digit_factor * loss.number_loss(hidden, head, targets, digits, bias)
-        return total, count
+        return loss.linear_cross_entropy(hidden, self.lm_head, targets, self.logit_bias, *options, **more)
 
     def token_losses(
         self, ids: Tensor, targets: Tensor, padding: Tensor | None = None, vocabulary: Tensor | None = None
