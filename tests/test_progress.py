@@ -1,12 +1,14 @@
 """How far a run is: nothing is shown before it is known, and forecasts, fits and figures count too."""
 
 import sys
+from pathlib import Path
 
 import pytest
 from waves import damped_waves
 
 from experiments.forecasting import forecast as evaluate
 from experiments.forecasting import naive
+from experiments.run_folder.status import Row, Status
 from experiments.settings.record import Settings
 from experiments.task.model import prepare
 from experiments.training import progress
@@ -78,6 +80,14 @@ def test_without_a_terminal_lines_show_none_either_and_what_is_soon_done_has_non
         "untrained: step 0/0  val 0.7000  FLOPs 1.000e+09",
         "a forecasts: step 9/10",
     ]
+
+
+def test_of_a_folder_the_runs_that_are_done_and_the_time_left_for_all_are_shown(capsys, monkeypatch):
+    runs = [Row(name, "grid", name, state, 4, 4, None, None, 1, 1, None) for name, state in (("a", "done"), ("b", ""))]
+    monkeypatch.setattr(progress, "status", lambda out: Status(str(out), runs, [], 125.0))
+    Report(2, out=Path("grid"))(RECORDS[2])
+    line = "untrained: step 0/0  val 0.7000  FLOPs 1.000e+09  runs done 1 of 2  left in all 2 minutes\n"
+    assert capsys.readouterr().err == line
 
 
 def test_forecasts_fits_and_validation_windows_are_counted_up_to_the_last(tmp_path):

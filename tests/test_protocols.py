@@ -26,7 +26,7 @@ def tasks(tokenizer) -> dict[str, Task]:
 
 
 def test_an_unknown_protocol_is_refused_in_one_line_that_names_those_there_are():
-    with pytest.raises(ValueError, match=r"^protocol is 'gauss': expected one of default, fung, liu, rai$"):
+    with pytest.raises(ValueError, match=r"^protocol is 'gauss': expected one of best, default, fung, liu, rai$"):
         protocols.load("gauss")
 
 

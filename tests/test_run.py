@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import h5py
@@ -52,10 +53,20 @@ def test_every_help_shows_an_example_that_parses(verb, capsys, monkeypatch):
     assert arguments.parser().parse_args(shlex.split(example)[3:]).verb == verb
 
 
+def test_the_version_is_that_of_what_is_installed(capsys):
+    with pytest.raises(SystemExit) as e:
+        run.main(["--version"])
+    assert (e.value.code, capsys.readouterr().out) == (0, f"qwen_min {version('qwen_min')}\n")
+
+
+@pytest.mark.parametrize(("mistyped", "said"), [("gird", ": did you mean grid"), ("xyzzy", "")])
+def test_a_mistyped_verb_gets_the_nearest_one(mistyped, said, capsys):
+    assert refused(capsys, mistyped) == f"experiments.run: no verb '{mistyped}'{said}: see --help\n"
+
+
 @pytest.mark.parametrize(
     "argv",
     [
-        ["gird"],
         [],
         ["grid", "--lr", "fast"],
         ["grid", "--steps", "0"],

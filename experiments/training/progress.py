@@ -30,12 +30,13 @@ class Report:
     Args:
         batch_size: windows of a training step, for the rate.
         label: what stands before every line, "toy: the pocket model" or nothing.
-        out: the run's folder, whose status says how much time is left.
+        out: the run's folder, whose status says how many runs are done and how much time is left.
     """
 
     def __init__(self, batch_size: int, label: str = "", out: Path | None = None):
         self.batch_size, self.label, self.out = batch_size, label, out
-        self.left, self.asked = "", 0.0
+        self.in_all: dict[str, str] = {}
+        self.asked = 0.0
         self.name, self.bar = "", None
         self.first, self.began, self.shown = 0, 0.0, 0.0
         self.loss: float | None = None
@@ -55,8 +56,7 @@ class Report:
                 numbers["tokens/s"] = f"{steps * self.batch_size * record['context'] / seconds:,.0f}"
             # format, not :g: a total is read as an order of magnitude here and stands exactly in result.json
             numbers["FLOPs"] = f"{record['training'] + record['validation']:.3e}"
-        if left := self._left():
-            numbers["left in all"] = left
+        numbers |= self._in_all()
         if self.bar is not None:
             self.bar.set_postfix(numbers, refresh=False)
             self.bar.update(record["step"] - self.bar.n)
@@ -67,14 +67,16 @@ class Report:
             text = "  ".join(f"{name} {value}" for name, value in numbers.items())
             print(f"{name}: step {record['step']}/{record['steps']}  {text}".rstrip(), file=sys.stderr, flush=True)
 
-    def _left(self) -> str:
-        """The time left for all that was asked for, looked up now and then."""
+    def _in_all(self) -> dict[str, str]:
+        """Runs done of all that were asked for, and the time left for them, looked up now and then."""
         if self.out and time.monotonic() - self.asked > SECONDS_BETWEEN_LINES:
             self.asked = time.monotonic()
             with suppress(ValueError):  # a damaged record is for the run to refuse
-                seconds = status(self.out).seconds_left
-                self.left = "" if seconds is None else duration(seconds)
-        return self.left
+                found = status(self.out)
+                self.in_all = {"runs done": f"{found.totals()['done']} of {len(found.runs)}"}
+                if found.seconds_left is not None:
+                    self.in_all["left in all"] = duration(found.seconds_left)
+        return self.in_all
 
     def close(self) -> None:
         if self.bar is not None:

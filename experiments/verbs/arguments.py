@@ -4,6 +4,10 @@ A flag that is not given is absent from the result, so that a protocol, a TOML f
 """
 
 import argparse
+import difflib
+import re
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
 from experiments.training.parallel import rank
@@ -38,7 +42,18 @@ EXAMPLES = {
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        if mistyped := re.search(r"VERB: invalid choice: '(.*?)'", message):
+            near = difflib.get_close_matches(mistyped[1], EXAMPLES, 1)
+            message = f"no verb {mistyped[1]!r}{f': did you mean {near[0]}' if near else ''}"
         self.exit(2, None if rank() else f"{self.prog}: {' '.join(message.split())}: see --help\n")
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser, *_):
+        with suppress(PackageNotFoundError):
+            print(f"qwen_min {version('qwen_min')}")
+            parser.exit()
+        parser.error("qwen_min is not installed, so it has no version")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -47,12 +62,12 @@ def parser() -> argparse.ArgumentParser:
         description="Fine-tune Qwen2.5 to forecast series written as digits, "
         "under a budget of 10^17 FLOPs. Every verb has a --help with an example.",
     )
+    top.add_argument("--version", action=_Version, nargs=0, help="show what is installed")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(name: str, text: str) -> argparse.ArgumentParser:
-        p = verbs.add_parser(
-            name, help=text, description=text, epilog=f"example: {EXAMPLES[name]}", argument_default=argparse.SUPPRESS
-        )
+        usage = f"%(prog)s [flags], such as\n  {EXAMPLES[name]}"
+        p = verbs.add_parser(name, help=text, description=text, usage=usage, argument_default=argparse.SUPPRESS)
         p.add_argument("--debug", action="store_true", help="show the traceback of an error")
         return p
 
@@ -209,10 +224,17 @@ def parser() -> argparse.ArgumentParser:
 
 def _settings(p: argparse.ArgumentParser, *groups: str) -> None:
     """Flags that change `Settings`; without a flag the TOML file, the protocol or the default holds."""
-    add = p.add_argument
-    add(
-        "--protocol", help="default, fung, liu or rai: how a whole report goes about it; --config and flags win over it"
-    )
+    add = p.add_argument_group("the run").add_argument
+    add("--protocol", help="best, default, fung, liu or rai: a whole way of doing it; --config and flags win over it")
+    add("--config", help="a TOML file of settings, such as a run's config.toml; flags win over it")
+    if "train" in groups or "forecast" in groups:
+        add("--budget", type=_flops, help="FLOPs of the whole ledger (1e17)")
+        add("--ledger", help=f"the ledger of FLOPs ({LEDGER})")
+        add("--seed", type=int, help="of data order, LoRA and dropout (0)")
+    if "train" in groups:
+        drift = "continue with another torch, device, dtype, processor, number of threads or processes: bits may differ"
+        add("--allow-drift", action="store_true", help=f"{drift}; the manifest lists it")
+    add = p.add_argument_group("the model").add_argument
     add("--model", help="a model's folder or hub id (weights/pocket)")
     add("--revision", help="of the hub's model: branch, tag or commit")
     add("--offline", action="store_true", help="never open a connection")
@@ -221,7 +243,7 @@ def _settings(p: argparse.ArgumentParser, *groups: str) -> None:
     add("--dtype", help="that the weights are kept in: stored (as in their file), float32 or bfloat16 (stored)")
     add("--compile", action="store_true", help="run blocks and loss as torch's compiler makes them, which suits a GPU")
     add("--plain", action="store_true", help="run the plain maths alone, without qwen_min.fast: slow, to find a fault")
-    add("--config", help="a TOML file of settings, such as a run's config.toml; flags win over it")
+    add = p.add_argument_group("the data as text").add_argument
     if "data" in groups or not groups:
         add("--data", help="an HDF5 file with /trajectories (systems, points, variables); rebuilt by its law if absent")
     if "data" in groups:
@@ -230,6 +252,7 @@ def _settings(p: argparse.ArgumentParser, *groups: str) -> None:
         add("--point", action=argparse.BooleanOptionalAction, help=point)
         add("--separator", help='between the digits of a number: " " or nothing (nothing)')
         add("--alpha", type=float, help="series are divided by this (maximum of the training part / 9.99)")
+    add = p.add_argument_group("training and validation").add_argument
     if "train" in groups:
         add("--steps", type=int, help="training steps of a cell (120)")
         add("--windows", help="of training: strided, or anywhere, drawn anew for each step (strided)")
@@ -251,8 +274,6 @@ def _settings(p: argparse.ArgumentParser, *groups: str) -> None:
         add("--betas", type=float, nargs=2, help="of AdamW (0.9 0.999)")
         add("--weight-decay", type=float, help="of AdamW (0)")
         add("--clip", type=float, help="longest gradient of an update, by its norm; 0 for any (0)")
-        drift = "continue with another torch, device, dtype, processor, number of threads or processes: bits may differ"
-        add("--allow-drift", action="store_true", help=f"{drift}; the manifest lists it")
         add("--vocabulary", help="of the loss: full, or symbols: over the text's own alone, another loss (full)")
         weights = "of the training loss: of digits before the point, of each decimal in turn, of all further ones (1)"
         add("--digit-weights", type=float, nargs="+", metavar="WEIGHT", help=weights)
@@ -262,10 +283,8 @@ def _settings(p: argparse.ArgumentParser, *groups: str) -> None:
     if "train" in groups or "forecast" in groups:
         add("--context", type=int, help="tokens of a window (512)")
         add("--val-series", type=int, help="series of the validation part whose loss is taken (20); 0 for all")
-        add("--seed", type=int, help="of data order, LoRA and dropout (0)")
-        add("--budget", type=_flops, help="FLOPs of the whole ledger (1e17)")
-        add("--ledger", help=f"the ledger of FLOPs ({LEDGER})")
     if "forecast" in groups:
+        add = p.add_argument_group("forecasts").add_argument
         add("--points", type=int, help="points of a series that a forecast sees (80)")
         add("--horizon", type=int, help="points that it makes (20)")
         add("--forecast-series", type=int, help="series of a part that are forecast (20); 0 for all")
@@ -277,6 +296,7 @@ def _settings(p: argparse.ArgumentParser, *groups: str) -> None:
         add("--top-p", type=float, help="draw among the likeliest that together have this probability (1)")
         add("--repetition-penalty", type=float, help="on tokens that were there before (1: none)")
     if "grid" in groups:
+        add = p.add_argument_group("grid and study").add_argument
         add("--scale", type=float, help="shorten every stage to this part of its steps and series, 1 and 20 at least")
         add("--lr", type=float, nargs="+", help="learning rates (1e-5 5e-5 1e-4; pocket's are 1e-3 5e-3 1e-2)")
         add("--ranks", type=int, nargs="+", help="LoRA ranks (2 4 8)")
