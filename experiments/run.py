@@ -103,7 +103,12 @@ VERBS = {
     **{"data": "inspect.data", "flops": "inspect.flops", "explain": "inspect.explain", "doctor": "inspect.doctor"},
     **{"verify": "verify.verify"},
     **{"status": "records.status", "budget": "records.budget"},
-    **{"generate": "model.generate", "bench": "model.bench", "pretrain-pocket": "model.pretrain_pocket"},
+    **{
+        "generate": "model.generate",
+        "export": "model.export",
+        "bench": "model.bench",
+        "pretrain-pocket": "model.pretrain_pocket",
+    },
 }
 """Where in `experiments.verbs` each verb's function is; its file is imported when it is asked for."""
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qwen_min.config import QwenConfig, how_to_fetch
-from qwen_min.tensors import check_names, unreadable
+from qwen_min.tensors import check_names, to_bytes, unreadable
 
 _FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "*.safetensors", "model.safetensors.index.json"]
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
@@ -98,6 +98,21 @@ def from_pretrained(cls, name_or_folder, dtype, device, revision, offline, compu
             if parameter.ndim == 1:  # norms and biases: a few kilobytes, which each forward would widen again
                 parameter.data = parameter.to(compute_dtype)
     return model.eval()
+
+
+def save_pretrained(model, folder: Path) -> None:
+    """See `Qwen.save_pretrained`."""
+    state = dict(model.state_dict())
+    if model.config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    own = [name for name in state if name == "logit_bias" or name.rpartition(".")[2].startswith("lora_")]
+    if own:
+        raise ValueError(f"the model has {own[0]}, which is no weight of Qwen2: expected LoRA merged, no logit bias")
+    stored = str(state["model.embed_tokens.weight"].dtype).removeprefix("torch.")
+    folder.mkdir(parents=True, exist_ok=True)
+    config = json.dumps(model.config.to_dict() | {"torch_dtype": stored}, indent=2)
+    (folder / "config.json").write_text(f"{config}\n", encoding="utf-8")
+    (folder / "model.safetensors").write_bytes(to_bytes(state))
 
 
 def _float(name: str, dtype: torch.dtype | str | None) -> torch.dtype | None:

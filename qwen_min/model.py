@@ -129,6 +129,10 @@ class Qwen(Metered):
         """
         return load.from_pretrained(cls, name_or_folder, dtype, device, revision, offline, compute_dtype)
 
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors, in the type of the weights; ValueError: LoRA that is not merged."""
+        load.save_pretrained(self, load.expanded(folder))
+
     def forward(self, ids: Tensor, cache: KVCache | None = None, padding: Tensor | None = None) -> Tensor:
         """Logits for the token after each of `ids`.
 

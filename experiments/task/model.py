@@ -1,6 +1,5 @@
 """The model that reads a task: the base model of a run, with its adapter; or one from random weights."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from lora import load_adapter, save_adapter
 from lora.layer import lora_layers
 from qwen_min import Qwen, QwenConfig, Tokenizer
 from qwen_min.load import resolve
-from qwen_min.tensors import to_bytes
 
 SMALL: dict[str, Any] = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6}
 SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -65,10 +63,7 @@ def save_trained(model: Qwen, folder: Path, settings: Settings) -> None:
     """Write what a run trained: the adapter, or all of a model from random weights."""
     if not settings.scratch:
         return save_adapter(model, folder, base=settings.model)
-    (folder / "config.json").write_text(json.dumps(model.config.to_dict(), indent=2) + "\n", encoding="utf-8")
-    tied = ("lm_head.weight",) if model.config.tie_word_embeddings else ()
-    tensors = {name: t.detach() for name, t in model.state_dict().items() if name not in tied}
-    (folder / "model.safetensors").write_bytes(to_bytes(tensors))
+    model.save_pretrained(folder)
 
 
 def trained(model: Qwen) -> dict[str, Any]:

@@ -35,6 +35,7 @@ EXAMPLES = {
     "explain": "python -m experiments.run explain attend --context 128",
     "verify": "python -m experiments.run verify --model Qwen/Qwen2.5-0.5B-Instruct --gradients",
     "generate": "python -m experiments.run generate --prompt '1.00,0.50;1.20,0.60;' --max-new-tokens 50",
+    "export": "python -m experiments.run export --adapter runs/grid/cells/lr0.01-r8/adapter --out runs/merged",
     "bench": "python -m experiments.run bench --model weights/pocket --quick --what train,generate",
     "pretrain-pocket": "python -m experiments.run pretrain-pocket --out weights/pocket",
 }
@@ -198,6 +199,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--top-p", type=float, default=1.0, help="nucleus of sampling (1)")
     p.add_argument("--sample-seed", type=int, default=0, help="of the samples (0)")
     p.add_argument("--adapter", help="an adapter folder")
+
+    p = verb("export", "merge an adapter into its base model: a folder that Hugging Face's libraries open")
+    _settings(p)
+    p.add_argument("--adapter", help="an adapter folder, or forecaster; none is the base model alone")
+    p.add_argument("--out", required=True, help="the folder to write")
 
     p = verb("bench", "every job beside transformers + PEFT: time, floor, memory, and whether both computed the same")
     p.add_argument("--model", help="a model's folder or hub id (weights/pocket)")

@@ -1,5 +1,6 @@
-"""Verbs of the model itself: `generate`, `bench`, `pretrain-pocket`."""
+"""Verbs of the model itself: `generate`, `export`, `bench`, `pretrain-pocket`."""
 
+import shutil
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
@@ -8,10 +9,12 @@ from typing import Any
 
 import torch
 
-from experiments.settings.record import POCKET
+from experiments.run_folder import files
+from experiments.settings.record import DTYPES, POCKET
 from experiments.task.model import trained_model
-from experiments.verbs.common import gather, print_json, wrote
-from qwen_min import Tokenizer
+from experiments.verbs.common import adapter_of, gather, print_json, wrote
+from lora import load_adapter, merge
+from qwen_min import Qwen, Tokenizer
 from qwen_min.generate import stream
 from qwen_min.load import resolve
 
@@ -19,7 +22,7 @@ from qwen_min.load import resolve
 def generate(args: Namespace) -> None:
     settings, chat = gather(args), hasattr(args, "chat")
     tokenizer = Tokenizer.from_pretrained(settings.model, settings.revision or None, settings.offline)
-    model = trained_model(settings, getattr(args, "adapter", None))
+    model = trained_model(settings, adapter_of(args))
     tokenizer.check_fits(model.config.vocab_size)
     ids = tokenizer.encode(Tokenizer.chat([("user", args.prompt)]) if chat else args.prompt)
     if not ids:
@@ -65,6 +68,28 @@ def bench(args: Namespace) -> None:
         return
     print(text(report), end="\n\n")
     wrote(out, *(("scaling.json", "scaling.csv", "scaling.png") if scales else ("bench.json", "bench.md", "bench.png")))
+
+
+COPIED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja", "LICENSE")
+COPIED += ("vocab.json", "merges.txt")
+"""What goes with the weights, where the base model's folder has it."""
+
+
+def export(args: Namespace) -> None:
+    """A base model with its adapter merged into it, as a folder that Hugging Face's libraries open."""
+    settings, out, adapter = gather(args), Path(args.out), adapter_of(args)
+    files.check_own(out, ("config.json", "model.safetensors", *COPIED))
+    base = resolve(settings.model, settings.revision or None, settings.offline)
+    model = Qwen.from_pretrained(base, DTYPES[settings.dtype])
+    if adapter:
+        merge(load_adapter(model, adapter))
+    with files.atomic_folder(out) as new:
+        model.save_pretrained(new)
+        for name in COPIED:
+            if (base / name).is_file():
+                shutil.copyfile(base / name, new / name)
+        written = sorted(path.name for path in new.iterdir())
+    wrote(out, *written)
 
 
 def pretrain_pocket(args: Namespace) -> None:
