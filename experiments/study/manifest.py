@@ -25,8 +25,10 @@ PACKAGES = ("torch", "safetensors", "tokenizers", "numpy", "h5py", "scipy", "hug
 
 # A larger budget, the same files under another name, or another choice of what is carried forward (which every run
 # that depends on it checks) make no other run. The last four are of the environment, which `check_drift` looks at.
-FREE = ("budget", "offline", "model", "data", "best_lr", "best_rank", "best_context")
-FREE += ("device", "dtype", "compute_dtype", "compile")
+FREE = (
+    *("budget", "offline", "model", "data", "best_lr", "best_rank", "best_context"),
+    *("device", "dtype", "compute_dtype", "compile"),
+)
 
 
 def undivided(out: Path) -> None:

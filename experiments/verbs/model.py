@@ -70,8 +70,10 @@ def bench(args: Namespace) -> None:
     wrote(out, *(("scaling.json", "scaling.csv", "scaling.png") if scales else ("bench.json", "bench.md", "bench.png")))
 
 
-COPIED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja", "LICENSE")
-COPIED += ("vocab.json", "merges.txt")
+COPIED = (
+    *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.json", "merges.txt"),
+    *("generation_config.json", "LICENSE"),
+)
 """What goes with the weights, where the base model's folder has it."""
 
 
