@@ -13,6 +13,8 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 
 from experiments.plots import base
 
+MOST_NAMED = 12  # runs whose names fit into a figure
+
 
 def loss_curves(cells: Sequence[Mapping[str, Any]], path: str | Path, x: str = "step", label: str = "") -> None:
     """Draw the training loss of all runs and, below it, the validation loss.
@@ -69,17 +71,21 @@ def loss_curves(cells: Sequence[Mapping[str, Any]], path: str | Path, x: str = "
 def search(cells: Sequence[Mapping[str, Any]], path: str | Path, label: str = "") -> None:
     """Draw the validation loss of every run over its FLOPs, a colour for each length, the best of the longest marked.
 
-    A run is as in `loss_curves`."""
+    A run is as in `loss_curves`, and may have "judged": (step, flops, loss) at the rungs that it was judged at."""
     base.not_empty(cells, "the figure of a search")
     figure, (axes,) = base.new_figure(1, 3.6)
-    points = [_points(cell["validation"], "flops") for cell in cells]
+    points = [_points(sorted([*cell["validation"], *cell.get("judged", ())]), "flops") for cell in cells]
     steps = [max((step for step, _, _ in cell["validation"]), default=0) for cell in cells]
-    lengths = sorted(set(steps))
+    lengths, most = sorted(set(steps)), max(at.max(initial=0) for at, _ in points)
     last = {i: loss[-1] for i, (_, loss) in enumerate(points) if steps[i] == lengths[-1] and len(loss)}
     best = min(last, key=last.__getitem__, default=None)
     for i, (at, loss) in enumerate(points):
         look: base.Style = {"color": base.colour(lengths.index(steps[i]), len(lengths)), "markersize": 3}
         axes.plot(at, loss, **look, marker="o", linewidth=2.2 if i == best else 0.9, alpha=1 if i == best else 0.6)
+        if len(cells) <= MOST_NAMED and len(at):
+            side = "right" if at[-1] > most / 2 else "left"  # into the figure
+            place = (-6 if side == "right" else 6, 5)
+            axes.annotate(cells[i]["name"], (at[-1], loss[-1]), place, textcoords="offset points", ha=side, fontsize=7)
     handles = [
         _entry(f"up to step {length}", base.colour(i, len(lengths)), "-", "o") for i, length in enumerate(lengths)
     ]

@@ -82,7 +82,8 @@ def grid(study: Study) -> Section:
 def _search(study: Study, runs: Sequence[Run]) -> list[Block]:
     """The loss of every cell at each rung, and over FLOPs."""
     caption = "Validation loss of every run over training FLOPs, the best of the longest marked."
-    draw = partial(plots.search, [_curve(study, run) for run in runs], label=study.label)
+    curves = [_curve(study, run) | {"judged": _judged(study, run)} for run in runs]
+    draw = partial(plots.search, curves, label=study.label)
     figure = Figure("search", caption, draw, [_metrics(run) for run in runs], ["grid"])
     if not study.rungs:
         return [figure]
@@ -184,6 +185,13 @@ def _curve(study: Study, run: Run) -> dict[str, Any]:
             (line.count("step"), line.count("training"), line.number(key)) for line in lines if key in line.values
         ]
     return found
+
+
+def _judged(study: Study, run: Run) -> list[tuple[int, int, float]]:
+    """Step, FLOPs and loss of a run of a search at the rungs that it was judged at."""
+    losses = {rung: run.row[f"loss_at_{rung}"] for rung in study.rungs}
+    each = run.row["training_flops"] // run.row["steps"]
+    return [(rung, rung * each, loss) for rung, loss in losses.items() if loss is not None]
 
 
 def _second_half(curve: dict[str, Any]) -> dict[str, Any]:

@@ -52,7 +52,12 @@ def _write_search(settings: Settings, out: Path) -> list[dict[str, Any]]:
     text, curves = _searched(settings, rows, out), []
     for row in rows[1:]:
         of = {"cell": row["cell"], "lr": float(row["lr"]), "rank": int(row["rank"])}
-        curves.append(_curve(RunFolder(out / row["folder"]), of))
+        judged = [
+            (rung, int(row["training_flops"]) * rung // int(row["steps"]), float(row[f"loss_at_{rung}"]))
+            for rung in settings.rungs
+            if row[f"loss_at_{rung}"]
+        ]
+        curves.append(_curve(RunFolder(out / row["folder"]), of) | {"judged": judged})
     (out / "figures").mkdir(exist_ok=True)
     plots.search(curves, out / "figures" / "search.png", label=settings.label)
     files.write_text(out / "results.md", text)

@@ -86,7 +86,7 @@ def _price(settings: Settings, shard: Shard, as_json: bool) -> None:
         print_json({"cells": cells, "total": total, "budget": settings.budget, "estimated_seconds": taken})
         return
     rows = [("cell", *STAGES), *((name, *(f"{n:,}" for n in flops.values())) for name, flops in cells.items())]
-    _say(settings, plan, rows, kinds, most=bool(settings.patience))
+    _say(settings, plan, rows, kinds, settings.at_most)
 
 
 def _price_search(settings: Settings, plan: Plan, as_json: bool) -> None:
@@ -106,13 +106,19 @@ def _price_search(settings: Settings, plan: Plan, as_json: bool) -> None:
         return
     print(", ".join(one.run.cell.name for one in search.cells))
     columns = "steps", "cells", *kinds
-    _say(settings, plan, [("rung", *columns[1:]), *([f"{row[c]:,}" for c in columns] for row in rungs)], kinds, True)
+    _say(
+        settings,
+        plan,
+        [("rung", *columns[1:]), *([f"{row[c]:,}" for c in columns] for row in rungs)],
+        kinds,
+        "at most ",
+    )
 
 
-def _say(settings: Settings, plan: Plan, rows: Sequence[Sequence[str]], kinds: Mapping[str, int], most: bool) -> None:
+def _say(settings: Settings, plan: Plan, rows: Sequence[Sequence[str]], kinds: Mapping[str, int], most: str) -> None:
     """Print prices as a table, their sum by the budget, and about how long all takes."""
     print(*table.aligned(rows, left=1), sep="\n")
     total = sum(kinds.values())
     share = f"{total / settings.budget:.2%} of the budget of {settings.budget:.3g}"
-    print(f"together {settings.at_most}{total:,} FLOPs (coursework), {share}")
+    print(f"together {most}{total:,} FLOPs (coursework), {share}")
     print(speed.estimate(settings, plan.config, kinds))
