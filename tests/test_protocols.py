@@ -1,11 +1,13 @@
 """Protocols: the three reports' ways as settings, the default's, and where a report's way is a trap."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from data import llmtime, lotka_volterra
+from experiments import run
 from experiments.run_folder.files import read_toml
 from experiments.settings import protocols
 from experiments.settings.record import POCKET, Settings
@@ -140,3 +142,11 @@ def test_what_is_written_reads_back_within_half_a_unit(tasks, name):
     for example in worked["examples"]:
         assert "".join(example["pieces"]) == example["text"]
         assert np.allclose(np.array(example["scaled"]) * example["alpha"], example["raw"])
+
+
+def test_a_run_of_a_protocol_that_is_no_reports_ends_with_its_records(tmp_path, monkeypatch):
+    """Bug: it trained to the end, and then was refused, as no report claims anything of it."""
+    monkeypatch.chdir(tmp_path)
+    short = ["--steps", "1", "--context", "64", "--batch-size", "1", "--val-series", "1"]
+    assert run.main(["train", "--protocol", "best", *short, "--out", "best"]) == 0
+    assert Path("best/results.md").is_file() and not Path("best/accounting.csv").exists()

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from experiments.accounting import three_reports
 from experiments.accounting.ledger import STAGES as LEDGER_STAGES
 from experiments.run_folder import files
 from experiments.run_folder.folder import RunFolder
@@ -67,14 +68,12 @@ def write_records(plan: Plan, out: Path) -> None:
         ],
     )
     files.write_csv(out / "flops.csv", _flops(settings, finished, results, out, search.copies(out) if search else []))
-    if settings.protocol not in ("", "default") and not (out / "accounting.csv").is_file():
+    if settings.protocol in three_reports.DRAFTS and not (out / "accounting.csv").is_file():
         _write_accounting(settings.protocol, out)
 
 
 def _write_accounting(protocol: str, out: Path) -> None:
     """What the report says that it spent beside what its formulas give and what its plan costs exactly."""
-    from experiments.accounting import three_reports
-
     rows: list[dict[str, Any]] = [
         {"stage": s.stage, "part": s.part, "label": s.label, "claimed": s.claimed, "reproduced": s.reproduced}
         | {"exact": s.exact, "share_of_exact": s.claimed / s.exact if s.claimed and s.exact else None, "note": s.note}
