@@ -287,6 +287,20 @@ def test_the_page_stands_alone_and_is_sound_html(made, sampled):
         assert viewport == "width=device-width, initial-scale=1"
 
 
+def test_on_a_phone_a_row_of_a_wide_table_is_lines_with_its_columns_titles(made):
+    rules = re.findall(r'#table-([\w-]+) :is\(td, th.n\):nth-child\((\d+)\)::before { content: "(.*?)"; }', made.html)
+    tables = named(made.folder, Table)
+    assert rules == [
+        (name, str(at), re.sub(r"[^\w]", lambda c: f"\\{ord(c[0]):x} ", column.title))
+        for name, table in tables.items()
+        if len(table.columns) > report.NARROW
+        for at, column in enumerate(table.columns, 1)
+    ]
+    assert ("by-stage", "4", r"MSE\20 \28 95\20 \25 \20 interval\29 ") in rules
+    stacked = set(re.findall(r'<div class="block stack" id="table-([\w-]+)">', made.html))
+    assert stacked == {name for name, *_ in rules} != tables.keys()
+
+
 def test_the_markdown_links_every_figure_and_table_that_was_written(made):
     text = (made.folder / "report.md").read_text()
     for kind in ("figures", "tables"):

@@ -61,7 +61,9 @@ def horizon_error(
     ours, handles = [name for name in errors if name in strong], []
     others = [name for name in errors if name not in strong]
     for name, values in errors.items():
-        look = _look(ours.index(name)) | _THICK if name in ours else _look(len(ours) + others.index(name)) | _THIN
+        look = (
+            _look(ours.index(name)) | _THICK if name in ours else _look(max(3, len(ours)) + others.index(name)) | _THIN
+        )
         look = _STRONG if name in ours[-1:] else look
         handles += axes.plot(
             np.arange(1, len(values) + 1), values, **look, markevery=_every(len(values)), label=base.plain(name)

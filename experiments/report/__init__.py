@@ -42,6 +42,8 @@ ABOUT = {
     "final": "stages",
 }
 """The section that a footnote stands in, by what it is about."""
+NARROW = 4
+"""Of more columns than these a phone shows each row as lines, a column's title before its value."""
 
 
 def build(run: Path, progress: Counted = lambda done, of: None) -> Path:
@@ -116,6 +118,7 @@ def rendered(study: Study, sections: list[Section], images: dict[str, bytes]) ->
         "label": study.label,
         "report": study.commands["report"],
         "first": sections[0],
+        "stacked": [table for table in blocks(sections, Table) if len(table.columns) > NARROW],
         "groups": [(group, list(of)) for group, of in groupby(sections[1:], key=lambda section: section.group)],
         "kind": lambda block: type(block).__name__,
         "image": lambda figure: base64.b64encode(images[figure.name]).decode(),
@@ -141,6 +144,7 @@ def _environment() -> Environment:
     environment.filters["code"] = lambda text: (
         escaped(text) if set(text) & set("`|") or not text.isprintable() else f"`{text}`"
     )
+    environment.filters["css"] = lambda text: "".join(c if c.isalnum() else f"\\{ord(c):x} " for c in text)
     environment.tests["text"] = lambda part: isinstance(part, str)
     return environment
 

@@ -6,7 +6,7 @@ from functools import partial
 from experiments import plots
 from experiments.forecasting.scores import best_copy, compared, paired_interval
 from experiments.report.accounting import spent_of_budget, total
-from experiments.report.document import Facts, Figure, Inline, Number, Section, Text
+from experiments.report.document import Block, Facts, Figure, Inline, Number, Section, Text
 from experiments.report.evaluation import LAW, MODEL, Evaluation
 from experiments.report.forecasts import drawn
 from experiments.report.records import Row
@@ -39,7 +39,7 @@ def summary(study: Study) -> Section:
     part = next(part for part in ("validation", "test", "shown") if evaluation.score(part))
     best, untrained = best_copy(evaluation.mse(part)), study.untrained_beside(evaluation, part)
     answer = _Answer(run, evaluation, part, evaluation.by_forecaster(part), best, untrained)
-    blocks = [Text(_verdict(study, answer), "verdict"), _numbers(answer), Text(_certain(study, answer))]
+    blocks: list[Block] = [Text(_verdict(study, answer), "verdict"), _numbers(answer), Text(_certain(study, answer))]
     return Section("summary", "", [*blocks, *_picture(study, run, evaluation), Text(_next(study))])
 
 
@@ -77,7 +77,8 @@ def _numbers(answer: _Answer) -> Facts:
     facts: list[tuple[str, Inline]] = []
     for term, row in found.items():
         low, high = (Number(row[f"mse_{end}"]) for end in ("low", "high"))
-        facts.append((term, [Number(row["mse"]), *(["\n", low, " to ", high] if low.exact else [])]))
+        interval: Inline = ["\n", low, " to ", high] if low.exact else []
+        facts.append((term, [Number(row["mse"]), *interval]))
     return Facts(facts, files, [answer.run.stage])
 
 
@@ -91,8 +92,8 @@ def _certain(study: Study, answer: _Answer) -> Inline:
     for name, theirs in others.items():
         if ours and ours.keys() <= theirs.keys():
             low, high = paired_interval([*ours.values()], [theirs[series] for series in ours], seed=0)
-            said.append(f"that from {name} {'may be chance' if low <= 0 <= high else 'is not chance'}")
-    chance = f"Of the differences {', '.join(said)} (95 % bootstrap over the series). " if said else ""
+            said.append(f"the difference from {name} {'may be' if low <= 0 <= high else 'is not'} chance")
+    chance = f"By a bootstrap over the series {', '.join(said)}. " if said else ""
     count = Number(answer.rows[MODEL]["series"], "integer")
     what = f" {answer.part} series: mean squared error, raw units, lower is better, and its 95 % interval. {chance}"
     return ["Over ", count, what, "Cost: ", *spent_of_budget(study), "."]

@@ -20,26 +20,30 @@ ANCHORS = (
 
 
 def together(study: Study) -> Section:
-    """How good the forecasts are: the model by stage, the copies and the law's fit, in one table and by step."""
-    if not (answer := study.answer):
-        return Section("good", "The model beside the copies and the law", [])
-    main, (_, evaluation) = study.main(), answer
-    rows: list[list] = []
-    for part in (part for part in ("validation", "test") if evaluation.score(part)):
-        found = [(run.title, row) for run, one in main if (row := one.score(part))]
-        found += [(name, row) for name, row in evaluation.by_forecaster(part).items() if name != MODEL]
-        rows += [
-            [part, name, tuple(row[f"mse{end}"] for end in ("", "_low", "_high")), row["mae"], row["r2"]]
-            for name, row in found
-        ]
-    files, stages = [one.file("scores.csv") for _, one in main], [run.stage for run, _ in main]
-    caption = "Errors over the horizon, all species, raw units: the model by stage, and forecasts without a model."
-    columns = named("part forecaster mse mae r2", intervals="mse")
-    blocks: list[Block] = [Table("good", caption, columns, rows, files, stages, heads=2)] if rows else []
-    blocks += [
-        _by_step(study, part) for part in ("validation", "test") if any(r["part"] == part for r in evaluation.horizon)
-    ]
+    """How good the forecasts are: the model by stage, the copies and the law's fit, in a table and by step."""
+    blocks: list[Block] = []
+    for part in ("validation", "test"):
+        if study.answer and study.answer[1].score(part):
+            blocks.append(_errors(study, part))
+            if any(row["part"] == part for row in study.answer[1].horizon):
+                blocks.append(_by_step(study, part))
     return Section("good", "The model beside the copies and the law", blocks)
+
+
+def _errors(study: Study, part: str) -> Table:
+    """MSE, MAE and R2 of the model by stage, and of what needs no model."""
+    assert study.answer
+    runs = [(run, one) for run, one in study.main() if one.score(part)]
+    found = [(run.title, one.by_forecaster(part)[MODEL]) for run, one in runs]
+    found += [(name, row) for name, row in study.answer[1].by_forecaster(part).items() if name != MODEL]
+    ends = [(name, row, tuple(row[f"mse{end}"] for end in ("", "_low", "_high"))) for name, row in found]
+    rows = [[name, mse, row["mae"], row["r2"]] for name, row, mse in ends]
+    columns = named("forecaster mse mae r2", intervals="mse")
+    caption = (
+        f"Errors over the horizon of the {part} series, all species, raw units: the model by stage, and without one."
+    )
+    files, stages = [one.file("scores.csv") for _, one in runs], [run.stage for run, _ in runs]
+    return Table(f"good-{part}", caption, columns, rows, files, stages)
 
 
 def _by_step(study: Study, part: str) -> Figure:
