@@ -117,11 +117,14 @@ def write(root: Path, label: str = TOY, layers: int = 2, **settings: Any) -> Pat
     return root
 
 
-def write_grid(root: Path, label: str = TOY) -> Path:
-    """Write the folder of a grid alone: no plan, no evaluation."""
+def write_grid(root: Path, label: str = TOY, judged: Mapping[str, float] = {}) -> Path:  # noqa: B006 (not changed)
+    """Write the folder of a grid alone: no plan, and the evaluations of the folders in `judged`, as in `JUDGED`."""
     runs = _write_grid(root, label, layers=1)
     later = ("stage", "folder", "context")
     files.write_csv(root / "results.csv", [{k: v for k, v in run.items() if k not in later} for run in runs])
+    task = _task(Settings(points=POINTS, horizon=8, constrained=False)) if judged else None
+    for folder, noise in judged.items():
+        _evaluate(root / folder, task, noise, {part: PARTS[part] for part in ("validation", "shown")})
     return root
 
 

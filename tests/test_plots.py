@@ -127,6 +127,16 @@ def test_the_runs_of_a_study_differ_by_more_than_colour_and_are_named_by_their_g
     assert min(heights) > 2  # inches, whatever the legend takes
 
 
+@pytest.mark.parametrize(("steps", "scale"), [((20, 20), "linear"), ((20, 400), "symlog")])
+def test_validation_starts_at_step_0_with_the_loss_of_the_untrained_model(draw, steps, scale):
+    cells = [_cell(steps=count, name=str(i)) | {"untrained": 4.0 + i} for i, count in enumerate(steps)]
+    cells[1]["validation"] = [(0, 0, 3.5), *cells[1]["validation"]]  # which it took itself
+    training, validation = draw(plots.loss_curves, cells).axes
+    assert [line.get_xydata()[0].tolist() for line in validation.lines] == [[0, 4.0], [0, 3.5]]
+    assert [len(line.get_xdata()) for line in validation.lines] == [count // 5 + 1 for count in steps]
+    assert validation.get_xscale() == scale and training.lines[0].get_xdata()[0] == 1
+
+
 def test_runs_of_like_length_have_a_linear_axis_and_losses_that_are_not_finite_are_left_out(draw):
     figure = draw(plots.loss_curves, [_cell(losses=[1.0, math.nan, math.inf, 2.0, 3.0])])
     raw = figure.axes[0].lines[0]
@@ -203,8 +213,10 @@ def test_a_forecast_shows_context_cut_off_truth_and_gaps(draw):
         cut, truth, guess = axes.lines
         assert cut.get_xdata()[0] == pytest.approx((80 + 79) / 2 * 200 / 99)
         assert len(truth.get_xdata()) == 100 and truth.get_linestyle() == "-"
-        assert len(guess.get_xdata()) == 20 and guess.get_linestyle() == "--"
-        assert list(np.flatnonzero(np.isnan(guess.get_ydata()))) == [3, 4, 5, 9]
+        assert len(guess.get_xdata()) == 21 and guess.get_linestyle() == "--"  # it starts at the end of the context
+        assert guess.get_xydata()[0].tolist() == truth.get_xydata()[79].tolist()
+        assert list(np.flatnonzero(np.isnan(guess.get_ydata()[1:]))) == [3, 4, 5, 9]
+        assert truth.get_linewidth() > guess.get_linewidth()  # so that it is seen under it
         assert axes.get_ylabel().endswith("(units of the data)")
     prey, predator = (axes.lines[1] for axes in figure.axes)
     assert prey.get_marker() != predator.get_marker()
@@ -219,7 +231,7 @@ def test_the_bands_of_a_forecast_are_its_quantiles(draw):
     figure = _forecast(draw, gaps=[2, 4], bands=True)
     time = np.linspace(0, 200, 100)[80:]
     for axes in figure.axes:
-        guess = axes.lines[2].get_ydata()
+        guess = axes.lines[2].get_ydata()[1:]
         wide, alone, narrow, _ = axes.collections
         for area, half in ((wide, 0.4), (narrow, 0.25)):
             known = np.isfinite(guess)
@@ -256,7 +268,8 @@ def test_a_grid_of_forecasts_has_a_row_for_each_system_and_a_column_for_each_var
             whole = np.concatenate([system["context"], system["truth"]])
             time, forecast = system["time"], system["forecast"]
             np.testing.assert_array_equal(truth.get_xydata(), np.stack([time, whole[:, i]], axis=1))
-            np.testing.assert_array_equal(guess.get_xydata(), np.stack([time[12:], forecast[:, i]], axis=1))
+            joined = np.concatenate([whole[11:12], forecast])
+            np.testing.assert_array_equal(guess.get_xydata(), np.stack([time[11:], joined[:, i]], axis=1))
     titles = [f"System 1 (growing): {name}" for name in ("prey", "predator")]
     titles += [f"System 2 \\$x: {name}\n(2 of 5 steps not parsed)" for name in ("prey", "predator")]
     assert [axes.get_title() for axes in panels[:2].flat] == titles
@@ -278,15 +291,35 @@ def test_a_grid_of_any_number_of_variables_is_legible(draw, variables):
     assert titles == [f"{system['title']}: {name}" for system in systems for name in names]
 
 
-def test_a_phase_plane_draws_the_predator_over_the_prey_and_marks_where_the_forecast_starts(draw):
+def test_a_glance_has_a_column_for_each_system_with_the_end_of_its_context_and_the_copies(draw):
+    systems = [_system(), _system("System 2", gaps=[1])]
+    systems = [system | {"copies": {"persistence": np.ones((5, 2)), "law fit": system["truth"]}} for system in systems]
+    figure = draw(plots.glance, systems, ["prey", "predator"], title="Forecasts", label="toy")
+    for i, axes in enumerate(figure.axes):
+        variable, column = divmod(i, 2)
+        system, (_, truth, *copies, guess) = systems[column], axes.lines
+        np.testing.assert_array_equal(truth.get_xdata(), system["time"][2:])  # 10 points before 5
+        for line, values in zip([guess, *copies], [system["forecast"], *system["copies"].values()], strict=True):
+            np.testing.assert_array_equal(line.get_ydata()[1:], values[:, variable])
+        assert len({line.get_linestyle() for line in (guess, *copies)}) == 3
+    assert [axes.get_title() for axes in figure.axes[:2]] == [
+        "System 1 (growing)",
+        "System 2\n(1 of 5 steps not parsed)",
+    ]
+    assert _legend(figure)[-3:] == ["forecast", "persistence", "law fit"]
+
+
+def test_a_phase_plane_joins_truth_and_forecast_to_the_end_of_the_context(draw):
     systems = [_system(), _system("System 2", gaps=[0, 2]), _system("System 3", gaps=range(5))]
     figure = draw(plots.phase_plane, systems, ["prey", "predator"], title="Phase plane", label="toy")
     assert len(figure.axes) == 3
-    for axes, system, first in zip(figure.axes, systems, (0, 1, 5), strict=True):
+    for axes, system in zip(figure.axes, systems, strict=True):
         context, truth, guess, start = axes.lines
-        for line, values in ((context, "context"), (truth, "truth"), (guess, "forecast")):
-            np.testing.assert_array_equal(line.get_xydata(), system[values])
-        np.testing.assert_array_equal(start.get_xydata(), system["forecast"][first : first + 1])
+        end = system["context"][-1:]
+        np.testing.assert_array_equal(context.get_xydata(), system["context"])
+        for line, values in ((truth, "truth"), (guess, "forecast")):
+            np.testing.assert_array_equal(line.get_xydata(), np.concatenate([end, system[values]]))
+        np.testing.assert_array_equal(start.get_xydata(), end)
         assert guess.get_linestyle() == "--" and truth.get_linestyle() == "-" and start.get_marker() == "*"
     assert figure.axes[2].get_xlabel() == "prey (units of the data)"
     assert figure.axes[2].get_ylabel() == "predator (units of the data)"
@@ -383,12 +416,14 @@ def test_bars_of_scores_carry_interval_and_number(draw):
     titled = {"title": "Mean squared error", "label": "toy", "strong": ["model", "one"]}
     figure = draw(plots.score_bars, scores, xlabel="MSE", **titled)
     (axes,) = figure.axes
-    np.testing.assert_array_equal([bar.get_width() for bar in axes.patches], [0.04, 1.23, math.nan, 2])
-    np.testing.assert_array_equal([line.get_xdata() for line in axes.lines[:2]], [[0.03, 0.05], [0.9, 1.6]])
+    assert not axes.patches  # a bar on a logarithmic axis has no length
+    dots, ends = axes.lines[1::2], axes.lines[::2]
+    np.testing.assert_array_equal(np.ravel([dot.get_xdata() for dot in dots]), [0.04, 1.23, math.nan, 2])
+    np.testing.assert_array_equal([line.get_xdata() for line in ends[:2]], [[0.03, 0.05], [0.9, 1.6]])
     assert [tick.get_text() for tick in axes.get_yticklabels()] == list(scores) and axes.yaxis_inverted()
     assert _printed(axes) == ["0.04 (0.03 to 0.05)", "1.23 (0.9 to 1.6)", "not defined", "2"]
     assert axes.get_xscale() == "log" and axes.get_xlabel() == "MSE"
-    model, persistence, _, one = ((bar.get_hatch(), bar.get_facecolor()) for bar in axes.patches)
+    model, persistence, _, one = ((dot.get_marker(), dot.get_color()) for dot in dots)
     assert model == one and all(a != b for a, b in zip(model, persistence, strict=True))
 
 
@@ -406,7 +441,7 @@ def test_the_budget_bar_stacks_the_stages_and_shows_the_parts_below(draw):
     assert [bar.get_width() for bar in by_part.patches] == [0, 3e14, 1e13, 1e18, 1e15, 0]
     assert [tick.get_text() for tick in by_part.get_yticklabels()] == [f"{s}: {p}" for s in stages for p in stages[s]]
     assert _printed(by_part) == ["0", "3.000e14", "1.000e13", "1.000e18", "1.000e15", "0"]
-    assert by_part.get_xscale() == "log" and whole.get_xscale() == "linear"
+    assert {axes.get_xscale() for axes in (whole, by_part)} == {"linear"} and by_part.get_xlim()[0] == 0
     looks = [{(bar.get_hatch(), bar.get_facecolor()) for bar in bars} for bars in ([first], by_part.patches[:3])]
     assert looks[0] == looks[1] and first.get_hatch() != second.get_hatch()
     shares = ["baseline, 0.31 % of the budget", "final, 1e+03 % of the budget", "budget, 1e17"]
@@ -460,7 +495,6 @@ def test_a_round_trip_shows_both_series_and_their_absolute_error(draw):
 
 NO_TOKENS = {"nats": [], "step_of": [], "texts": []}
 NAN = [math.nan] * 3
-AT_STEP_0 = _cell(losses=[2.0] * 9) | {"validation": [(0, 0, 2.0)]}
 
 
 def _gradients(layers, values):
@@ -485,15 +519,20 @@ def _gradients(layers, values):
         (plots.score_bars, {"scores": {"model": (0.4, 0.3, 0.5), "b": (-9.0, -12, -5)}, "xlabel": "skill"}),
         (plots.score_bars, {"scores": {"model": tuple(NAN)}, "xlabel": "skill"}),
         (plots.budget_bar, {"stages": {"baseline": {"training": 0}}, "budget": 10**17}),
-        (plots.loss_curves, {"cells": [AT_STEP_0, _cell(2, losses=[2.0] * 90)]}),
     ],
 )
 def test_what_is_zero_absent_or_one_is_drawn_on_a_linear_axis(draw, make, values):
-    """A logarithmic one has no place for zero, nor for the step 0 of runs of unlike length."""
+    """A logarithmic one has no place for zero."""
     titled = {} if make is plots.loss_curves else {"title": "A title"}
     figure = draw(make, **titled | values)
     assert {axes.get_xscale() for axes in figure.axes} | {axes.get_yscale() for axes in figure.axes} == {"linear"}
     assert make is not plots.budget_bar or _printed(figure.axes[1]) == ["0"]
+
+
+@pytest.mark.parametrize(("layers", "columns"), [(2, 2), (3, 2), (5, 5), (6, 4)])
+def test_every_row_of_gradients_is_full(draw, layers, columns):
+    panels = draw(plots.gradient_norms, **_gradients(layers, [0.5, 0.6])).axes
+    assert len(panels) == 2 * layers and len({round(axes.get_position().x0, 3) for axes in panels}) == columns
 
 
 @pytest.mark.parametrize("values", [[0.0, 1.0, 2.0], [0.5]])
@@ -518,6 +557,7 @@ REFUSED = [
     (plots.forecast, SERIES | {"quantiles": QUANTILES[0]}, "quantiles: has no level 0.25: expected 0.1"),
     (plots.forecast, SERIES | {"quantiles": QUANTILES[1]}, "the quantile 0.1 has the shape (1,): expected (3, 2)"),
     (plots.forecast_grid, dict(systems=[], names=BOTH), "a figure of systems is empty"),
+    (plots.glance, dict(systems=[], names=BOTH), "a figure of systems is empty"),
     (plots.phase_plane, dict(systems=[], names=BOTH), "a figure of systems is empty"),
     (plots.phase_plane, dict(systems=[SERIES], names="xyz"), "a phase plane has 3 variables: expected 2"),
     (plots.running_rmse, dict(systems=[], names=BOTH), "a figure of systems is empty"),

@@ -59,6 +59,7 @@ class Page(HTMLParser):
         self.elements: list[tuple[str, dict[str, str]]] = []
         self.texts: dict[str, str] = {}
         self.values: dict[str, list[str]] = {}  # the exact numbers by section
+        self.sections: list[str] = []
         self.section = ""
         self.feed(text)
         self.close()
@@ -69,7 +70,9 @@ class Page(HTMLParser):
         self.elements.append((tag, attributes))
         if tag not in self.VOID:
             self.open.append(tag)
-        self.section = attributes["id"] if tag == "section" else self.section
+        if tag == "section":
+            self.section = attributes["id"]
+            self.sections.append(self.section)
         if tag == "data":
             self.values.setdefault(self.section, []).append(attributes["value"])
 
@@ -197,12 +200,12 @@ def texts(folder: Path) -> dict[str, str]:
 # The page as a whole
 
 
-def test_the_page_of_a_grid_alone_is_drawn_and_says_what_was_not_run(tmp_path):
+def test_the_page_of_a_grid_alone_is_drawn_without_what_was_not_run(tmp_path):
     folder = study_folder.write_grid(tmp_path / "grid")
     page = Page(report.build(folder).read_text())
-    for section in ("summary", "stages", "preprocessing", "context", "forecasts", "scores", "sampling"):
-        assert "not run" in page.texts[section], section
-    assert "lr0.0001-r8" in page.texts["summary"] and "lowest" in page.texts["grid"]
+    assert page.sections == ["summary", "facts", "accounting", "grid", "training", "settings"]
+    assert not [section for section, text in page.texts.items() if "not run" in text]
+    assert "the validation loss of lr0.0001-r8 is" in page.texts["summary"] and "lowest" in page.texts["grid"]
     drawn = {path.name: path.read_bytes() for path in (folder / "figures").iterdir()}
     assert drawn.keys() == {"budget.png", "loss-cells-by-step.png", "loss-cells-by-flops.png", "grid.png"}
     assert len(set(drawn.values())) == len(drawn)  # no picture under two names
@@ -216,11 +219,51 @@ def test_the_page_of_a_grid_alone_is_drawn_and_says_what_was_not_run(tmp_path):
     assert all(int(image["width"]) > 400 and int(image["height"]) > 200 for image in images)
 
 
+def test_the_page_of_a_grid_that_forecasts_answers_with_its_best_cell_and_has_every_cells_mse(tmp_path):
+    judged = {"untrained": 0.1, "cells/lr0.0001-r8": 0.3, "cells/lr1e-05-r2": 0.05}
+    built = build(study_folder.write_grid(tmp_path / "grid", judged=judged))
+    assert "training has made the forecasts" in built.page.texts["summary"]
+    assert re.findall("<dt>(.*?)</dt>", built.html)[:2] == ["untrained", "best cell"]
+    whole = {"part": "validation", "forecaster": "model", "unit": "raw", "variable": "all"}
+    mse = {run: rows_of(built.folder / run / "evaluation/scores.csv", **whole)[0]["mse"] for run in judged}
+    assert built.page.values["summary"][1::3][:2] == [mse["untrained"], mse["cells/lr0.0001-r8"]]
+    by_rate = {row["lr"]: row for row in built.table("grid-mse")}
+    assert (
+        by_rate["0.0001"]["rank_8"] == mse["cells/lr0.0001-r8"]
+        and by_rate["1e-05"]["rank_2"] == mse["cells/lr1e-05-r2"]
+    )
+    (bars,) = [call for name, call in built.calls if name == "score_bars" and "every cell" in call]
+    names = [*("lr1e-05-r2", "lr0.0001-r8", "untrained model"), *("persistence", "context mean", "seasonal repeat")]
+    assert [name for name in names if f"'{name}': ({''}" in bars] == names
+
+
+VERDICTS = {
+    "worse": (lambda untrained, copy: 2 * untrained, "training has made the forecasts 2.0 times worse than the"),
+    "equal": (lambda untrained, copy: untrained, "training has not helped: the forecasts are about as good as the"),
+    "better": (lambda untrained, copy: 3 * copy, "untrained model's, and still 3.0 times worse than copying the past"),
+    "best": (lambda untrained, copy: copy / 2, "untrained model's, and 2.0 times better than copying the past (seaso"),
+}
+
+
+@pytest.mark.parametrize("case", VERDICTS)
+def test_the_verdict_says_whether_training_helped(case, study, made):
+    mse_of, said = VERDICTS[case]
+    whole = {"part": "validation", "unit": "raw", "variable": "all"}
+    (untrained,) = rows_of(study / "untrained/evaluation/scores.csv", forecaster="model", **whole)
+    copies = [row for row in rows_of(study / "final/evaluation/scores.csv", **whole) if row["forecaster"] != "model"]
+    copy = min(float(row["mse"]) for row in copies)
+    change = change_csv("mse", mse_of(float(untrained["mse"]), copy), forecaster="model", **whole)
+    change(study / "final/evaluation/scores.csv")
+    (flops,) = rows_of(study / "flops.csv", stage="all", part="total")
+    verdict = texts(study)["summary"]
+    assert verdict.startswith(f"After {shown(int(flops['flops']), 'flops')} FLOPs ") and said in verdict
+
+
 def test_the_figures_that_a_grid_has_not_are_drawn_from_the_records_of_a_study(sampled, tmp_path):
     """One of each kind; the other tests look at what is asked to be drawn."""
     figures = named(sampled.folder, Figure)
-    kinds = ("mse-test", "gradients-final", "forecasts-final", "running-rmse-final", "phase-final")
-    for name in (*kinds, "token-loss-final", "horizon-final-validation"):
+    kinds = ("mse-test", "gradients-final", "forecasts-final", "running-rmse-final", "phase-final", "glance")
+    for name in (*kinds, "token-loss-final", "horizon-validation"):
         path = tmp_path / f"{name}.png"
         figures[name].draw(path=path)
         assert path.read_bytes()[:4] == b"\x89PNG" and path.stat().st_size > 5000
@@ -242,6 +285,20 @@ def test_the_page_stands_alone_and_is_sound_html(made, sampled):
         assert shadows  # which say that there is more of a table
         viewport = next(meta["content"] for meta in page.all("meta") if meta.get("name") == "viewport")
         assert viewport == "width=device-width, initial-scale=1"
+
+
+def test_on_a_phone_a_row_of_a_wide_table_is_lines_with_its_columns_titles(made):
+    rules = re.findall(r'#table-([\w-]+) :is\(td, th.n\):nth-child\((\d+)\)::before { content: "(.*?)"; }', made.html)
+    tables = named(made.folder, Table)
+    assert rules == [
+        (name, str(at), re.sub(r"[^\w]", lambda c: f"\\{ord(c[0]):x} ", column.title))
+        for name, table in tables.items()
+        if len(table.columns) > report.NARROW
+        for at, column in enumerate(table.columns, 1)
+    ]
+    assert ("by-stage", "4", r"MSE\20 \28 95\20 \25 \20 interval\29 ") in rules
+    stacked = set(re.findall(r'<div class="block stack" id="table-([\w-]+)">', made.html))
+    assert stacked == {name for name, *_ in rules} != tables.keys()
 
 
 def test_the_markdown_links_every_figure_and_table_that_was_written(made):
@@ -268,32 +325,38 @@ def test_made_again_it_has_the_same_bytes_and_leaves_nothing_behind(made):
     assert not [name for name in once if ".tmp" in name]
 
 
-def test_every_table_and_figure_says_what_it_is_made_from_and_by_which_command(made):
-    blocks = re.split(r'<(?:figure|div class="block") id="(?:figure|table)-', made.html)[1:]
-    assert len(blocks) == sum(len(list((made.folder / kind).iterdir())) for kind in ("figures", "tables"))
-    for block in blocks:
-        assert f"experiments.run report {shlex.quote(str(made.folder))}" in unescape(block)
-        if not block.startswith("records"):
-            name, digest = re.findall(r'<code>([^<]+)</code> <code class="digest">([0-9a-f]{12})</code>', block)[0]
-            assert digest == files.file_digest(made.folder / name)[:12]
-    final = next(block for block in blocks if block.startswith("forecasts-final"))
-    assert "<code>python -m experiments.run final --out RUN</code>" in final
+def test_of_every_table_and_figure_the_records_and_their_commands_stand_in_one_table(made):
+    listed = {row["file"]: row for row in made.table("files")}
+    written = {f"{kind}/{path.name}" for kind in ("figures", "tables") for path in (made.folder / kind).iterdir()}
+    assert written - listed.keys() == {"tables/files.csv", "tables/records.csv"} and listed.keys() <= written
+    digests = {row["file"]: row["sha256"] for row in made.table("records")}
+    for row in listed.values():
+        for name in row["records"].split(", "):
+            assert digests[name] == files.file_digest(made.folder / name), row["file"]
+    assert listed["figures/forecasts-final.png"]["stages"] == "final"
+    (command,) = [row["command"] for row in made.table("commands", stage="final")]
+    assert command == "python -m experiments.run final --out RUN" and command in made.html
+    assert unescape(made.html).count(f"experiments.run report {shlex.quote(str(made.folder))}") == 2  # and as a command
 
 
-def test_the_label_stands_over_every_table_and_figure_where_there_is_one(made, sampled):
+def test_the_label_stands_over_the_page_once_and_in_every_figure_and_table_that_leaves_it(made, sampled):
     for built, label in ((made, study_folder.TOY), (sampled, "")):
-        captions = re.findall(r"<(?:caption|figcaption)>.*?</(?:caption|figcaption)>", built.html)
-        assert len(captions) == len(built.page.all("table")) + len(built.page.all("img"))
-        bare = [caption for caption in captions if '<span class="label">' not in caption]
-        assert all(f'<span class="label">{label}</span>' in caption for caption in captions if caption not in bare)
-        no_models = [caption for caption in bare if "without a model" in caption]  # which the label says nothing of
-        assert len(no_models) >= 2 and (bare == no_models or not label)
-        assert [call for _, call in built.calls if label and label not in call] == [
-            call for _, call in built.calls if label and "Forecasts, seasonal repeat" in call
-        ]
+        assert built.html.count('class="label"') == built.html.count(f'class="label">{label}<') == bool(label)
+        assert not [name for name, call in built.calls if label and label not in call]
         for path in (built.folder / "tables").iterdir():
             expected = "" if path.stem == "systems-naive" else label
             assert all(row.get("label", "") == expected for row in rows_of(path)), path.name
+
+
+def test_everything_below_the_first_screen_is_folded_and_of_each_fold_the_first_part_opens_with_it(made):
+    _, *below = re.split(r'(?=<details class="group"|<footer>)', made.html)
+    assert [re.findall("<h2>(.*?)</h2>", fold) for fold in below] == [
+        *(["How good"], ["What it cost"], ["How it was found"], ["How it was made"], [])
+    ]
+    for fold in below[:-1]:
+        assert re.findall(r'<details class="(\w+)"( open)?>', fold)[:2] == [("group", ""), ("part", " open")]
+        assert fold.count(" open>") == 1
+    assert made.page.sections[:2] == ["summary", "good"] and made.html.index('id="good"') > made.html.index("How good")
 
 
 def test_a_text_of_a_record_is_shown_and_never_run(study):
@@ -345,15 +408,18 @@ def test_every_number_of_the_summary_is_found_in_a_record(made):
     for path in made.folder.rglob("*"):
         if path.parent.name != "tables" and path.suffix in (".json", ".csv"):
             recorded |= scalars(made.json(str(path)) if path.suffix == ".json" else rows_of(path))
-    found = made.page.values["summary"]
-    assert len(found) == 26
-    assert set(found) <= recorded
-    untrained = rows_of(made.folder / "untrained/evaluation/scores.csv")[0]["mse"]  # of the model, validation, raw, all
-    assert found[2] == untrained and untrained not in found[3:]
-    for part, beside, start in (("validation", 0, 10), ("test", 3, 16)):
-        whole = {"forecaster": "model", "part": part, "unit": "raw", "variable": "all"}
-        (row,) = rows_of(made.folder / "final/evaluation/scores.csv", **whole)
-        assert found[beside] == row["mse"]
+    summary, found = (made.page.values[section] for section in ("summary", "facts"))
+    assert (len(summary), len(found)) == (14, 26)
+    assert set(summary + found) <= recorded
+    whole = {"part": "validation", "unit": "raw", "variable": "all"}
+    (untrained,) = rows_of(made.folder / "untrained/evaluation/scores.csv", forecaster="model", **whole)
+    ours = {row["forecaster"]: row for row in rows_of(made.folder / "final/evaluation/scores.csv", **whole)}
+    beside = [untrained, ours["model"], ours["seasonal repeat"]]
+    assert summary[1:10] == [row[column] for row in beside for column in ("mse", "mse_low", "mse_high")]
+    assert found[2] == untrained["mse"] and untrained["mse"] not in found[3:]
+    for part, first, start in (("validation", 0, 10), ("test", 3, 16)):
+        (row,) = rows_of(made.folder / "final/evaluation/scores.csv", forecaster="model", **whole | {"part": part})
+        assert found[first] == row["mse"]
         columns = ("mse", "mse_low", "mse_high", "skill", "won", "series")
         assert found[start : start + 6] == [row[column] for column in columns]
 
@@ -372,9 +438,10 @@ def test_the_final_model_stands_first_beside_the_best_copy_and_the_untrained_one
         assert said[run, part] in page.texts["stages"]
     assert "and training made them" in said["final", "validation"] and "training" not in said["final", "test"]
     terms = re.findall(r"<dt>(.*?)</dt>", made.html)
-    assert terms[:3] == ["The final run, validation", "The final run, test", "Best cell"]
-    summary = page.texts["summary"]
-    validation, test, best = map(summary.index, (said["final", "validation"], said["final", "test"], "Best cell"))
+    assert terms[:3] == ["untrained", "final", "best copy: seasonal repeat"]
+    assert terms[3:6] == ["The final run, validation", "The final run, test", "Best cell"]
+    facts = page.texts["facts"]
+    validation, test, best = map(facts.index, (said["final", "validation"], said["final", "test"], "Best cell"))
     assert 0 < validation < test < best
 
 
@@ -493,28 +560,31 @@ def test_the_forecast_that_is_drawn_is_the_one_that_is_recorded(made, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("stage", "section", "said"),
+    ("stage", "section", "name"),
     [
-        ("baseline", "stages", "Untrained model: not run."),
-        ("default", "gradients", "Gradients of the default run: not run."),
-        ("grid", "grid", "The grid: not run."),
-        ("context", "context", "The contexts: not run."),
-        ("final", "summary", "not run"),
+        ("baseline", "stages", "untrained model"),
+        ("default", "stages", "default run"),
+        ("grid", "grid", "grid"),
+        ("context", "context", "contexts"),
+        ("final", "stages", "final run"),
     ],
 )
-def test_a_stage_that_did_not_run_is_said_so(made, study, stage, section, said):
-    assert said not in texts(made.folder)[section]
+def test_a_stage_that_did_not_run_is_left_out_and_is_what_comes_next(made, study, stage, section, name):
     rows = rows_of(study / "results.csv")
     files.write_csv(study / "results.csv", [row for row in rows if row["stage"] != stage])
-    assert said in texts(study)[section]
+    said = f"Next: the {name}, not run yet: python -m experiments.run {stage} "
+    before, after = texts(made.folder), texts(study)
+    assert said in after["summary"] and said not in before["summary"] and section in before
+    assert (section in after) == (section == "stages")  # which has the others and the plan
+    assert not [text for where, text in after.items() if where != "summary" and "not run" in text]
 
 
 def test_a_study_of_which_nothing_has_run_has_a_page(study):
     for name in ("results.csv", "flops.csv", "preprocessing.json"):
         (study / name).unlink()
     page = build(study).page
-    for section in ("summary", "stages", "preprocessing", "training", "grid", "gradients", "scores", "accounting"):
-        assert "not run" in page.texts[section], section
+    assert page.sections == ["summary", "stages", "accounting", "settings"]  # the plan, the report's FLOPs
+    assert "Nothing has run yet." in page.texts["summary"]
 
 
 def test_a_run_that_two_stages_share_stands_in_both(study):
@@ -537,7 +607,7 @@ def test_the_lowest_cell_is_marked_and_the_chosen_one_named(study):
     grid = named(study, Table)["grid"]
     (row, column), mark = next(iter(grid.marks.items()))
     assert (grid.rows[row][column], mark) == (0.01, "lowest")
-    assert "lr0.0001-r8: learning rate 1e-4, rank 8, context 512 (set by hand)" in texts(study)["summary"]
+    assert "lr0.0001-r8: learning rate 1e-4, rank 8, context 512 (set by hand)" in texts(study)["facts"]
 
 
 def test_a_mark_stands_in_its_cell(made):

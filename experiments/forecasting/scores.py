@@ -168,11 +168,11 @@ def verdict(mse: Mapping[str, float], series: int, untrained: float | None = Non
     `mse` by forecaster over the same `series`: "model", and of the others those that are copies, `baselines.RULES`; of
     equal copies the first is the best. `untrained`: the untrained model's on these series, where it is known."""
     best = best_copy(mse)
-    said, link = _compared(mse["model"], mse[best])
+    said, link = compared(mse["model"], mse[best])
     subject, them = ("The forecast is", "it") if series == 1 else ("The forecasts are", "them")
     text = f"{subject} {said} (MSE) {link} {the(best)}, the best of the copies"
     if untrained is not None:
-        said, link = _compared(mse["model"], untrained)
+        said, link = compared(mse["model"], untrained)
         text += f", and training {'left' if link == 'as' else 'made'} {them} {said} {link} the untrained model's"
     few = "one series tells" if series == 1 else f"{series} series tell"
     return text + (f"; {few} little." if series < FEWEST_SERIES else ".")
@@ -194,8 +194,8 @@ def best_copy(mse: Mapping[str, float]) -> str:
     return min((name for name in RULES if name in mse), key=lambda name: mse[name])
 
 
-def _compared(mse: float, other: float) -> tuple[str, str]:
-    """ "2.1 times worse" and "than", or "about as good" and "as"."""
+def compared(mse: float, other: float) -> tuple[str, str]:
+    """Return "2.1 times worse" and "than", or "about as good" and "as"."""
     low, high = sorted((mse, other))
     ratio = high / low if low else math.inf if high else 1.0
     if ratio < AS_GOOD:

@@ -3,7 +3,7 @@
 
 from experiments.plots.bench import bench_bars, bench_scaling
 from experiments.plots.flops import budget_bar, flops_bars
-from experiments.plots.forecasts import forecast, forecast_grid, phase_plane
+from experiments.plots.forecasts import forecast, forecast_grid, glance, phase_plane
 from experiments.plots.gradients import gradient_norms
 from experiments.plots.preprocessing import round_trip
 from experiments.plots.scores import horizon_error, running_rmse, score_bars, token_loss

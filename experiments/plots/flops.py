@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.artist import Artist
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 
 from experiments.plots import base
 
@@ -35,10 +35,10 @@ def flops_bars(by_component: Mapping[str, int], path: str | Path, title: str, la
 def budget_bar(
     stages: Mapping[str, Mapping[str, int]], budget: int, path: str | Path, title: str, label: str = ""
 ) -> None:
-    """Draw what each stage spent as one stacked bar against the budget, and below it by part on its own scale.
+    """Draw what each stage spent as one stacked bar against the budget, and below it each part beside the largest.
 
     `stages` maps a stage to its parts ("training", "validation", "inference") and their FLOPs; `budget` is in
-    FLOPs too. The colour and hatch of a stage are the same in both panels; the lower is logarithmic."""
+    FLOPs too. The colour and hatch of a stage are the same in both panels."""
     if budget <= 0:
         raise ValueError(f"the budget is {budget}: expected more than 0 FLOPs")
     parts = [(stage, part, flops) for stage, of in stages.items() for part, flops in of.items()]
@@ -75,13 +75,11 @@ def budget_bar(
     names = [base.wrapped(f"{stage}: {part}", 2.2) for stage, part, _ in parts]
     base.name_bars(by_part, names, [base.scientific(flops) for _, _, flops in parts])
     if spent:
-        by_part.set_xscale("log")
-        by_part.xaxis.set_major_locator(LogLocator(numticks=6))
-        by_part.xaxis.set_minor_locator(NullLocator())
-        by_part.set_xlim(min(a for a in amounts if a) / 3, max(amounts) * 1.5)
+        by_part.set_xlim(0, 1.05 * max(amounts))
+        by_part.xaxis.set_major_locator(MaxNLocator(6))
     else:
         by_part.set_xticks([])
-    by_part.set_xlabel("FLOPs (above in proportion, here logarithmic)")
+    by_part.set_xlabel("FLOPs (above beside the budget, here beside the largest part)")
     whole.spines[["top", "right"]].set_visible(False)
     for axes in (whole, by_part):
         base.short_ticks(axes.xaxis)

@@ -5,7 +5,7 @@ parsed: it is a gap, and is counted.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from experiments.plots import base
 
 UNITS = "units of the data"
 _BANDS = ((0.1, 0.9, "80 % band", "#EBD3E1"), (0.25, 0.75, "50 % band", "#D9A3C3"))  # two tints of one colour
-_COPY: base.Style = {"color": "0.5", "linestyle": ":", "linewidth": 1.6}
+_COPIES: tuple[Any, ...] = (":", "-.", (0, (6, 2)))
 _DENSITY = "#F0C987"
 _FORECAST: base.Style = {"color": "black", "linestyle": "--", "linewidth": 1.4, "markerfacecolor": "white"}
 
@@ -69,7 +69,7 @@ def forecast_grid(
     """Draw the forecasts of several systems, a row for each system and a column for each variable, of three at most.
 
     A system is `title`, and `time`, `context`, `truth`, `forecast` and optionally `quantiles` as in `forecast`, and
-    `copies`: forecasts (h, V) that are drawn faintly, by name."""
+    `copies`: forecasts (h, V) without a model that are drawn faintly over it, by name."""
     all_series = _all(systems, names)
     variables, columns = len(names), min(3, len(names))
     figure, panels = base.new_figure(len(systems) * variables, 1.55, columns)
@@ -87,12 +87,36 @@ def forecast_grid(
     base.save(figure, path, title, label)
 
 
+def glance(
+    systems: Sequence[Mapping[str, Any]], names: Sequence[str], path: str | Path, title: str, label: str = ""
+) -> None:
+    """Draw a column for each system and a row for each variable, systems as in `forecast_grid`.
+
+    Of the context only the last points are drawn, twice as many as the horizon has."""
+    all_series = [series.cut(2 * len(series.future)) for series in _all(systems, names)]
+    columns = len(systems)
+    figure, panels = base.new_figure(len(names) * columns, 1.25, columns)
+    for i, axes in enumerate(panels):
+        variable, column = divmod(i, columns)
+        _over_time(axes, all_series[column], variable, small=True)
+        text, gaps = (systems[column]["title"], all_series[column].gaps) if not variable else ("", "")
+        base.panel_title(axes, text, columns, gaps.replace(" (", "\n("))
+    for axes, name in zip(panels[::columns], names, strict=True):
+        axes.set_ylabel(base.plain(name), fontsize=base.SMALL)
+    for axes in panels[-columns:]:
+        axes.set_xlabel("time", fontsize=base.SMALL)
+    figure.align_ylabels(panels[::columns])
+    copies = dict.fromkeys(name for series in all_series for name in series.copies)
+    base.legend_below(figure, _entries(names, any(series.bands for series in all_series), copies=copies))
+    base.save(figure, path, title, label)
+
+
 def phase_plane(
     systems: Sequence[Mapping[str, Any]], names: Sequence[str], path: str | Path, title: str, label: str = ""
 ) -> None:
     """Draw the second variable against the first, a panel for each system: the orbit, without its time.
 
-    A system is as in `forecast_grid`; there must be two variables."""
+    A system is as in `forecast_grid`; there must be two variables. Truth and forecast start at the context's end."""
     if len(names) != 2:
         raise ValueError(f"a phase plane has {len(names)} variables: expected 2")
     all_series = _all(systems, names)
@@ -102,11 +126,12 @@ def phase_plane(
         {"color": "0.6", "linewidth": 0.8, "label": "context"},
         {"color": base.COLOURS[0], "linewidth": 1.6, "marker": "o", "markersize": 3, "label": "truth"},
         _FORECAST | {"marker": "s", "markersize": 3.5, "label": "forecast"},
-        base.Style(color=base.COLOURS[1], linestyle="none", marker="*", markersize=11, label="start of the forecast"),
+        base.Style(color=base.COLOURS[1], linestyle="none", marker="*", markersize=11, label="end of the context"),
     ]
     for axes, system, series in zip(panels, systems, all_series, strict=True):
-        parsed = np.flatnonzero(np.isfinite(series.guess).all(axis=1))[:1]
-        for values, look in zip((series.past, series.future, series.guess, series.guess[parsed]), looks, strict=True):
+        end = series.past[-1:]
+        truth, guess = (_joined(series.past, values) for values in (series.future, series.guess))
+        for values, look in zip((series.past, truth, guess, end), looks, strict=True):
             axes.plot(values[:, 0], values[:, 1], **look)
         base.panel_title(axes, system["title"], columns, series.gaps.replace(" (", "\n("))
         axes.grid(alpha=0.3, linewidth=0.5)
@@ -150,6 +175,11 @@ class _Series:
         bands = [(level[low], level[high], tint) for low, high, _, tint in _BANDS]
         return cls(at, past, future, guess, bands, copies)
 
+    def cut(self, points: int) -> "_Series":
+        """The same with no more than the last points of the context."""
+        first = max(0, len(self.past) - points)
+        return replace(self, time=self.time[first:], past=self.past[first:])
+
     @property
     def gaps(self) -> str:
         count = int(np.isnan(self.guess).any(axis=1).sum())
@@ -165,7 +195,7 @@ def _over_time(axes: Axes, series: _Series, variable: int, small: bool = False) 
     """Draw one variable: shaded context, cut-off, bands, truth and forecast (a marker for each step if not small)."""
     at, points = series.time, len(series.past)
     cut = at[points - 1 : points + 1].mean() if points else at[0]
-    ahead, guess = at[points:], series.guess[:, variable]
+    ahead = at[points:]
     axes.axvspan(at[0], cut, color="0.92", zorder=0)
     axes.axvline(cut, color="0.35", linewidth=1)
     for low, high, tint in series.bands:
@@ -176,11 +206,18 @@ def _over_time(axes: Axes, series: _Series, variable: int, small: bool = False) 
     size = 2.5 if small else 4
     truth: base.Style = _truth(variable) | {"markersize": 0.8 * size, "markevery": 5}
     axes.plot(at, np.concatenate([series.past, series.future])[:, variable], **truth)
-    for values in series.copies.values():
-        axes.plot(ahead, values[:, variable], **_COPY)
+    joined = at[max(0, points - 1) :]  # from the end of the context on
+    for i, values in enumerate(series.copies.values()):
+        axes.plot(joined, _joined(series.past, values)[:, variable], **_copy(i))
+    guess = _joined(series.past, series.guess)[:, variable]
     marks = base.Style(marker=base.line(variable)[1], markersize=size, markevery=_alone(guess) if small else 1)
-    axes.plot(ahead, guess, **_FORECAST, **marks)
+    axes.plot(joined, guess, **_FORECAST, **marks)
     axes.margins(x=0.01)
+
+
+def _joined(past: base.Floats, ahead: base.Floats) -> base.Floats:
+    """Values (h, V) after the last point of the context, where there is one."""
+    return np.concatenate([past[-1:], ahead])
 
 
 def _alone(values: base.Floats) -> NDArray[np.bool_]:
@@ -190,7 +227,11 @@ def _alone(values: base.Floats) -> NDArray[np.bool_]:
 
 
 def _truth(variable: int) -> base.Style:
-    return {"color": base.colour(variable), "marker": base.line(variable)[1], "linewidth": 1.4}
+    return {"color": base.colour(variable), "marker": base.line(variable)[1], "linewidth": 2.2}
+
+
+def _copy(index: int) -> base.Style:
+    return {"color": "0.45", "linestyle": _COPIES[index % len(_COPIES)], "linewidth": 1.3}
 
 
 def _entries(names: Sequence[str], bands: bool, gaps: str = "", copies: Iterable[str] = ()) -> list[Artist]:
@@ -200,7 +241,7 @@ def _entries(names: Sequence[str], bands: bool, gaps: str = "", copies: Iterable
     ]
     handles += [Line2D([], [], **_truth(i), markersize=3, label=f"{base.plain(n)}, truth") for i, n in enumerate(names)]
     handles.append(Line2D([], [], **_FORECAST, label=f"forecast{gaps}"))
-    handles += [Line2D([], [], **_COPY, label=name) for name in copies]
+    handles += [Line2D([], [], **_copy(i), label=name) for i, name in enumerate(copies)]
     if bands:
         handles += [Rectangle((0, 0), 1, 1, color=tint, label=text) for *_, text, tint in _BANDS]
     return handles

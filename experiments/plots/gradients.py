@@ -35,8 +35,11 @@ def gradient_norms(
     base.not_empty(panels, "a figure of gradient norms")
     if unknown := set(flagged) - norms.keys():
         raise ValueError(f"flagged has {sorted(unknown)[0]!r}: expected names of matrices")
-    columns = min(len(panels), 4 if len(panels) > 8 else 2)
-    figure, axes_of = base.new_figure(len(panels), 1.15 if columns == 4 else 2.0, columns, sharex=True, sharey=True)
+    count = len(panels)
+    columns = next((n for n in ((4, 5, 3, 2) if count > 8 else (2, 3, 5)) if count % n == 0), 1)  # no row is cut short
+    figure, axes_of = base.new_figure(
+        count, 1.15 if columns > 3 or count > 8 else 2.0, columns, sharex=True, sharey=True
+    )
     for axes, module in zip(axes_of, sorted(panels, key=by_layer), strict=True):
         for matrix, values in sorted(panels[module].items()):
             seen = np.where(np.isfinite(values) & (values > 0), values, np.nan)
@@ -60,7 +63,7 @@ def gradient_norms(
         base.short_ticks(axes_of[0].yaxis)
         room = (every.max() / every.min()) ** (0.3 if flagged else 0.05)  # above, for the text of a warning
         axes_of[0].set_ylim(every.min() / 2, every.max() * room * 2)
-    base.step_ticks(axes_of[0].xaxis, 2 if columns == 4 and at.size and at.max() >= 10_000 else 4)
+    base.step_ticks(axes_of[0].xaxis, 2 if columns > 3 and at.size and at.max() >= 10_000 else 4)
     for axes in axes_of[-columns:]:
         axes.set_xlabel("training step", fontsize=base.SMALL)
     figure.supylabel("L2 norm of the gradient (nats per token)", fontsize=10)

@@ -43,17 +43,28 @@ def running_rmse(
     base.save(figure, path, title, label)
 
 
-def horizon_error(lines: Mapping[str, ArrayLike], path: str | Path, ylabel: str, title: str, label: str = "") -> None:
-    """Draw an error at each step of the horizon for each forecaster, the one named "model" strongest.
+def horizon_error(
+    lines: Mapping[str, ArrayLike],
+    path: str | Path,
+    ylabel: str,
+    title: str,
+    label: str = "",
+    strong: Collection[str] = (MODEL,),
+) -> None:
+    """Draw an error at each step of the horizon for each forecaster, those in `strong` strongly, the last most.
 
     `lines` maps a forecaster to (h,), NaN where there is none; all of one length."""
     base.not_empty(lines, "an error by step")
     steps = np.asarray(next(iter(lines.values()))).shape[:1]
     errors = {name: base.shaped(values, f"the error of {name}", steps or (None,)) for name, values in lines.items()}
     figure, (axes,) = base.new_figure(1, 3.6)
-    others, handles = [name for name in errors if name != MODEL], []
+    ours, handles = [name for name in errors if name in strong], []
+    others = [name for name in errors if name not in strong]
     for name, values in errors.items():
-        look = _STRONG if name == MODEL else _look(others.index(name))
+        look = (
+            _look(ours.index(name)) | _THICK if name in ours else _look(max(3, len(ours)) + others.index(name)) | _THIN
+        )
+        look = _STRONG if name in ours[-1:] else look
         handles += axes.plot(
             np.arange(1, len(values) + 1), values, **look, markevery=_every(len(values)), label=base.plain(name)
         )
@@ -114,32 +125,31 @@ def score_bars(
     label: str = "",
     strong: Collection[str] = (MODEL,),
 ) -> None:
-    """Draw a mean and its interval for each forecaster as a horizontal bar, and print the numbers beside it.
+    """Draw a mean and its interval for each forecaster as a dot and a line, and print the numbers beside it.
 
     `scores` maps a forecaster to (value, low, high); NaN for what is not defined. Those in `strong` stand out."""
     base.not_empty(scores, "a bar chart of scores")
     rows = base.shaped([list(score) for score in scores.values()], "scores", (None, 3))
     figure, (axes,) = base.new_figure(1, 0.8 + 0.34 * len(rows))
-    shades = [base.COLOURS[0] if name in strong else "0.7" for name in scores]
-    hatches = ["" if name in strong else "//" for name in scores]
-    axes.barh(
-        np.arange(len(rows)), rows[:, 0], height=0.62, facecolor=shades, hatch=hatches, edgecolor="0.5", linewidth=0
-    )
-    for place, (_, low, high) in enumerate(rows):
-        axes.plot([low, high], [place, place], color="black", linewidth=1.3, marker="|", markersize=8)
+    for place, (name, (value, low, high)) in enumerate(zip(scores, rows, strict=True)):
+        shade, marker = (base.COLOURS[0], "o") if name in strong else ("0.4", "D")
+        axes.plot([low, high], [place, place], color=shade, linewidth=1.3, marker="|", markersize=8)
+        axes.plot([value], [place], color=shade, marker=marker, markersize=7 if name in strong else 5)
     if base.is_wide(rows):
         axes.set_xscale("log")
         base.log_ticks(axes.xaxis, rows[np.isfinite(rows)])
-        axes.set_xlim(np.nanmin(rows) / 1.5, np.nanmax(rows) * 1.15)
+        axes.set_xlim(np.nanmin(rows) / 1.5, np.nanmax(rows) * 1.3)
     elif np.isfinite(rows).any():
         axes.axvline(0, color="black", linewidth=0.8)
     else:
         axes.set_xticks([])
     base.name_bars(axes, [base.plain(name) for name in scores], [_with_interval(*row) for row in rows], 10)
+    axes.grid(axis="x", alpha=0.3, linewidth=0.5)
     axes.set_xlabel(base.plain(xlabel))
     base.save(figure, path, title, label)
 
 
+_THICK, _THIN = base.Style(linestyle="-", linewidth=2.2, zorder=4), base.Style(linewidth=1.2)
 _STRONG = base.Style(color="black", linestyle="-", marker="*", markersize=7, linewidth=2.6, zorder=5)
 
 

@@ -9,7 +9,7 @@ from matplotlib import colormaps
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import LogLocator, MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, SymmetricalLogLocator
 
 from experiments.plots import base
 
@@ -20,10 +20,11 @@ def loss_curves(cells: Sequence[Mapping[str, Any]], path: str | Path, x: str = "
     """Draw the training loss of all runs and, below it, the validation loss.
 
     A run is `name`, `lr`, `rank`, optionally `group`, and `train` and `validation`: lists of (step, FLOPs so
-    far, loss in nats per token). `x` is "step" or "flops". In a group (all runs without one are a group) the
-    learning rate is colour and marker and the rank the dashes; runs of a group that agree in both (they
-    differ in something else) get a look and an entry each. Training is drawn raw, faint, and as the mean
-    of the last w steps, w a twentieth of the run and at most 100. Losses that are not finite are left out."""
+    far, loss in nats per token), and optionally `untrained`, the validation loss of step 0. `x` is "step" or "flops".
+    In a group (all runs without one are a group) the learning rate is colour and marker and the rank the dashes; runs
+    of a group that agree in both (they differ in something else) get a look and an entry each. Training is drawn raw
+    and, in a run that is long enough, faint, and as the mean of the last `smoothing` steps. Losses that are not finite
+    are left out."""
     if x not in ("step", "flops"):
         raise ValueError(f'x is {x!r}: expected "step" or "flops"')
     figure, (training, validation) = base.new_figure(2, 2.7)
@@ -33,7 +34,7 @@ def loss_curves(cells: Sequence[Mapping[str, Any]], path: str | Path, x: str = "
     starts: list[float] = []
     ends: list[float] = []
     for cell, (shade, dashes, marker) in zip(cells, styles, strict=True):
-        window = min(100, len(cell["train"]) // 20) or 1
+        window = smoothing(len(cell["train"]))
         windows.add(window)
         at, loss = _points(cell["train"], x)
         smooth = _trailing_mean(loss, window)
@@ -43,21 +44,26 @@ def loss_curves(cells: Sequence[Mapping[str, Any]], path: str | Path, x: str = "
         drawn[0].append(smooth)
         starts.extend(at[:1])
         ends.extend(at[-1:])
-        at, loss = _points(cell["validation"], x)
+        at, loss = _points(_from_untrained(cell), x)
         validation.plot(at, loss, **look, linewidth=1.3, markevery=max(1, len(at) // 12))  # more would hide the line
         drawn[1].append(loss)
         starts.extend(at[:1])
     means = " to ".join(str(w) for w in sorted({min(windows, default=1), max(windows, default=1)}))
-    smoothing = "each step" if means == "1" else f"faint: each step; line: mean of the last {means}"
-    for axes, title, losses in ((training, f"training ({smoothing})", drawn[0]), (validation, "validation", drawn[1])):
+    drawn_as = "each step" if means == "1" else f"faint: each step; line: mean of the last {means}"
+    for axes, title, losses in ((training, f"training ({drawn_as})", drawn[0]), (validation, "validation", drawn[1])):
         axes.set_title(title, fontsize=10)
         axes.set_ylabel("loss (nats per token)")
         axes.tick_params(labelbottom=True)
         base.value_axis(axes, np.concatenate(losses) if losses else [])
     validation.set_xlabel("training FLOPs (coursework)" if x == "flops" else "training step")
-    if base.is_wide(ends) and min(starts) > 0:  # else the short runs would be a line at the edge
-        validation.set_xscale("log")
-        validation.xaxis.set_major_locator(LogLocator(numticks=9))
+    if base.is_wide(ends):  # else the short runs would be a line at the edge
+        if min(starts) > 0:
+            validation.set_xscale("log")
+            validation.xaxis.set_major_locator(LogLocator(numticks=9))
+        else:  # step 0 stands a decade before the first step
+            first = min(start for start in starts if start > 0)
+            validation.set_xscale("symlog", linthresh=first)
+            validation.xaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=first))
         base.short_ticks(validation.xaxis)
     elif x == "flops":
         validation.xaxis.set_major_locator(MaxNLocator(6, min_n_ticks=1))
@@ -190,6 +196,19 @@ def _points(history: Sequence[tuple[int, int, float]], x: str) -> tuple[base.Flo
     values = values.reshape(-1, 2)
     values = values[np.isfinite(values[:, 1])]
     return values[:, 0], values[:, 1]
+
+
+def smoothing(steps: int) -> int:
+    """Return how many steps a mean is taken of in a run of this length: a twentieth, at most 100."""
+    return min(100, steps // 20) or 1
+
+
+def _from_untrained(cell: Mapping[str, Any]) -> list[tuple[int, int, float]]:
+    """The validation losses of a run, from step 0 on where that is known."""
+    seen = list(cell["validation"])
+    if cell.get("untrained") is not None and not (seen and seen[0][0] == 0):
+        seen.insert(0, (0, 0, cell["untrained"]))
+    return seen
 
 
 def _trailing_mean(values: base.Floats, window: int) -> base.Floats:

@@ -1,33 +1,40 @@
 """The page of a run: report.html, one self-contained file, and report.md, from the records of its folder alone.
 
 `records` reads a file strictly, `study` and `evaluation` say what is where, `document` is what a page is made of;
-the other modules make its sections, and templates/ its two forms.
+`answer` makes the first screen, the other modules the sections below it, which fold, and templates/ its two forms.
 """
 
 import base64
 import struct
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from experiments.report import accounting, claims, forecasts, overview, sampling, scoring, training
-from experiments.report.document import Facts, Figure, Inline, Section, Table
-from experiments.report.records import Fields, short
+from experiments.report import accounting, answer, cells, claims, forecasts, overview, sampling, scoring, training
+from experiments.report.document import Figure, Inline, Section, Table
+from experiments.report.records import Fields
 from experiments.report.study import Study
 from experiments.run_folder import files
 from experiments.training.progress import Counted
 
 B = TypeVar("B", Table, Figure)
-SECTIONS: tuple[Callable[[Study], Section], ...] = (
-    *(overview.summary, scoring.by_stage, overview.preprocessing, training.curves, training.grid, training.context),
-    *(training.gradients, forecasts.forecasts, scoring.scores, sampling.sampling, claims.figures),
-    *(accounting.accounting, overview.settings),
-)
-
+GROUPS: dict[str, tuple[Callable[[Study], Section], ...]] = {
+    "": (answer.summary,),
+    "How good": (
+        *(scoring.together, overview.facts, scoring.by_stage, forecasts.forecasts, scoring.scores),
+        *(sampling.sampling, claims.figures),
+    ),
+    "What it cost": (accounting.accounting,),
+    "How it was found": (cells.grid, cells.context, training.curves, training.gradients),
+    "How it was made": (overview.preprocessing, overview.settings),
+}
+"""The sections by what they fold in; the first screen does not."""
 ABOUT = {
     **dict.fromkeys(("preprocessing", "scaling", "split"), "preprocessing"),
     **dict.fromkeys(("loss", "figures"), "training"),
@@ -35,6 +42,8 @@ ABOUT = {
     "final": "stages",
 }
 """The section that a footnote stands in, by what it is about."""
+NARROW = 4
+"""Of more columns than these a phone shows each row as lines, a column's title before its value."""
 
 
 def build(run: Path, progress: Counted = lambda done, of: None) -> Path:
@@ -64,7 +73,7 @@ def build(run: Path, progress: Counted = lambda done, of: None) -> Path:
 
 
 def annotated(study: Study) -> list[Section]:
-    """The sections of the page, each with its footnotes, numbered over the whole page, and the digests at the end."""
+    """The sections that have something to show, with footnotes numbered over the whole page, the digests at the end."""
     notes = Fields(str(study.root / "protocol.toml"), {"footnote": study.protocol.get("footnote", [])})
     by_section: dict[str, list[str]] = {}
     for note in notes.objects("footnote"):
@@ -72,14 +81,15 @@ def annotated(study: Study) -> list[Section]:
             raise ValueError(f"{note.where}: about is {note.text('about')!r}: expected one of {', '.join(ABOUT)}")
         by_section.setdefault(ABOUT[note.text("about")], []).append(note.text("text"))
     number, sections = 0, []
-    for make in SECTIONS:
-        section = make(study)
+    for group, make in ((group, make) for group, makers in GROUPS.items() for make in makers):
+        if not (section := make(study)).blocks:
+            continue
         texts = by_section.get(section.id, [])
-        numbered = list(enumerate(texts, number + 1))
+        sections.append(replace(section, footnotes=list(enumerate(texts, number + 1)), group=group))
         number += len(texts)
-        blocks = [*section.blocks, overview.records_read(study)] if make is SECTIONS[-1] else section.blocks
-        sections.append(Section(section.id, section.title, blocks, numbered))
-    return sections
+    made = [block for section in sections for block in section.blocks if isinstance(block, Table | Figure)]
+    ends = [overview.made_from(made), overview.records_read(study)]
+    return [*sections[:-1], replace(sections[-1], blocks=[*sections[-1].blocks, *ends])]
 
 
 def blocks(sections: list[Section], kind: type[B]) -> list[B]:
@@ -103,22 +113,13 @@ def drawn(sections: list[Section], progress: Counted) -> dict[str, bytes]:
 def rendered(study: Study, sections: list[Section], images: dict[str, bytes]) -> tuple[str, str]:
     """The page as HTML, with its figures inside, and as Markdown, with links to them."""
 
-    def again(block: Table | Figure | Facts) -> list[str]:
-        """The commands that make a block's records and then the block."""
-        known = study.commands
-        made = [known.get(stage, known["study"]) for stage in block.stages or ("study",)]
-        return list(dict.fromkeys([*made, known["report"]]))
-
-    def sources(block: Table | Figure | Facts) -> list[tuple[str, str]]:
-        return [(name, short(study.records.digests[name])) for name in dict.fromkeys(block.sources)]
-
     values: dict[str, Any] = {
         "title": study.title,
         "label": study.label,
         "report": study.commands["report"],
-        "sections": sections,
-        "again": again,
-        "sources": sources,
+        "first": sections[0],
+        "stacked": [table for table in blocks(sections, Table) if len(table.columns) > NARROW],
+        "groups": [(group, list(of)) for group, of in groupby(sections[1:], key=lambda section: section.group)],
         "kind": lambda block: type(block).__name__,
         "image": lambda figure: base64.b64encode(images[figure.name]).decode(),
         "size": lambda figure: struct.unpack(">II", images[figure.name][16:24]),  # of a PNG: width and height
@@ -143,6 +144,7 @@ def _environment() -> Environment:
     environment.filters["code"] = lambda text: (
         escaped(text) if set(text) & set("`|") or not text.isprintable() else f"`{text}`"
     )
+    environment.filters["css"] = lambda text: "".join(c if c.isalnum() else f"\\{ord(c):x} " for c in text)
     environment.tests["text"] = lambda part: isinstance(part, str)
     return environment
 

@@ -4,17 +4,18 @@ from collections import defaultdict
 from functools import partial
 
 from experiments import plots
-from experiments.report.document import Block, Figure, Inline, Items, Number, Section, Table, Text, named, not_run
+from experiments.report.document import Block, Figure, Inline, Items, Number, Section, Table, Text, named
 from experiments.report.records import Row
 from experiments.report.study import PARTS, Study
 
 
 def accounting(study: Study) -> Section:
     """FLOPs by stage; predicted beside spent; claimed beside exact, with the mistakes."""
-    blocks: list[Block] = [_spent(study) if study.runs else not_run("Every stage")]
+    blocks: list[Block] = [_spent(study)] if study.runs else []
     if study.plan and "prices" in study.plan.values:
         blocks.append(_prices(study))
-    return Section("accounting", "FLOPs and the budget", blocks + _claimed(study))
+    blocks += _claimed(study)
+    return Section("accounting", "FLOPs and the budget", [*blocks, *([_budget_bar(study)] if study.runs else [])])
 
 
 def total(study: Study) -> Row:
@@ -25,8 +26,8 @@ def total(study: Study) -> Row:
     return found[0]
 
 
-def budget_bar(study: Study) -> Figure:
-    """FLOPs by stage and part beside the budget; the summary shows it."""
+def _budget_bar(study: Study) -> Figure:
+    """FLOPs by stage and part beside the budget."""
     stages: dict[str, dict[str, int]] = defaultdict(dict)
     for row in study.flops:
         if row["stage"] != "all" and row["part"] in PARTS:

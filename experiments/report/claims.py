@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.report.document import Block, Column, Section, Table, Text, named, not_run
+from experiments.report.document import Block, Column, Section, Table, Text, named
 from experiments.report.records import Fields
 from experiments.report.study import STAGES, TITLES, Study
 
@@ -42,7 +42,14 @@ def sweep(study: Study, stage: str) -> list[Block]:
     """The report's own numbers of the grid or of the contexts, each beside ours of the same choice.
 
     There is a table for each part of `claimed` whose name begins as the stage's, such as "grid" and "grid_loss"."""
-    return [_sweep(study, stage, name) for name in study.claimed if name.split("_")[0] == stage]
+    tables = [_sweep(study, stage, name) for name in study.claimed if name.split("_")[0] == stage]
+    return [*(_not_comparable(study) if tables else []), *tables]
+
+
+def _not_comparable(study: Study) -> list[Block]:
+    """A warning where ours are the numbers of a toy."""
+    said = f"Not comparable: ours are the numbers of a {study.label}, the report's those of Qwen2.5-0.5B."
+    return [Text([said], "warning")] if study.label.startswith("toy") else []
 
 
 def _sweep(study: Study, stage: str, name: str) -> Table:
@@ -69,7 +76,7 @@ def figures(study: Study) -> Section:
     """Every other number of the report beside ours."""
     title = "Claimed beside ours"
     if not (claimed := study.claimed.get("figure")):
-        return Section("claimed", title, [Text(["This protocol makes no claims of its own."])])
+        return Section("claimed", title, [])
     rows, files, ran = [], [PROTOCOL], []
     for one in Fields(str(study.root / PROTOCOL), {"figure": claimed}).objects("figure"):
         stage = one.text("stage")
@@ -86,9 +93,5 @@ def figures(study: Study) -> Section:
         rows.append([TITLES.get(stage, stage), one.text("what"), one.number("value"), ours, how, source(one.values)])
     columns = [*named("stage what", stage="run"), *BESIDE, *named("how record", how="how ours is found")]
     caption = "The report's own numbers beside ours, found in the records of the same stage."
-    blocks: list[Block] = [
-        Table("claimed", caption, columns, rows, list(dict.fromkeys(files)), list(dict.fromkeys(ran)), heads=2)
-    ]
-    if not ran:
-        blocks.insert(0, not_run("The runs that these claims are about"))
-    return Section("claimed", title, blocks)
+    table = Table("claimed", caption, columns, rows, list(dict.fromkeys(files)), list(dict.fromkeys(ran)), heads=2)
+    return Section("claimed", title, [*_not_comparable(study), table] if ran else [])

@@ -51,7 +51,7 @@ class Column:
 
 _KINDS: dict[Kind, str] = {
     "text": "run part stage unit variable forecaster class unique_id system name state verdict primitive called note "
-    "what how record token id sampling constrained reference trained_on_this_data",
+    "what how record records stages token id sampling constrained reference trained_on_this_data",
     "code": "matrix text piece command file sha256",
     "integer": "series steps step position point rank context won best_step unparsed unparsed_steps validation_tokens "
     "top_k num_samples points horizon price",
@@ -150,10 +150,10 @@ class Figure:
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph, a line of code ("pre"), a warning, or a sub-heading."""
+    """A paragraph, a line of code ("pre"), a warning, a sub-heading, or what the page says first."""
 
     parts: Inline
-    style: Literal["paragraph", "pre", "warning", "heading"] = "paragraph"
+    style: Literal["paragraph", "pre", "warning", "heading", "verdict"] = "paragraph"
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class Items:
 
 @dataclass(frozen=True)
 class Facts:
-    """What the page says first: terms, each with what holds of it."""
+    """Terms, each with what holds of it."""
 
     facts: Sequence[tuple[str, Inline]]
     sources: Sequence[str]
@@ -177,16 +177,13 @@ Block = Table | Figure | Text | Items | Facts
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page; `footnotes` are (number, text)."""
+    """A part of the page, left out where it has no blocks; `footnotes` are (number, text), `group` what it folds in."""
 
     id: str
     title: str
     blocks: Sequence[Block]
     footnotes: Sequence[tuple[int, str]] = ()
-
-
-def not_run(what: str) -> Text:
-    return Text([f"{what}: not run."])
+    group: str = ""
 
 
 def shown(value: Any, kind: Kind = "number") -> str:

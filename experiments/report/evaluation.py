@@ -13,7 +13,7 @@ from experiments.report.records import Fields, Records, Row
 
 Floats = NDArray[np.float64]
 
-MODEL = "model"  # among the forecasters
+MODEL, LAW = "model", "law fit"  # among the forecasters
 NAIVE = "naive/shown.csv"
 
 _SCORES = {
@@ -106,15 +106,24 @@ class Evaluation:
     def shown(self) -> list[str]:
         return [str(system) for system in self.about.counts("parts.shown")] if "shown" in self.parts else []
 
+    def by_forecaster(self, part: str) -> dict[str, Row]:
+        """The rows of scores.csv of a part, all variables, raw units."""
+        wanted = {"part": part, "unit": "raw", "variable": "all"}
+        return {row["forecaster"]: row for row in self.scores if wanted.items() <= row.items()}
+
     def score(self, part: str) -> Row | None:
         """The model's row of scores.csv, all variables, raw units, if there is one."""
-        wanted = {"part": part, "forecaster": MODEL, "unit": "raw", "variable": "all"}
-        return next((row for row in self.scores if wanted.items() <= row.items()), None)
+        return self.by_forecaster(part).get(MODEL)
 
     def mse(self, part: str) -> dict[str, float]:
         """The MSE by forecaster, all variables, raw units."""
-        wanted = {"part": part, "unit": "raw", "variable": "all"}
-        return {row["forecaster"]: row["mse"] for row in self.scores if wanted.items() <= row.items()}
+        return {name: row["mse"] for name, row in self.by_forecaster(part).items()}
+
+    def series_mse(self, part: str, forecaster: str) -> dict[str, float]:
+        """The MSE of each series of a part, all variables, raw units, by its name."""
+        wanted = {"forecaster": forecaster, "variable": "all"}
+        rows = [row for row in self.systems if wanted.items() <= row.items()]
+        return {row["unique_id"]: row["mse"] for row in rows if part in row["parts"].split()}
 
     def verdict(self, part: str, untrained: float | None) -> str:
         """`scores.verdict` of a part that was scored; `untrained`: the untrained model's MSE on it, if there is one."""
@@ -135,6 +144,8 @@ class Evaluation:
 
     def naive(self, forecaster: str) -> list[System]:
         """The shown systems as a naive forecaster has them; none where it is not recorded."""
+        if not self.records.has(NAIVE):
+            return []
         rows = self.records.csv(NAIVE, forecaster="text", **_SERIES, y_hat="number or nothing")
         rows = [row for row in rows if row["forecaster"] == forecaster]
         return [self._system(system, NAIVE, rows, {}) for system in self.shown] if rows else []

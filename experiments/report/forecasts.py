@@ -9,47 +9,42 @@ import numpy as np
 
 from experiments import plots
 from experiments.forecasting import scores
-from experiments.forecasting.baselines import PARROT
-from experiments.report.document import Block, Column, Figure, Section, Table, Text, named, not_run
-from experiments.report.evaluation import MODEL, NAIVE, Evaluation, Floats, System
+from experiments.forecasting.baselines import PARROT, SEASONAL
+from experiments.report.document import Block, Column, Figure, Section, Table, Text, named
+from experiments.report.evaluation import LAW, MODEL, NAIVE, Evaluation, Floats, System
 from experiments.report.records import Records
-from experiments.report.study import CONTROLS, TITLES, Run, Study
+from experiments.report.study import Run, Study
 from experiments.task.shapes import RULE
 
-UNAIDED = ("seasonal repeat", "law fit")
-"""The forecasts without a model that are drawn beside the model's."""
+UNAIDED = (PARROT, SEASONAL, LAW)
+"""The forecasts without a model that are drawn over the model's, as far as they are recorded."""
 
 
 def forecasts(study: Study) -> Section:
     """Every shown system under the final, the default and the untrained model, and what needs no model."""
-    blocks: list[Block] = [Text(["Class of a system: ", RULE])] if study.main() else []
-    main = {run.stage: (run, evaluation) for run, evaluation in study.main()}
-    for stage in reversed(TITLES):
-        if stage not in main and stage in CONTROLS:
-            continue
-        if stage not in main:
-            blocks.append(not_run(f"Forecasts of the {TITLES[stage]}"))
-        elif main[stage][1].shown:
-            blocks += _of_run(study, *main[stage])
-    if (best := study.best_cell) and best[1].shown:
-        blocks += _of_run(study, *best)
-    last = next((main[stage] for stage in reversed(TITLES) if stage in main and main[stage][1].shown), None)
-    if last and study.records.has(NAIVE):
-        blocks += _naive(study, *last)
+    judged = [*reversed(study.main()), *([study.best_cell] if study.best_cell else [])]
+    shown = [(run, evaluation) for run, evaluation in judged if evaluation.shown]
+    blocks: list[Block] = [Text(["Class of a system: ", RULE])] if shown else []
+    for run, evaluation in shown:
+        blocks += _of_run(study, run, evaluation)
+    if shown and study.records.has(NAIVE):
+        run, evaluation = shown[0]
+        blocks += [Text(["Without a model"], "heading"), _systems(run, evaluation, "naive")]
     return Section("forecasts", "Forecasts of the shown systems", blocks)
 
 
 def _of_run(study: Study, run: Run, evaluation: Evaluation) -> list[Block]:
     names, systems, said = evaluation.names, evaluation.forecasts, {"label": study.label}
     files = [evaluation.file(name) for name in ("forecasts.csv", "history.csv", "systems.csv")]
-    drawn = _drawn(evaluation)
+    shown = drawn(evaluation)
     running = {system.id: _running(system) for system in systems}
     lines = [{"title": system.title, "values": running[system.id]} for system in systems]
     bands = ", with the bands of its samples" if any(system.quantiles for system in systems) else ""
     title = run.title
     blocks: list[Block] = [Text([title.capitalize()], "heading"), *_names(evaluation, systems)]
-    caption = f"Forecasts of the {title}{bands}, with the class that is computed for each system."
-    draw = partial(plots.forecast_grid, drawn, names, title=f"Forecasts, {title}", **said)
+    caption = f"Forecasts of the {title}{bands}, with the class that is computed for each system"
+    caption += f", over them {' and '.join(shown[0]['copies'])}." if shown[0]["copies"] else "."
+    draw = partial(plots.forecast_grid, shown, names, title=f"Forecasts, {title}", **said)
     blocks.append(Figure(f"forecasts-{run.stage}", caption, draw, files, [run.stage]))
     blocks += [_systems(run, evaluation, "raw"), _systems(run, evaluation, "scaled")]
     caption = f"Root of the mean squared error up to each step, {title}, raw units; a step that did not parse counts"
@@ -60,7 +55,7 @@ def _of_run(study: Study, run: Run, evaluation: Evaluation) -> list[Block]:
         blocks.append(_running_table(run, evaluation, running, scales))
     if len(names) == 2:
         caption = f"Phase plane of the shown systems, {title}: {names[0]} against {names[1]}."
-        draw = partial(plots.phase_plane, drawn, names, title=f"Phase plane, {title}", **said)
+        draw = partial(plots.phase_plane, shown, names, title=f"Phase plane, {title}", **said)
         blocks.append(Figure(f"phase-{run.stage}", caption, draw, files, [run.stage]))
     return blocks + _tokens(study, run, evaluation)
 
@@ -149,31 +144,21 @@ def _tokens(study: Study, run: Run, evaluation: Evaluation) -> list[Block]:
     return [figure, Table(f"tokens-{run.stage}", f"{caption}.", columns, values, file, [run.stage], folded=True)]
 
 
-def _naive(study: Study, run: Run, evaluation: Evaluation) -> list[Block]:
-    blocks: list[Block] = [Text(["Without a model"], "heading"), _systems(run, evaluation, "naive")]
-    for name in UNAIDED:
-        if not (systems := evaluation.naive(name)):
-            blocks.append(not_run(f"Forecasts by {name}"))
-            continue
-        drawn, caption = [_mapping(system) for system in systems], f"The same systems by {name}, without a model."
-        draw = partial(plots.forecast_grid, drawn, evaluation.names, title=f"Forecasts, {name}")
-        files, kebab = [NAIVE, evaluation.file("history.csv")], name.replace(" ", "-")
-        blocks.append(Figure(f"forecasts-{kebab}", caption, draw, files, [run.stage], model=False))
-    return blocks
-
-
 def draw_shown(root: Path, run: str, path: Path, label: str) -> None:
     """Draw the shown systems as the run of a folder below `root` forecast them, beside truth and copy."""
     evaluation = Evaluation(Records(root), run)
-    plots.forecast_grid(_drawn(evaluation), evaluation.names, path, f"Forecasts, {Path(run).name}", label)
+    systems = drawn(evaluation, best_only=True)
+    plots.forecast_grid(systems, evaluation.names, path, f"Forecasts, {Path(run).name}", label)
 
 
-def _drawn(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """The shown systems as the figures take them, with the best copy of each."""
-    copies = {system.id: {PARROT: system.forecast} for system in evaluation.naive(PARROT)}
-    return [_mapping(system) | {"copies": copies.get(system.id)} for system in evaluation.forecasts]
-
-
-def _mapping(system: System) -> dict[str, Any]:
-    """A system as the figures take it."""
-    return {name: getattr(system, name) for name in ("title", "time", "context", "truth", "forecast", "quantiles")}
+def drawn(evaluation: Evaluation, best_only: bool = False) -> list[dict[str, Any]]:
+    """The shown systems as the figures take them, over each the copies, the best of them first, and the law's fit."""
+    best = scores.best_copy(evaluation.mse("shown"))
+    names = [best] if best_only else [best, *(name for name in UNAIDED if name != best)]
+    copies = {name: {one.id: one.forecast for one in evaluation.naive(name)} for name in names}
+    systems = []
+    for one in evaluation.forecasts:
+        known = {name: of[one.id] for name, of in copies.items() if of}
+        fields = ("id", "title", "time", "context", "truth", "forecast", "quantiles")
+        systems.append({field: getattr(one, field) for field in fields} | {"copies": known})
+    return systems

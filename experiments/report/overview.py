@@ -1,6 +1,6 @@
-"""The first and the last parts of the page: the summary, worked examples of preprocessing, and the settings."""
+"""The first and the last parts of the page: the scores in short, worked examples of preprocessing, and the settings."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -8,29 +8,27 @@ import numpy as np
 
 from experiments import plots
 from experiments.forecasting.scores import best_copy, the
-from experiments.report.accounting import budget_bar, spent_of_budget
-from experiments.report.document import Column, Facts, Figure, Inline, Number, Section, Table, Text, named, not_run
+from experiments.report.accounting import spent_of_budget
+from experiments.report.document import Column, Facts, Figure, Inline, Number, Section, Table, Text, named
 from experiments.report.evaluation import MODEL, Evaluation
 from experiments.report.study import Study
 
 
-def summary(study: Study) -> Section:
+def facts(study: Study) -> Section:
     """Best cell, final score, skill, series won, budget."""
     if not study.runs:
-        return Section("summary", "Summary", [not_run("Every stage")])
+        return Section("facts", "In short", [])
     main = study.main()
     files = ["results.csv", study.flops_file, *(evaluation.file("scores.csv") for _, evaluation in main)]
     facts: list[tuple[str, Inline]] = [
-        (f"The {run.title}, {part}", _beside(study, evaluation, part))
-        for run, evaluation in main[-1:]
+        (f"The {study.answer[0].title}, {part}", _beside(study, study.answer[1], part))
         for part in ("validation", "test")
-        if evaluation.score(part)
+        if study.answer and study.answer[1].score(part)
     ]
-    facts.append(("Best cell", _best(study)))
+    if best := _best(study):
+        facts.append(("Best cell", best))
     final = next(((run, found) for run, found in main if run.stage == "final"), None)
-    if final is None:
-        facts.append(("Final run", ["not run"]))
-    else:
+    if final:
         run, evaluation = final
         about = evaluation.about
         loss, perplexity = Number(about.number("validation_loss")), Number(about.number("perplexity"))
@@ -53,7 +51,7 @@ def summary(study: Study) -> Section:
             cut: Inline = ["the steps and series of the protocol are cut to ", Number(share, "share"), " of it"]
             facts.append(("Shortened", cut))
     stages = list(dict.fromkeys(run.stage for run in study.runs))
-    return Section("summary", "Summary", [Facts(facts, files, stages), budget_bar(study)])
+    return Section("facts", "In short", [Facts(facts, files, stages)])
 
 
 def _beside(study: Study, evaluation: Evaluation, part: str) -> Inline:
@@ -74,17 +72,16 @@ def _best(study: Study) -> Inline:
         if best.number_or_none("context") is not None:
             parts += [", context ", Number(best.count("context"), "integer")]
         return [*parts, " (set by hand)" if best.flag("overridden") else f" ({best.text('rule')})"]
-    if runs := study.of("grid"):
-        run = min(runs, key=lambda run: run.row["validation_loss"])
+    if run := study.best:
         return [run.row["name"], ": validation loss ", Number(run.row["validation_loss"]), " nats per real token"]
-    return ["not run"]
+    return []
 
 
 def preprocessing(study: Study) -> Section:
     """Two series from numbers to token ids, and what encoding and decoding loses."""
     title, file = "Preprocessing", "preprocessing.json"
     if not study.records.has(file):
-        return Section("preprocessing", title, [not_run("Worked examples")])
+        return Section("preprocessing", title, [])
     record = study.records.json(file)
     decimals = Number(record.count("decimals"), "integer")
     layout = f", {record.text('layout')}" if "layout" in record.values else ""
@@ -161,6 +158,17 @@ def settings(study: Study) -> Section:
             Table("manifest", "What it was made with.", columns, made, ["manifest.json"]),
         ],
     )
+
+
+def made_from(made: Sequence[Table | Figure]) -> Table:
+    """The records of every figure and table of the page, and the stages whose commands make them."""
+    rows = [
+        [f"{'tables' if isinstance(b, Table) else 'figures'}/{b.name}.{'csv' if isinstance(b, Table) else 'png'}"]
+        + [", ".join(dict.fromkeys(b.sources)), ", ".join(dict.fromkeys(b.stages))]
+        for b in made
+    ]
+    columns = named("file records stages", stages="stages that make them")
+    return Table("files", "What every figure and table is made from.", columns, rows, [], folded=True)
 
 
 def records_read(study: Study) -> Table:

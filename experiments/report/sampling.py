@@ -1,6 +1,6 @@
 """How forecasts were drawn: the sampling, how good the samples are as a distribution, what constraints cut off."""
 
-from experiments.report.document import Block, Section, Table, Text, named, not_run
+from experiments.report.document import Block, Section, Table, Text, named
 from experiments.report.evaluation import MODEL
 from experiments.report.study import Study
 
@@ -9,7 +9,7 @@ def sampling(study: Study) -> Section:
     """How forecasts were drawn, and how good their distribution is."""
     title, main = "Sampling", study.main()
     if not main:
-        return Section("sampling", title, [not_run("The evaluation")])
+        return Section("sampling", title, [])
     titles = {"sampling": "how", "num_samples": "samples", "points": "points seen", "horizon": "points forecast"}
     names = "run sampling temperature top_k top_p repetition_penalty num_samples constrained points horizon"
     columns = named(names, **titles)

@@ -1,15 +1,15 @@
 """How good the forecasts are: over every series, beside forecasts that need no model, and by horizon step."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 from experiments import plots
 from experiments.forecasting.judge import yes_or_no
-from experiments.report.document import Block, Column, Figure, Inline, Items, Section, Table, Text, named, not_run
+from experiments.report.document import Block, Column, Figure, Inline, Items, Section, Table, Text, named
 from experiments.report.evaluation import MODEL, Evaluation
 from experiments.report.records import Row
-from experiments.report.study import CONTROLS, TITLES, Run, Study
+from experiments.report.study import Run, Study
 
 SQUARED = "MSE (raw units squared)"
 ERRORS = ("rmse", "mae", "mape", "smape", "mase", "wql")
@@ -19,11 +19,53 @@ ANCHORS = (
 )
 
 
+def together(study: Study) -> Section:
+    """How good the forecasts are: the model by stage, the copies and the law's fit, in a table and by step."""
+    blocks: list[Block] = []
+    for part in ("validation", "test"):
+        if study.answer and study.answer[1].score(part):
+            blocks.append(_errors(study, part))
+            if any(row["part"] == part for row in study.answer[1].horizon):
+                blocks.append(_by_step(study, part))
+    return Section("good", "The model beside the copies and the law", blocks)
+
+
+def _errors(study: Study, part: str) -> Table:
+    """MSE, MAE and R2 of the model by stage, and of what needs no model."""
+    assert study.answer
+    runs = [(run, one) for run, one in study.main() if one.score(part)]
+    found = [(run.title, one.by_forecaster(part)[MODEL]) for run, one in runs]
+    found += [(name, row) for name, row in study.answer[1].by_forecaster(part).items() if name != MODEL]
+    ends = [(name, row, tuple(row[f"mse{end}"] for end in ("", "_low", "_high"))) for name, row in found]
+    rows = [[name, mse, row["mae"], row["r2"]] for name, row, mse in ends]
+    columns = named("forecaster mse mae r2", intervals="mse")
+    caption = (
+        f"Errors over the horizon of the {part} series, all species, raw units: the model by stage, and without one."
+    )
+    files, stages = [one.file("scores.csv") for _, one in runs], [run.stage for run, _ in runs]
+    return Table(f"good-{part}", caption, columns, rows, files, stages)
+
+
+def _by_step(study: Study, part: str) -> Figure:
+    """MSE by step of the horizon: the model of every stage, and what needs no model."""
+    assert study.answer
+    _, evaluation = study.answer
+    runs = [(run, one) for run, one in study.main() if one.score(part)]
+    lines = {run.title: _mse(_steps(study, one, part))[MODEL] for run, one in runs}
+    lines |= {name: line for name, line in _mse(_steps(study, evaluation, part)).items() if name != MODEL}
+    said = {"ylabel": SQUARED, "title": f"Error by step of the horizon, {part} series", "label": study.label}
+    draw = partial(plots.horizon_error, lines, strong=[run.title for run, _ in runs], **said)
+    caption = (
+        f"MSE at each step of the horizon over the {part} series, raw units: the model by stage, and without a model."
+    )
+    return Figure(
+        f"horizon-{part}", caption, draw, [e.file("horizon.csv") for _, e in runs], [run.stage for run, _ in runs]
+    )
+
+
 def by_stage(study: Study) -> Section:
     """The untrained model, the default run and the final run beside each other, and the plan they belong to."""
-    blocks: list[Block] = [
-        not_run(title.capitalize()) for stage, title in TITLES.items() if not study.of(stage) and stage not in CONTROLS
-    ]
+    blocks: list[Block] = []
     if main := study.main():
         rows = []
         for run, evaluation in main:
@@ -60,7 +102,7 @@ def by_stage(study: Study) -> Section:
 
 def scores(study: Study) -> Section:
     """Every measure of every forecaster, by part, species and unit; and the error by horizon step."""
-    blocks: list[Block] = [] if study.main() else [not_run("The evaluation")]
+    blocks: list[Block] = []
     for run, evaluation in reversed(study.main()):
         blocks.append(Text([run.title.capitalize()], "heading"))
         both = [row for row in evaluation.scores if row["unit"] == "raw" and row["variable"] == "all"]
@@ -72,7 +114,7 @@ def scores(study: Study) -> Section:
             blocks.append(_scores(run, evaluation, scaled, "-scaled", "scaled units, as the reports have them"))
         for part in ("validation", "test"):
             if any(row["part"] == part for row in evaluation.horizon):
-                blocks += _horizon(study, run, evaluation, part)
+                blocks.append(_horizon(study, run, evaluation, part))
     return Section("scores", "Scores of all forecasters", blocks)
 
 
@@ -98,6 +140,12 @@ def _scores(
     return Table(name, caption, columns, values, files, [run.stage], heads=heads, folded=folded).without_empty()
 
 
+def with_interval(row: Row) -> tuple[float, float, float]:
+    """MSE and the ends of its interval, NaN where it has none."""
+    low, high = (math.nan if row[f"mse_{end}"] is None else row[f"mse_{end}"] for end in ("low", "high"))
+    return row["mse"], low, high
+
+
 def _key(row: Row) -> tuple[str, str, str]:
     return row["part"], row["unit"], row["variable"]
 
@@ -113,8 +161,7 @@ def _bars(study: Study, main: Sequence[tuple[Run, Evaluation]], part: str) -> Fi
     ]
     # the same series, so the forecasts without a model score the same in every run
     for name, row in sorted(found, key=lambda one: one[1]["forecaster"] != MODEL):
-        low, high = (math.nan if row[f"mse_{end}"] is None else row[f"mse_{end}"] for end in ("low", "high"))
-        bars[name] = row["mse"], low, high
+        bars[name] = with_interval(row)
     said = {"xlabel": SQUARED, "title": f"MSE over the {part} series, 95 % interval", "label": study.label}
     draw = partial(plots.score_bars, bars, strong=[run.title for run, _ in main], **said)
     caption = (
@@ -173,25 +220,34 @@ def _plan(study: Study) -> Table:
     return Table("plan", "Every run that was planned.", columns, list(rows.values()), files, heads=2)
 
 
-def _horizon(study: Study, run: Run, evaluation: Evaluation, part: str) -> list[Block]:
-    rows = [row for row in evaluation.horizon if row["part"] == part]
-    names = list(dict.fromkeys(row["forecaster"] for row in rows))
-    species = [v for v in dict.fromkeys(row["variable"] for row in rows) if v != "all"]
-    at = {(row["forecaster"], row["variable"], row["step"]): row for row in rows}
-    steps = sorted({row["step"] for row in rows})
-    try:
-        lines = {name: [at[name, "all", step]["mse"] for step in steps] for name in names}
-        running = {v: [at[MODEL, v, step]["running_rmse"] for step in steps] for v in ["all", *species]}
-        mae = [at[MODEL, "all", step]["mae"] for step in steps]
-    except KeyError as missing:
-        where = study.root / evaluation.file("horizon.csv")
-        raise ValueError(f"{where}: part {part} has no row of {missing}: expected each step of each") from None
+def _steps(study: Study, evaluation: Evaluation, part: str) -> dict[tuple[str, str], list[Row]]:
+    """The rows of horizon.csv of a part by forecaster and species, one for each step."""
+    lines: dict[tuple[str, str], list[Row]] = {}
+    for row in evaluation.horizon:
+        if row["part"] == part:
+            lines.setdefault((row["forecaster"], row["variable"]), []).append(row)
+    steps = sorted({row["step"] for rows in lines.values() for row in rows})
+    for of, rows in lines.items():
+        rows.sort(key=lambda row: row["step"])
+        if missing := set(steps) - {row["step"] for row in rows}:
+            where, step = study.root / evaluation.file("horizon.csv"), min(missing)
+            raise ValueError(f"{where}: part {part} has no row of {of}, step {step}: expected each step of each")
+    return lines
+
+
+def _mse(lines: Mapping[tuple[str, str], Sequence[Row]]) -> dict[str, list[float]]:
+    """The MSE by step of each forecaster, all variables."""
+    return {name: [row["mse"] for row in rows] for (name, variable), rows in lines.items() if variable == "all"}
+
+
+def _horizon(study: Study, run: Run, evaluation: Evaluation, part: str) -> Table:
+    found = _steps(study, evaluation, part)
+    lines, own = _mse(found), found[MODEL, "all"]
+    steps, mae = [row["step"] for row in own], [row["mae"] for row in own]
+    running = {v: [row["running_rmse"] for row in rows] for (name, v), rows in found.items() if name == MODEL}
     name, file = f"horizon-{run.stage}-{part}", [evaluation.file("horizon.csv")]
-    said = {"ylabel": SQUARED, "title": f"Error by horizon step, {run.title}, {part}", "label": study.label}
-    caption = f"MSE at each step of the horizon over the {part} series, {run.title}, raw units."
-    figure = Figure(name, caption, partial(plots.horizon_error, lines, **said), file, [run.stage])
     columns = named("step")
-    columns += [Column(f"mse_{name.replace(' ', '_')}", f"MSE, {name}") for name in names]
+    columns += [Column(f"mse_{name.replace(' ', '_')}", f"MSE, {name}") for name in lines]
     columns += [Column("mae_model", "MAE, model")]
     columns += [Column(f"running_rmse_{v}", f"running RMSE, model, {v}") for v in running]
     values = [
@@ -199,4 +255,4 @@ def _horizon(study: Study, run: Run, evaluation: Evaluation, part: str) -> list[
         for i, step in enumerate(steps)
     ]
     caption = f"Error by horizon step over the {part} series, {run.title}, raw units."
-    return [figure, Table(name, caption, columns, values, file, [run.stage], folded=True)]
+    return Table(name, caption, columns, values, file, [run.stage], folded=True)

@@ -91,28 +91,52 @@ class Study:
         return list(found.values())
 
     def main(self) -> list[tuple[Run, Evaluation]]:
-        """The runs that are evaluated in full: untrained, default, final."""
+        """The runs that are judged in full: untrained, default, final; the best cell where no other trained run is."""
         runs = [run for stage in TITLES for run in self.of(stage)]
-        return [(run, found) for run in runs if (found := self.evaluation(run))]
+        judged = [(run, found) for run in runs if (found := self.evaluation(run))]
+        if self.best and all(run.stage == "baseline" for run, _ in judged) and (found := self.evaluation(self.best)):
+            judged.append((self.best, found))
+        return judged
 
-    def untrained_mse(self, evaluation: Evaluation, part: str) -> float | None:
-        """The untrained model's MSE on the series of a part, where it forecast these too, and is another model."""
+    @property
+    def answer(self) -> tuple[Run, Evaluation] | None:
+        """The run that the page is about: of those that are judged in full the final one, or what comes nearest."""
+        judged = {run.stage: (run, found) for run, found in self.main()}
+        return next((judged[stage] for stage in ("final", "default", "grid", "baseline") if stage in judged), None)
+
+    def untrained_beside(self, evaluation: Evaluation, part: str) -> Evaluation | None:
+        """The untrained model's evaluation, where it forecast the same series of a part, and is of another model."""
         for run, untrained in self.main():
             if run.stage == "baseline" and untrained is not evaluation and part in untrained.parts:
                 same = untrained.about.counts(f"parts.{part}") == evaluation.about.counts(f"parts.{part}")
-                return untrained.mse(part).get(MODEL) if same else None
+                return untrained if same else None
         return None
+
+    def untrained_mse(self, evaluation: Evaluation, part: str) -> float | None:
+        """The untrained model's MSE on the series of a part, as far as there is one beside."""
+        untrained = self.untrained_beside(evaluation, part)
+        return untrained.mse(part).get(MODEL) if untrained else None
+
+    @property
+    def best(self) -> Run | None:
+        """The cell that the study took on, or the one of the lowest validation loss."""
+        cells = self.of("grid")
+        if self.plan and self.plan.values.get("best"):
+            return next((run for run in cells if run.row["name"] == self.plan.text("best.cell")), None)
+        ended = [run for run in cells if run.folder.startswith("cells/")]  # a search has others, left out on the way
+        return min(ended or cells, key=lambda run: run.row["validation_loss"], default=None)
 
     @property
     def best_cell(self) -> tuple[Run, Evaluation] | None:
         """The grid's best cell where its forecasts are judged too, and it is none of `main`."""
-        if not self.plan or not self.plan.values.get("best"):
+        if not self.best or self.best.folder in {run.folder for run, _ in self.main()}:
             return None
-        cell, judged = self.plan.text("best.cell"), {run.folder for run, _ in self.main()}
-        for run in self.of("grid"):
-            if run.row["name"] == cell and run.folder not in judged and (found := self.evaluation(run)):
-                return run, found
-        return None
+        found = self.evaluation(self.best)
+        return (self.best, found) if found else None
+
+    @property
+    def untrained(self) -> Run | None:
+        return next(iter(self.of("baseline")), None)
 
     def evaluation(self, run: Run) -> Evaluation | None:
         if run.folder not in self._evaluations:

@@ -32,6 +32,7 @@ def write_results(settings: Settings, out: Path) -> list[dict[str, Any]]:
     figures = out / "figures"
     figures.mkdir(exist_ok=True)
     curves = [_curve(folder, result) for folder, result in zip(folders[1:], results[1:], strict=True)]
+    curves = [curve | {"untrained": results[0]["validation_loss"]} for curve in curves]
     for x in ("step", "flops"):
         plots.loss_curves(curves, figures / f"loss-cells-by-{x}.png", x=x, label=settings.label)
     losses = {(r["lr"], r["rank"]): r["validation_loss"] for r in results[1:]}

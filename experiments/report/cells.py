@@ -1,0 +1,125 @@
+"""How the recipe was found: the grid of learning rates and ranks, a search, and the contexts."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+from experiments import plots
+from experiments.report.claims import sweep
+from experiments.report.document import Block, Column, Figure, Section, Table, named
+from experiments.report.evaluation import MODEL
+from experiments.report.scoring import SQUARED, with_interval
+from experiments.report.study import Run, Study
+from experiments.report.training import curve_of, metrics
+
+
+def grid(study: Study) -> Section:
+    """Validation loss by learning rate and rank, beside the report's own numbers."""
+    runs = study.of("grid")
+    if not runs:
+        return Section("grid", "Learning rate and rank", [])
+    if study.settings.get("rungs") or study.settings.get("over"):
+        return Section("grid", "Search", [*_search(study, runs), _runs("grid", "Every cell of the grid.", runs)])
+    losses = {(run.row["lr"], run.row["rank"]): run.row["validation_loss"] for run in runs}
+    caption = "Validation loss (nats per real token) by learning rate and LoRA rank."
+    matrix = _matrix("grid", caption, losses, ["results.csv"])
+    caption, draw = "Validation loss over learning rate and rank, the lowest framed.", partial(plots.heat_map, losses)
+    heat = Figure("grid", caption, partial(draw, label=study.label), ["results.csv"], ["grid"])
+    blocks: list[Block] = [matrix, heat, *_judged(study, runs), *sweep(study, "grid")]
+    blocks += [_runs("grid", "Every cell of the grid.", runs), *_errors(study, runs, "grid")]
+    return Section("grid", "Learning rate and rank", blocks)
+
+
+def _matrix(name: str, caption: str, values: Mapping[tuple[float, int], float], files: Sequence[str]) -> Table:
+    """Values by learning rate (rows) and rank (columns), the lowest marked."""
+    rates, ranks = sorted({lr for lr, _ in values}), sorted({rank for _, rank in values})
+    lr, rank = min(values, key=lambda cell: values[cell])
+    columns = [*named("lr"), *(Column(f"rank_{rank}", f"rank {rank}") for rank in ranks)]
+    rows = [[lr, *(values.get((lr, rank)) for rank in ranks)] for lr in rates]
+    marks = {(rates.index(lr), 1 + ranks.index(rank)): "lowest"}
+    return Table(name, caption, columns, rows, files, ["grid"], marks)
+
+
+def _judged(study: Study, runs: Sequence[Run]) -> list[Block]:
+    """The MSE of every cell's forecasts of the validation series, beside the untrained model's and the copies'."""
+    found = [
+        (run, evaluation) for run in runs if (evaluation := study.evaluation(run)) and evaluation.score("validation")
+    ]
+    if not found:
+        return []
+    files = [evaluation.file("scores.csv") for _, evaluation in found]
+    mse = {(run.row["lr"], run.row["rank"]): evaluation.mse("validation")[MODEL] for run, evaluation in found}
+    caption = "MSE of the forecasts of the validation series, raw units, by learning rate and LoRA rank."
+    matrix = _matrix("grid-mse", caption, mse, files)
+    bars = {run.title: with_interval(evaluation.by_forecaster("validation")[MODEL]) for run, evaluation in found}
+    last = found[-1][1]
+    if untrained := study.untrained_beside(last, "validation"):
+        bars["untrained model"] = with_interval(untrained.by_forecaster("validation")[MODEL])
+        files.append(untrained.file("scores.csv"))
+    rest = {name: with_interval(row) for name, row in last.by_forecaster("validation").items() if name != MODEL}
+    said = {"xlabel": SQUARED, "title": "MSE of every cell, 95 % interval", "label": study.label}
+    draw = partial(plots.score_bars, bars | rest, strong=list(bars), **said)
+    caption = "MSE of the forecasts of every cell, of the untrained model, and without a model: the same series."
+    return [matrix, Figure("mse-cells", caption, draw, files, ["grid"])]
+
+
+def _judged(study: Study, run: Run) -> list[tuple[int, int, float]]:
+    """Step, FLOPs and loss of a run of a search at the rungs that it was judged at."""
+    losses = {rung: run.row[f"loss_at_{rung}"] for rung in study.rungs}
+    each = run.row["training_flops"] // run.row["steps"]
+    return [(rung, rung * each, loss) for rung, loss in losses.items() if loss is not None]
+
+
+def _search(study: Study, runs: Sequence[Run]) -> list[Block]:
+    """The loss of every cell at each rung, and over FLOPs."""
+    caption = "Validation loss of every run over training FLOPs, the best of the longest marked."
+    curves = [curve_of(study, run) | {"judged": _judged(study, run)} for run in runs]
+    draw = partial(plots.search, curves, label=study.label)
+    figure = Figure("search", caption, draw, [metrics(run) for run in runs], ["grid"])
+    if not study.rungs:
+        return [figure]
+    names = [f"loss_at_{rung}" for rung in study.rungs]
+    columns = [
+        Column("name", "run", "text"),
+        *(Column(n, f"step {r}") for n, r in zip(names, study.rungs, strict=True)),
+    ]
+    rows = [[run.title, *(run.row[name] for name in names)] for run in runs]
+    caption = "Validation loss (nats per real token) of every cell at each rung that it was judged at."
+    return [Table("rungs", caption, columns, rows, ["results.csv"], ["grid"]), figure]
+
+
+def context(study: Study) -> Section:
+    """Validation loss by the length of the context, beside the report's own numbers."""
+    runs = study.of("context")
+    if not runs:
+        return Section("context", "Context length", [])
+    blocks = [_runs("context", "Every context.", runs), *_errors(study, runs, "context"), *sweep(study, "context")]
+    return Section("context", "Context length", blocks)
+
+
+def _runs(name: str, caption: str, runs: Sequence[Run]) -> Table:
+    """Runs with their losses: nats per real token."""
+    names = "name lr rank context steps validation_loss validation_loss_with_padding best_validation_loss best_step"
+    titles = {"name": "run", "best_validation_loss": "lowest on the way", "best_step": "at step"}
+    titles |= {"last_losses_mean": "training loss, last 10"}
+    columns = named(f"{names} last_losses_mean training_flops", **titles)
+    rows = [[run.title, *(run.row.get(column.name) for column in columns[1:])] for run in runs]
+    losses = [run.row["validation_loss"] for run in runs]
+    caption += " Losses in nats per real token."
+    marks = {(losses.index(min(losses)), names.split().index("validation_loss")): "lowest"}
+    return Table(f"{name}-runs", caption, columns, rows, ["results.csv"], [name], marks).without_empty()
+
+
+def _errors(study: Study, runs: Sequence[Run], stage: str) -> list[Table]:
+    """The forecasts of runs that were evaluated: MSE and MAE by part and unit."""
+    rows, files = [], []
+    for run in runs:
+        if evaluation := study.evaluation(run):
+            files.append(evaluation.file("scores.csv"))
+            for row in evaluation.scores:
+                if (row["forecaster"], row["variable"]) == ("model", "all"):
+                    mse = (row["mse"], row["mse_low"], row["mse_high"])
+                    rows.append([run.title, row["part"], row["unit"], row["series"], mse, row["mae"], row["skill"]])
+                    rows[-1].append(row["reference"])
+    columns = named("run part unit series mse mae skill reference", intervals="mse")
+    caption = "Errors of the forecasts of these runs, all species."
+    return [Table(f"{stage}-errors", caption, columns, rows, files, [stage])] if rows else []
