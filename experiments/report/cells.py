@@ -62,7 +62,7 @@ def _judged(study: Study, runs: Sequence[Run]) -> list[Block]:
     return [matrix, Figure("mse-cells", caption, draw, files, ["grid"])]
 
 
-def _judged(study: Study, run: Run) -> list[tuple[int, int, float]]:
+def _at_rungs(study: Study, run: Run) -> list[tuple[int, int, float]]:
     """Step, FLOPs and loss of a run of a search at the rungs that it was judged at."""
     losses = {rung: run.row[f"loss_at_{rung}"] for rung in study.rungs}
     each = run.row["training_flops"] // run.row["steps"]
@@ -72,7 +72,7 @@ def _judged(study: Study, run: Run) -> list[tuple[int, int, float]]:
 def _search(study: Study, runs: Sequence[Run]) -> list[Block]:
     """The loss of every cell at each rung, and over FLOPs."""
     caption = "Validation loss of every run over training FLOPs, the best of the longest marked."
-    curves = [curve_of(study, run) | {"judged": _judged(study, run)} for run in runs]
+    curves = [curve_of(study, run) | {"judged": _at_rungs(study, run)} for run in runs]
     draw = partial(plots.search, curves, label=study.label)
     figure = Figure("search", caption, draw, [metrics(run) for run in runs], ["grid"])
     if not study.rungs:
