@@ -130,11 +130,6 @@ class Records:
         return self._read[name]
 
 
-def short(digest: str) -> str:
-    """The 12 hexadecimal digits of a digest that the page shows."""
-    return digest[:12]
-
-
 def _number(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
