@@ -16,7 +16,8 @@ from lora import LoRALinear, add_logit_bias, add_lora
 from lora.layer import lora_layers
 from qwen_min import FlopMeter, Qwen, QwenConfig, fast, ops
 from qwen_min.cache import KVCache
-from qwen_min.flops import Metered, component, unmetered
+from qwen_min.costs import component
+from qwen_min.flops import Metered, unmetered
 from qwen_min.prices import CONVENTIONS, PRIMITIVES
 
 SIZES = ["0.5B", "1.5B", "3B", "7B", "14B", "32B", "72B"]
