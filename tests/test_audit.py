@@ -2,6 +2,7 @@
 
 import json
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
@@ -55,10 +56,14 @@ def test_without_weights_a_program_counts_what_it_counts_on_a_cpu(name):
     assert both[0] == both[1] > 0
 
 
-def test_the_reports_and_formulas_at_their_own_size(monkeypatch):
+def test_the_reports_and_formulas_at_their_own_size_and_the_page_that_has_them(monkeypatch):
+    """Of the page: a number that changes must be written there anew."""
     monkeypatch.setattr(counters, "version", absent)
     records = audit.audit(three_reports.CONFIG, 4, 512, 8, ["q_proj", "v_proj"])
     assert terms_add_up(records) == FORMULAS | REPORTS
+    page = (Path(__file__).parents[1] / "docs" / "audit.md").read_text(encoding="utf-8")
+    lines = [line for line in audit.page(records).splitlines() if line.startswith("|") and "absent" not in line]
+    assert len(lines) > len(FORMULAS) and set(lines) <= set(page.splitlines())
     palm = next(r for r in records if r["name"] == "6N + 12·L·H·Q·T")
     assert palm["count"] == 2048 * (6 * (494_032_768 + 540_672) + 12 * 24 * 14 * 64 * 512)
 

@@ -3,12 +3,16 @@
 import re
 from argparse import Namespace
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from experiments.accounting import audit, explorer, flops_files, flops_table
+import torch
+
+from experiments.accounting import audit, explorer, flops_files, flops_table, memory
 from experiments.accounting import explain as explained
 from experiments.accounting.predict import on_meta, predict
+from experiments.bench import resident
 from experiments.run_folder import files
 from experiments.settings import protocols
 from experiments.task.preprocessing import preprocessing
@@ -63,6 +67,12 @@ def flops(args: Namespace) -> None:
     targets = getattr(args, "targets", list(TARGETS))
     if hasattr(args, "markdown") and not hasattr(args, "audit"):
         raise ValueError("--markdown without --audit: expected both, as it is the audit's table")
+    for flag in ("fit", "measure"):
+        if hasattr(args, flag) and not hasattr(args, "memory"):
+            raise ValueError(f"--{flag} without --memory: expected both")
+    if hasattr(args, "memory"):
+        _memory(args, name, config, size, targets)
+        return
     if hasattr(args, "audit"):
         if (asked := getattr(args, "convention", "exact")) != "exact":
             raise ValueError(f"--convention is {asked!r} with --audit: expected exact, which it uses")
@@ -101,9 +111,7 @@ def flops(args: Namespace) -> None:
 
 def _audit(args: Namespace, name: str, config: QwenConfig, size: dict[str, int], targets: list[str]) -> None:
     """What others count of the same work, beside ours."""
-    for flag in ("train", "per_layer", "depth", "html", *EXPORTS):
-        if hasattr(args, flag):
-            raise ValueError(f"--audit with --{flag.replace('_', '-')}: expected one of the two")
+    _alone(args, "audit")
     batch, tokens, rank, cached = size.values()
     if cached:
         raise ValueError(f"--cache is {cached} with --audit: expected 0, as most programs know no cache")
@@ -117,6 +125,53 @@ def _audit(args: Namespace, name: str, config: QwenConfig, size: dict[str, int],
     print(title, "", audit.table(records), sep="\n")
     if hasattr(args, "markdown"):
         print(f"written: {args.markdown}")
+
+
+def _memory(args: Namespace, name: str, config: QwenConfig, size: dict[str, int], targets: list[str]) -> None:
+    """What each phase holds, and the largest batch that fits."""
+    _alone(args, "memory", "audit")
+    batch, tokens, rank, cached = size.values()
+    fit = getattr(args, "fit", None)
+    if fit is not None and not 0 < fit < 1e9:
+        raise ValueError(f"--fit is {fit:g}: expected gigabytes above 0")
+    if hasattr(args, "measure") and not Path(name).is_dir():
+        raise ValueError(f"--measure with --model {name}: expected a folder with its weights")
+    types = {"weight": args.dtype, "activation": args.compute_dtype}
+    for flag, kind in zip(("dtype", "compute-dtype"), types.values(), strict=True):
+        _bytes(flag, kind)
+    options: dict[str, Any] = {"tokens": tokens, "rank": rank, "targets": targets, "cached": cached or tokens}
+    predict_one = partial(
+        memory.predict, config=config, **options, **{key: getattr(torch, kind) for key, kind in types.items()}
+    )
+    rows = dict.fromkeys(memory.PHASES, batch) | {memory.PHASES[0]: memory.at_once(config, batch, tokens)}
+    found = {phase: predict_one(phase, batch=n) for phase, n in rows.items()}
+    if hasattr(args, "measure"):
+        for phase in found:
+            found[phase]["measured"] = resident.measured(phase, name, batch=batch, **options, **types)
+    fits = {}
+    if fit is not None:
+        for phase in found:
+            fits[phase] = memory.largest(lambda n, phase=phase: predict_one(phase, batch=n)["total"], int(fit * 1e9))
+    if hasattr(args, "json"):
+        shown = {"model": name} | size | {"cache": cached or tokens, "targets": targets} | types
+        shown |= {"at_once": rows, "bytes": found} | ({"fit_gb": fit, "largest_batch": fits} if fits else {})
+        print_json(shown)
+        return
+    print(
+        f"{name}: {batch} x {tokens} tokens, LoRA rank {rank}, weights {args.dtype}, all else {args.compute_dtype}; "
+        f"of the batch a training step on a CPU runs {rows[memory.PHASES[0]]} at once; "
+        f"a token is decoded after {cached or tokens}\n"
+    )
+    print("\n".join(memory.table(found)))
+    if fits:
+        said = ", ".join(f"{phase} {n:,}" for phase, n in fits.items())
+        print(f"\nmost sequences at once in {fit:g} GB: {said}")
+
+
+def _alone(args: Namespace, mode: str, *others: str) -> None:
+    for flag in ("train", "per_layer", "depth", "html", *EXPORTS, *others):
+        if hasattr(args, flag):
+            raise ValueError(f"--{mode} with --{flag.replace('_', '-')}: expected one of the two")
 
 
 TYPES = {"float32": 4, "bfloat16": 2}
