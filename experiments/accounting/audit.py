@@ -270,7 +270,8 @@ def audit(config: QwenConfig, batch: int, tokens: int, rank: int, targets: Seque
     found = []
     for row in rows(config, batch, tokens, rank, targets):
         training = row.phase != PHASES[0]
-        done = [work(trained, 0), work(trained, 1)] if training else [work(alone, 0), None]
+        forward = work(trained if training else alone, 0)
+        backward = work(trained, 1) if training else None
         ours = trained.training if training else alone.total
         record: dict[str, Any] = {"name": row.name, "phase": row.phase, "source": row.source, "ours": ours}
         found.append(record)
@@ -280,7 +281,7 @@ def audit(config: QwenConfig, batch: int, tokens: int, rank: int, targets: Seque
         except Missing as why:
             record["missing"] = str(why)
             continue
-        named = terms(row, *done, frozen=bool(rank))
+        named = terms(row, forward, backward, frozen=bool(rank))
         named["unexplained"] = count - ours - named.total()
         record |= {"version": version, "count": count, "difference": count - ours}
         record["terms"] = dict(sorted(((k, v) for k, v in named.items() if v), key=lambda term: -abs(term[1])))

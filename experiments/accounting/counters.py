@@ -33,7 +33,8 @@ class Asked(nn.Module):
         super().__init__()
         fields = {name: getattr(config, name) for name in config.__dataclass_fields__ if name != "rope_theta"}
         rope = {"rope_theta": config.rope_theta, "rope_type": "default"}
-        theirs: Any = Qwen2ForCausalLM(Qwen2Config(**fields, rope_parameters=rope, attn_implementation=attention))
+        shape: Any = dict(fields, rope_parameters=rope, attn_implementation=attention)
+        theirs: Any = Qwen2ForCausalLM(Qwen2Config(**shape))
         if rank:
             from peft import LoraConfig, get_peft_model
 

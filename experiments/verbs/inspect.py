@@ -3,7 +3,6 @@
 import re
 from argparse import Namespace
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +128,7 @@ def _audit(args: Namespace, name: str, config: QwenConfig, size: dict[str, int],
 
 def _memory(args: Namespace, name: str, config: QwenConfig, size: dict[str, int], targets: list[str]) -> None:
     """What each phase holds, and the largest batch that fits."""
-    _alone(args, "memory", "audit")
+    _alone(args, "memory", "audit", "convention")
     batch, tokens, rank, cached = size.values()
     fit = getattr(args, "fit", None)
     if fit is not None and not 0 < fit < 1e9:
@@ -140,18 +139,22 @@ def _memory(args: Namespace, name: str, config: QwenConfig, size: dict[str, int]
     for flag, kind in zip(("dtype", "compute-dtype"), types.values(), strict=True):
         _bytes(flag, kind)
     options: dict[str, Any] = {"tokens": tokens, "rank": rank, "targets": targets, "cached": cached or tokens}
-    predict_one = partial(
-        memory.predict, config=config, **options, **{key: getattr(torch, kind) for key, kind in types.items()}
-    )
+
+    def held(phase: str, n: int) -> dict[str, int]:
+        return memory.predict(phase, config, n, **options, **{key: getattr(torch, kind) for key, kind in types.items()})
+
     rows = dict.fromkeys(memory.PHASES, batch) | {memory.PHASES[0]: memory.at_once(config, batch, tokens)}
-    found = {phase: predict_one(phase, batch=n) for phase, n in rows.items()}
+    found = {phase: held(phase, n) for phase, n in rows.items()}
     if hasattr(args, "measure"):
         for phase in found:
             found[phase]["measured"] = resident.measured(phase, name, batch=batch, **options, **types)
     fits = {}
-    if fit is not None:
-        for phase in found:
-            fits[phase] = memory.largest(lambda n, phase=phase: predict_one(phase, batch=n)["total"], int(fit * 1e9))
+    for phase in found if fit is not None else ():
+
+        def total(n: int, phase: str = phase) -> int:
+            return held(phase, n)["total"]
+
+        fits[phase] = memory.largest(total, int(fit * 1e9))
     if hasattr(args, "json"):
         shown = {"model": name} | size | {"cache": cached or tokens, "targets": targets} | types
         shown |= {"at_once": rows, "bytes": found} | ({"fit_gb": fit, "largest_batch": fits} if fits else {})
