@@ -418,7 +418,7 @@ def test_a_meter_writes_its_ops_as_csv_and_its_tree_as_a_page(random_model, tmp_
     assert sum(int(row["backward"]) for row in rows) == meter.backward
     page = (tmp_path / "tree.html").read_text(encoding="utf-8")
     nodes = [node for _, node in meter.tree(fold=True).walk()]
-    assert page.count("</span>") == len(nodes) and "a &lt; b" in page and "a < b" not in page
+    assert page.count("</span>") == len(nodes) and "<b>a &lt; b</b>" in page and "a < b" not in page
     assert all(f"{node.forward.total:,} + {node.backward.total:,}" in page for node in nodes)
     for write in (meter.to_csv, meter.to_html):
         with pytest.raises(OSError):

@@ -130,7 +130,7 @@ def _memory(args: Namespace, name: str, config: QwenConfig, size: dict[str, int]
     """What each phase holds, and the largest batch that fits."""
     _alone(args, "memory", "audit", "convention")
     batch, tokens, rank, cached = size.values()
-    fit = getattr(args, "fit", None)
+    fit: Any = getattr(args, "fit", None)
     if fit is not None and not 0 < fit < 1e9:
         raise ValueError(f"--fit is {fit:g}: expected gigabytes above 0")
     if hasattr(args, "measure") and not Path(name).is_dir():
