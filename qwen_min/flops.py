@@ -1,4 +1,4 @@
-"""FLOPs, counted where the op runs: the ambient meter, `charge`, and the tree of what was charged.
+"""FLOPs, counted where the op runs: the ambient meter, and `charge`.
 
 An op declares its `Price` once, as formulas over named dimensions, and calls `charge(PRICE, *dims)` on the line
 beside its arithmetic. The meter keeps how often each (module, price, dimensions) was charged and evaluates the
@@ -6,71 +6,18 @@ formulas when it is asked, so a count costs one dictionary update, is an exact P
 every convention. Nothing here looks at tensor data: a forward on the meta device charges the same integers.
 """
 
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
-from functools import cache
-from itertools import groupby
-from typing import NamedTuple
+from pathlib import Path
 
 from torch import nn
 from torch.compiler import is_compiling
 
+from qwen_min import costs
+from qwen_min.costs import Charge, Node
 from qwen_min.prices import CONVENTIONS, Dim, Dims, Price
-
-
-class Charge(NamedTuple):
-    """One kind of charge that a meter has seen, and how many `times`."""
-
-    module: str
-    price: Price
-    dims: Dims
-    times: int
-
-
-@dataclass
-class Cost:
-    """What a forward, or a backward, of a part of the model costs: FLOPs by primitive, bytes read and written."""
-
-    flops: Counter[str] = field(default_factory=Counter)
-    read: int = 0
-    written: int = 0
-
-    @property
-    def total(self) -> int:
-        return self.flops.total()
-
-    def add(self, flops: Mapping[str, int], read: int, written: int, times: int) -> None:
-        for primitive, n in flops.items():
-            self.flops[primitive] += n * times
-        self.read, self.written = self.read + read * times, self.written + written * times
-
-
-@dataclass
-class Node:
-    """A module with all that is inside it, or an op: a node of the tree that `FlopMeter.tree` returns.
-
-    `name` is the last part of `path` ("model.layers.0.mlp.up_proj"; empty for the whole), or the op's ("linear").
-    `layers` equal layers stand in one node. An op has what was charged last (its flags of gradients may differ from
-    call to call) and how many `times`; a module has `children`, in the order of the forward.
-    """
-
-    name: str
-    path: str
-    forward: Cost = field(default_factory=Cost)
-    backward: Cost = field(default_factory=Cost)
-    children: list["Node"] = field(default_factory=list)
-    layers: int = 1
-    charge: "Charge | None" = None
-    times: int = 0
-
-    def walk(self, depth: int = 0) -> Iterator[tuple[int, "Node"]]:
-        """This node and all below it, each with its depth, a parent before its children."""
-        yield depth, self
-        for child in self.children:
-            yield from child.walk(depth + 1)
 
 
 class FlopMeter:
@@ -138,7 +85,7 @@ class FlopMeter:
 
     def by_component(self) -> dict[str, int]:
         """Forward FLOPs by part of the architecture: q, k, v, scores, softmax, values, output, gate, ..., head."""
-        return self._by(lambda c, p: component(c))
+        return self._by(lambda c, p: costs.component(c))
 
     def by_primitive(self) -> dict[str, int]:
         """Forward FLOPs by primitive (an exponential counts 10)."""
@@ -155,33 +102,15 @@ class FlopMeter:
         cache or a fused kernel saves. Token ids, masks, copies and the cache's writes are left out.
         """
 
-        @cache  # layers are charged alike
-        def priced(price: Price, dims: Dims):
-            return price.cost(dims, self.convention), price.bytes(dims, activation, weight)
+        return costs.tree_of(self.charges(), self.convention, fold, activation, weight)
 
-        names = _folded(self.tree()) if fold else {}
-        root = Node("", "")
-        modules, ops = {"": root}, dict[tuple, Node]()
-        for charge in self.charges():
-            inside, path = [root], ""
-            for part in charge.module.split(".") if charge.module else ():
-                part, count = names.get((path, part), (part, 1))
-                path = f"{path}.{part}".lstrip(".")
-                if path not in modules:
-                    modules[path] = Node(part, path, layers=count)
-                    inside[-1].children.append(modules[path])
-                inside.append(modules[path])
-            key = (path, charge.price, *charge.price.numbers(charge.dims, self.convention).values())
-            if key not in ops:
-                ops[key] = Node(charge.price.name, path)
-                inside[-1].children.append(ops[key])
-            op = ops[key]
-            op.charge, op.times = charge, op.times + charge.times
-            (forward, backward), (read, written, d_read, d_written) = priced(charge.price, charge.dims)
-            for node in (*inside, op):
-                node.forward.add(forward, read, written, charge.times)
-                node.backward.add(backward, d_read, d_written, charge.times)
-        return root
+    def to_csv(self, path: str | Path) -> None:
+        """Write a line for each op and shape: its formula, numbers, FLOPs by primitive, bytes."""
+        Path(path).write_text(costs.as_csv(self.tree(), self.convention), encoding="utf-8")
+
+    def to_html(self, path: str | Path, title: str = "FLOPs") -> None:
+        """Write the tree, layers of the same cost as one, as a page that opens without a network."""
+        Path(path).write_text(costs.as_html(self.tree(fold=True), self.convention, title), encoding="utf-8")
 
     def _by(self, key, phase: int = 0) -> dict[str, int]:
         flops: dict[str, int] = defaultdict(int)
@@ -191,40 +120,8 @@ class FlopMeter:
         return {name: n for name, n in flops.items() if n}
 
 
-def _folded(tree: Node) -> dict[tuple[str, str], tuple[str, int]]:
-    """Of each layer, by its list and number: the name of the run of layers that cost what it does, and their count."""
-
-    def costs(layer: Node) -> list:
-        inside = [node for _, node in layer.walk()]
-        return [(node.forward.flops, node.backward.flops, node.times, node.name) for node in inside[1:]]
-
-    names: dict[tuple[str, str], tuple[str, int]] = {}
-    for _, node in tree.walk():
-        for _, run in groupby((child for child in node.children if child.name.isdigit()), costs):
-            layers = [layer.name for layer in run]
-            name = layers[0] if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
-            names |= {(node.path, layer): (name, len(layers)) for layer in layers}
-    return names
-
-
 _meters: ContextVar[tuple[FlopMeter, ...]] = ContextVar("meters", default=())
 _module: ContextVar[str] = ContextVar("module", default="")
-_NAMES = {
-    "q_proj": "q",
-    "k_proj": "k",
-    "v_proj": "v",
-    "o_proj": "output",
-    "gate_proj": "gate",
-    "up_proj": "up",
-    "down_proj": "down",
-    "lm_head": "head",
-}
-
-
-def component(charge: Charge) -> str:
-    """The part of the architecture that a charge belongs to; a linear layer's follows from its module's name."""
-    last = charge.module.rpartition(".")[2]
-    return charge.price.component or _NAMES.get(last, last)
 
 
 def charge(price: Price, *dims: "int | Dim") -> None:

@@ -110,11 +110,21 @@ class Price:
         """FLOPs by primitive, forward and backward."""
         if convention not in self.only:
             return {}, {}
-        values = self.values(dims, convention)
-        forward = _evaluate((self.product,) if self.product else (), self.forward, values, convention)
+        values, (products, d_products) = self.values(dims, convention), self.products(dims, convention)
+        forward = _evaluate(products, self.forward, values, convention)
         if convention == "coursework":
             return forward, {name: 2 * n for name, n in forward.items()}
-        return forward, _evaluate(self.d_products, self.backward, values, convention)
+        return forward, _evaluate(d_products, self.backward, values, convention)
+
+    def products(self, dims: Dims, convention: str) -> tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]]:
+        """(m, n, p) of each matrix product (m, n) @ (n, p), forward and backward; m is 0 for one that is not wanted."""
+        values = self.values(dims, convention)
+
+        def sizes(product: str) -> tuple[int, int, int]:
+            m, n, p = (eval(_compiled(side), {}, values) for side in product.split(","))
+            return m, n, p
+
+        return [sizes(self.product)] if self.product else [], [sizes(product) for product in self.d_products]
 
     def bytes(self, dims: Dims, activation: int, weight: int) -> tuple[int, int, int, int]:
         """Bytes read and written forward, read and written backward, with so many bytes in a number."""
@@ -129,11 +139,10 @@ def _compiled(formula: str):
 
 
 def _evaluate(
-    products: tuple[str, ...], formulas: dict[str, str], values: dict[str, int], convention: str
+    products: list[tuple[int, int, int]], formulas: dict[str, str], values: dict[str, int], convention: str
 ) -> dict[str, int]:
     flops: dict[str, int] = defaultdict(int)
-    for product in products:
-        m, n, p = (eval(_compiled(side), {}, values) for side in product.split(","))
+    for m, n, p in products:
         flops["multiply"] += m * n * p
         flops["add"] += m * n * p if convention == "matmul" else m * (n - 1) * p
     if convention != "matmul":

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora import add_logit_bias, add_lora
 from qwen_min import FlopMeter, Qwen, fast, ops
-from qwen_min.flops import Node
+from qwen_min.costs import Node
 
 COMPOSED = {"linear": ("linear", "bias"), "add_low_rank": ("lora", "lora_out")}
 COMPOSED["attend"] = ("scores", "scale", "softmax", "values")

@@ -11,9 +11,9 @@ import pytest
 
 from experiments import run
 from experiments.accounting import explorer
-from experiments.accounting.flops_table import ops
 from experiments.accounting.predict import predict
 from qwen_min import FlopMeter, QwenConfig
+from qwen_min.costs import ops
 
 POCKET = Path(__file__).parents[1] / "weights" / "pocket"
 QV, ATTENTION = ("q_proj", "v_proj"), ("q_proj", "k_proj", "v_proj", "o_proj")

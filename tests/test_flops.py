@@ -1,5 +1,6 @@
 """The meter against a brute-force count, torch's own counter and autograd; to the last FLOP."""
 
+import csv
 import itertools
 from collections import Counter
 
@@ -16,7 +17,8 @@ from lora import LoRALinear, add_logit_bias, add_lora
 from lora.layer import lora_layers
 from qwen_min import FlopMeter, Qwen, QwenConfig, fast, ops
 from qwen_min.cache import KVCache
-from qwen_min.flops import Metered, component, unmetered
+from qwen_min.costs import component
+from qwen_min.flops import Metered, unmetered
 from qwen_min.prices import CONVENTIONS, PRIMITIVES
 
 SIZES = ["0.5B", "1.5B", "3B", "7B", "14B", "32B", "72B"]
@@ -403,3 +405,23 @@ def test_components_are_told_by_the_op_or_by_the_layer(random_model):
     assert {charge.module for charge in meter.charges() if component(charge) == "lora"} == {
         f"model.layers.{i}.self_attn.{name}" for i in (0, 1) for name in ("q_proj", "v_proj")
     }
+
+
+def test_a_meter_writes_its_ops_as_csv_and_its_tree_as_a_page(random_model, tmp_path):
+    with FlopMeter("exact") as meter:
+        random_model()(torch.zeros(2, 7, dtype=torch.int64))
+    meter.to_csv(tmp_path / "ops.csv")
+    meter.to_html(tmp_path / "tree.html", title="a < b")
+    with open(tmp_path / "ops.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert sum(int(row["forward"]) for row in rows) == meter.total
+    assert sum(int(row["backward"]) for row in rows) == meter.backward
+    page = (tmp_path / "tree.html").read_text(encoding="utf-8")
+    nodes = [node for _, node in meter.tree(fold=True).walk()]
+    assert page.count("</span>") == len(nodes) and "<b>a &lt; b</b>" in page and "a < b" not in page
+    assert all(f"{node.forward.total:,} + {node.backward.total:,}" in page for node in nodes)
+    for write in (meter.to_csv, meter.to_html):
+        with pytest.raises(OSError):
+            write(tmp_path / "absent" / "file")
+    with pytest.raises(ValueError, match="the meter has seen no op: expected a forward inside of it"):
+        FlopMeter().to_html(tmp_path / "x.html")

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from qwen_min import FlopMeter, Qwen, ops
-from qwen_min.flops import Charge, Metered, component, unmetered
+from qwen_min.costs import Charge, component
+from qwen_min.flops import Metered, unmetered
 from qwen_min.prices import Price
 from qwen_min.trace import replaced
 

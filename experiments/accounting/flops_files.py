@@ -1,21 +1,8 @@
-"""The tree of FLOPs in the formats of other programs: CSV, speedscope's profiles, trace events."""
+"""The tree of FLOPs in the formats of other programs: speedscope's profiles, trace events."""
 
-import csv
-import io
 from typing import Any
 
-from experiments.accounting.flops_table import ops
-from qwen_min.flops import Node
-
-
-def as_csv(tree: Node, convention: str) -> str:
-    """A line for each op and shape, every number in full."""
-    text = io.StringIO()
-    rows = list(ops(tree, convention))
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+from qwen_min.costs import Node
 
 
 def as_speedscope(tree: Node, name: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from experiments.accounting.ledger import BUDGET
 from qwen_min import FlopMeter
-from qwen_min.flops import Node, component
+from qwen_min.costs import Node, component
 from qwen_min.prices import PRIMITIVES
 
 WIDTH = 100
@@ -30,21 +30,6 @@ def per_layer(meter: FlopMeter) -> dict[str, dict[str, int]]:
     """Forward and backward FLOPs of every module and all modules inside it, in the model's order; "" is the model."""
     modules = (node for _, node in meter.tree().walk() if not node.charge)
     return {node.path: {"forward": node.forward.total, "backward": node.backward.total} for node in modules}
-
-
-def ops(tree: Node, convention: str) -> Iterator[dict[str, Any]]:
-    """Every op of a tree in a flat record: where it stands, its formula with its numbers, FLOPs and bytes."""
-    for _, node in tree.walk():
-        if not (charge := node.charge):
-            continue
-        numbers = charge.price.numbers(charge.dims, convention)
-        row: dict[str, Any] = {"module": node.path, "op": node.name, "component": component(charge)}
-        row |= {"times": node.times, "formula": charge.price.formula(convention)}
-        row["numbers"] = " ".join(f"{name}={n}" for name, n in numbers.items())
-        for phase, cost in (("forward", node.forward), ("backward", node.backward)):
-            row |= {phase: cost.total} | {f"{phase}_{name}": cost.flops[name] for name in PRIMITIVES}
-            row |= {f"{phase}_bytes_read": cost.read, f"{phase}_bytes_written": cost.written}
-        yield row
 
 
 def tree_table(tree: Node, training: bool, depth: int | None = None) -> str:

@@ -373,11 +373,16 @@ def effects(protocol: str) -> dict[str, float]:
     By part of the architecture, and "backward" for what Fung's leaves out of three of its own forwards; they add up
     to `step_by_report` / exact - 1. ValueError for an unknown report.
     """
+    return {name: flops / price(512, 8)[0] for name, flops in differences(protocol, 512, 8).items()}
+
+
+def differences(protocol: str, T: int, rank: int) -> Flops:
+    """What each mistake changes in a training step of B windows, in FLOPs, by the names of `effects`."""
     _drafts(protocol)
-    theirs, meter = forward_by_report(protocol, 512, 8), metered(512, 8)
+    theirs, meter = forward_by_report(protocol, T, rank), metered(T, rank)
     changed = {name: 3 * (B * theirs.get(name, 0) - flops) for name, flops in meter.by_component().items()}
-    changed["backward"] = step_by_report(protocol, 512, 8) - 3 * B * sum(theirs.values())
-    return {name: flops / price(512, 8)[0] for name, flops in changed.items() if flops}
+    changed["backward"] = step_by_report(protocol, T, rank) - 3 * B * sum(theirs.values())
+    return {name: flops for name, flops in changed.items() if flops}
 
 
 def mistakes(protocol: str) -> list[str]:

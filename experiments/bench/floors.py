@@ -7,7 +7,7 @@ import torch
 
 from experiments.accounting.predict import predict
 from qwen_min import FlopMeter, Qwen, QwenConfig
-from qwen_min.flops import component
+from qwen_min.costs import component
 from qwen_min.ops import SCORES, VALUES
 
 

@@ -13,7 +13,14 @@ from typing import NoReturn
 from experiments.training.parallel import rank
 
 LEDGER = "ledger.sqlite"
-PATHS = {"model", "data", "adapter", "out", "ledger", "config", "run"} | {"plot", "csv", "speedscope", "chrome", "html"}
+PATHS = {"model", "data", "adapter", "out", "ledger", "config", "run"} | {
+    "plot",
+    "csv",
+    "speedscope",
+    "chrome",
+    "html",
+    "markdown",
+}
 """The flags that name a file or folder."""
 
 EXAMPLES = {
@@ -149,6 +156,11 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--per-layer", action="store_true", help="and a tree of modules and ops, each with what is in it")
     p.add_argument("--depth", type=int, metavar="N", help="that tree down to N levels below the model (all)")
+    p.add_argument("--audit", action="store_true", help="what other programs and formulas count, and why it differs")
+    p.add_argument("--markdown", help="with --audit: write its tables into this file, too")
+    p.add_argument("--memory", action="store_true", help="bytes of a training step, a forward and a decoded token")
+    p.add_argument("--fit", type=float, metavar="GB", help="with --memory: the largest batch that fits")
+    p.add_argument("--measure", action="store_true", help="with --memory and a folder's weights: run each, and measure")
     p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     p.add_argument("--plot", help="draw the components' shares into this PNG")
     p.add_argument("--html", help="write a page to look through all of it, for any setting, into this file")
@@ -321,7 +333,7 @@ def _forward(p: argparse.ArgumentParser) -> None:
     p.add_argument("--rank", type=int, help="LoRA rank (0: no LoRA)")
     p.add_argument("--targets", nargs="+", help="linear layers that get LoRA: names, or all-linear (q_proj v_proj)")
     p.add_argument("--cache", type=int, default=0, help="tokens already in the KV cache (0)")
-    p.add_argument("--convention", default="coursework", help="coursework, exact or matmul (coursework)")
+    p.add_argument("--convention", help="coursework, exact or matmul (coursework)")
     p.add_argument("--offline", action="store_true", help="never open a connection")
 
 

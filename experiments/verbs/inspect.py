@@ -6,9 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from experiments.accounting import audit, explorer, flops_files, flops_table, memory
 from experiments.accounting import explain as explained
-from experiments.accounting import explorer, flops_files, flops_table
 from experiments.accounting.predict import on_meta, predict
+from experiments.bench import resident
 from experiments.run_folder import files
 from experiments.settings import protocols
 from experiments.task.preprocessing import preprocessing
@@ -17,7 +20,7 @@ from experiments.verbs.common import gather, print_json
 from experiments.verbs.doctor import lines
 from lora.layer import TARGETS
 from qwen_min import FlopMeter, QwenConfig, Tokenizer
-from qwen_min.flops import Node
+from qwen_min.costs import Node, as_csv, ops
 from qwen_min.load import resolve
 from qwen_min.prices import CONVENTIONS
 
@@ -61,8 +64,22 @@ def flops(args: Namespace) -> None:
     if training and cached:
         raise ValueError(f"--cache is {cached} with --train: expected 0, as a training step has no cache")
     targets = getattr(args, "targets", list(TARGETS))
+    if hasattr(args, "markdown") and not hasattr(args, "audit"):
+        raise ValueError("--markdown without --audit: expected both, as it is the audit's table")
+    for flag in ("fit", "measure"):
+        if hasattr(args, flag) and not hasattr(args, "memory"):
+            raise ValueError(f"--{flag} without --memory: expected both")
+    if hasattr(args, "memory"):
+        _memory(args, name, config, size, targets)
+        return
+    if hasattr(args, "audit"):
+        if (asked := getattr(args, "convention", "exact")) != "exact":
+            raise ValueError(f"--convention is {asked!r} with --audit: expected exact, which it uses")
+        _audit(args, name, config, size, targets)
+        return
+    convention = getattr(args, "convention", "coursework")
     options: dict[str, Any] = {"rank": rank, "targets": targets, "cached": cached, "training": training}
-    meter = predict(config, batch, tokens, convention=args.convention, **options)
+    meter = predict(config, batch, tokens, convention=convention, **options)
     activation, weight = _bytes("compute-dtype", args.compute_dtype), _bytes("dtype", args.dtype)
     tree = meter.tree(activation=activation, weight=weight)
     written = {flag: getattr(args, flag) for flag in EXPORTS if hasattr(args, flag)}
@@ -70,26 +87,94 @@ def flops(args: Namespace) -> None:
         EXPORTS[flag](path, meter, tree, f"{name}: {batch} x {tokens} tokens")
     if hasattr(args, "html"):
         start = size | {"guesses": 13, "targets": targets, "phase": "training" if training else "forward"}
-        start |= {"convention": args.convention, "x": activation, "w": weight}
+        start |= {"convention": convention, "x": activation, "w": weight}
         machines = [explorer.calibrated()] if hasattr(args, "calibrate") else []
         files.write_text(args.html, explorer.page(name, config, start, machines))
         written["html"] = args.html
     if hasattr(args, "json"):
         shown = flops_table.as_json(meter, {"model": name} | size | written)
         if hasattr(args, "per_layer"):
-            ops = list(flops_table.ops(tree, args.convention))
-            shown |= {"per_layer": flops_table.per_layer(meter), "ops": ops}
+            shown |= {"per_layer": flops_table.per_layer(meter), "ops": list(ops(tree, convention))}
         print_json(shown)
         return
     print(
         f"{name}: {batch} x {tokens} tokens after {cached} cached, LoRA rank {rank} on {', '.join(targets)}, "
-        f"convention {args.convention}\n"
+        f"convention {convention}\n"
     )
     print(flops_table.table(meter, training))
     if hasattr(args, "per_layer") or depth is not None:
         print("", flops_table.tree_table(meter.tree(fold=True), training, depth), sep="\n")
     if written:
         print(f"\nwritten: {', '.join(written.values())}")
+
+
+def _audit(args: Namespace, name: str, config: QwenConfig, size: dict[str, int], targets: list[str]) -> None:
+    """What others count of the same work, beside ours."""
+    _alone(args, "audit")
+    batch, tokens, rank, cached = size.values()
+    if cached:
+        raise ValueError(f"--cache is {cached} with --audit: expected 0, as most programs know no cache")
+    records = audit.audit(config, batch, tokens, rank, targets)
+    title = f"{name}: {batch} x {tokens} tokens, LoRA rank {rank}" + (f" on {', '.join(targets)}" if rank else "")
+    if hasattr(args, "markdown"):
+        files.write_text(args.markdown, f"## {title}\n\n{audit.page(records)}")
+    if hasattr(args, "json"):
+        print_json({"model": name} | size | {"targets": targets, "convention": "exact", "rows": records})
+        return
+    print(title, "", audit.table(records), sep="\n")
+    if hasattr(args, "markdown"):
+        print(f"written: {args.markdown}")
+
+
+def _memory(args: Namespace, name: str, config: QwenConfig, size: dict[str, int], targets: list[str]) -> None:
+    """What each phase holds, and the largest batch that fits."""
+    _alone(args, "memory", "audit", "convention")
+    batch, tokens, rank, cached = size.values()
+    fit: Any = getattr(args, "fit", None)
+    if fit is not None and not 0 < fit < 1e9:
+        raise ValueError(f"--fit is {fit:g}: expected gigabytes above 0")
+    if hasattr(args, "measure") and not Path(name).is_dir():
+        raise ValueError(f"--measure with --model {name}: expected a folder with its weights")
+    types = {"weight": args.dtype, "activation": args.compute_dtype}
+    for flag, kind in zip(("dtype", "compute-dtype"), types.values(), strict=True):
+        _bytes(flag, kind)
+    options: dict[str, Any] = {"tokens": tokens, "rank": rank, "targets": targets, "cached": cached or tokens}
+
+    def held(phase: str, n: int) -> dict[str, int]:
+        return memory.predict(phase, config, n, **options, **{key: getattr(torch, kind) for key, kind in types.items()})
+
+    rows = dict.fromkeys(memory.PHASES, batch) | {memory.PHASES[0]: memory.at_once(config, batch, tokens)}
+    found = {phase: held(phase, n) for phase, n in rows.items()}
+    if hasattr(args, "measure"):
+        for phase in found:
+            found[phase]["measured"] = resident.measured(phase, name, batch=batch, **options, **types)
+    fits = {}
+    for phase in found if fit is not None else ():
+
+        def total(n: int, phase: str = phase) -> int:
+            return held(phase, n)["total"]
+
+        fits[phase] = memory.largest(total, int(fit * 1e9))
+    if hasattr(args, "json"):
+        shown = {"model": name} | size | {"cache": cached or tokens, "targets": targets} | types
+        shown |= {"at_once": rows, "bytes": found} | ({"fit_gb": fit, "largest_batch": fits} if fits else {})
+        print_json(shown)
+        return
+    print(
+        f"{name}: {batch} x {tokens} tokens, LoRA rank {rank}, weights {args.dtype}, all else {args.compute_dtype}; "
+        f"of the batch a training step on a CPU runs {rows[memory.PHASES[0]]} at once; "
+        f"a token is decoded after {cached or tokens}\n"
+    )
+    print("\n".join(memory.table(found)))
+    if fits:
+        said = ", ".join(f"{phase} {n:,}" for phase, n in fits.items())
+        print(f"\nmost sequences at once in {fit:g} GB: {said}")
+
+
+def _alone(args: Namespace, mode: str, *others: str) -> None:
+    for flag in ("train", "per_layer", "depth", "html", *EXPORTS, *others):
+        if hasattr(args, flag):
+            raise ValueError(f"--{mode} with --{flag.replace('_', '-')}: expected one of the two")
 
 
 TYPES = {"float32": 4, "bfloat16": 2}
@@ -110,7 +195,7 @@ def _plot(path: str, meter: FlopMeter, _: Node, title: str) -> None:
 
 EXPORTS: dict[str, Callable[[str, FlopMeter, Node, str], None]] = {
     "plot": _plot,
-    "csv": lambda path, meter, tree, _: files.write_text(path, flops_files.as_csv(tree, meter.convention)),
+    "csv": lambda path, meter, tree, _: files.write_text(path, as_csv(tree, meter.convention)),
     "speedscope": lambda path, _, tree, title: files.write_json(path, flops_files.as_speedscope(tree, title)),
     "chrome": lambda path, meter, tree, _: files.write_json(path, flops_files.as_trace(tree, meter.convention)),
 }
@@ -120,14 +205,15 @@ EXPORTS: dict[str, Callable[[str, FlopMeter, Node, str], None]] = {
 def explain(args: Namespace) -> None:
     name, config, size = _sized(args)
     batch, tokens, rank, cached = size.values()
-    if args.convention not in CONVENTIONS:
-        raise ValueError(f"--convention is {args.convention!r}: expected one of {', '.join(CONVENTIONS)}")
+    convention = getattr(args, "convention", "coursework")
+    if convention not in CONVENTIONS:
+        raise ValueError(f"--convention is {convention!r}: expected one of {', '.join(CONVENTIONS)}")
     targets = getattr(args, "targets", list(TARGETS))
     model, ids, cache = on_meta(config, batch, tokens, rank, targets, cached)
     if not hasattr(args, "what"):
         print(explained.contents(model))
         return
-    page = explained.explain(args.what, model, explained.calls(model, ids, cache), args.convention)
+    page = explained.explain(args.what, model, explained.calls(model, ids, cache), convention)
     print(f"{name}: {batch} x {tokens} tokens after {cached} cached, LoRA rank {rank} on {', '.join(targets)}\n")
     print(page)
 
