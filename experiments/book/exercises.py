@@ -1,0 +1,239 @@
+"""The exercises of the book, by number. What is right is computed by the code that the chapter shows."""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from data.llmtime import Codec
+from experiments.accounting.predict import predict
+from experiments.book.checks import Exercise, function, same
+from experiments.parity.defects import DEFECTS, planted
+from qwen_min import Qwen, QwenConfig, ops
+from qwen_min.flops import component
+from qwen_min.ops import LINEAR
+from qwen_min.view import causal
+
+HALF_B = QwenConfig.named("Qwen2.5-0.5B")
+TINY = QwenConfig(
+    vocab_size=50,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    rope_theta=1e4,
+    rms_norm_eps=1e-6,
+    max_position_embeddings=64,
+    tie_word_embeddings=False,
+)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+TEXTS = (
+    "1.23,0.45;1.30,0.50;",
+    "1.23,0.45;1.3,0.50;1.31,0.55;",
+    "1.23;0.45,1.30,0.50;7.00,8.00;",
+    "1.23,-0.45;12.30,01.50;-0.00,1.00;0.00,0.01",
+    "x,y;;1.00,2.00;",
+)
+
+
+def rows_of(text: str) -> list[list[float]]:
+    return Codec(2).decode(text, 2).values.tolist()
+
+
+def rotations() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Queries (B, T, heads, D), with the cosines and sines of their positions."""
+    for seed, (tokens, heads, size) in enumerate(((3, 2, 4), (5, 1, 8))):
+        yield normal(2, tokens, heads, size, seed=seed), *ops.rotation_angles(torch.arange(tokens)[None], size, 1e4)
+
+
+def attentions() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Queries (B, H, T, D), keys and values (B, K, S, D): a prompt, and two tokens after three that are cached."""
+    for seed, (heads, keys, new, seen) in enumerate(((4, 2, 5, 5), (6, 2, 2, 5), (3, 3, 1, 4))):
+        shapes = ((2, heads, new, 8), (2, keys, seen, 8), (2, keys, seen, 8))
+        yield tuple(normal(*shape, seed=10 * seed + i) for i, shape in enumerate(shapes))  # type: ignore[misc]
+
+
+def attend_all_before(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    new, seen = q.shape[2], k.shape[2]
+    return ops.attend(q, k, v, torch.ones(new, seen, dtype=torch.bool).tril(seen - new))
+
+
+def counted(price: str, part: str) -> int:
+    """What one layer of the 0.5B model charges by a price, of a part of the architecture, for 4 x 512 tokens."""
+    charges = predict(replace(HALF_B, num_hidden_layers=1), 4, 512).charges()
+    one = next(c for c in charges if c.price.name == price and component(c) == part)
+    return sum(one.price.cost(one.dims, "coursework")[0].values())
+
+
+def fresh(**fields: int) -> Qwen:
+    torch.manual_seed(0)
+    return Qwen(replace(TINY, **fields)).eval()
+
+
+def ungrouped() -> Qwen:
+    return randomised(fresh(num_key_value_heads=TINY.num_attention_heads))
+
+
+def randomised(model: Qwen) -> Qwen:
+    """With biases and norm weights as trained models have them."""
+    with torch.no_grad():
+        for number, parameter in enumerate(model.parameters()):
+            parameter.add_(0.3 * normal(*parameter.shape, seed=number))
+    return model
+
+
+IDS = torch.arange(7)[None] * 5
+
+
+def unseen(model: Qwen) -> set[str]:
+    """The defects that move none of a model's logits."""
+    return {name for name in DEFECTS if moved(name, copy.deepcopy(model))["logits"] < 1e-6}
+
+
+def wrong_in(name: str) -> set[str]:
+    """Which of the rotated queries and keys of layer 0 a defect makes wrong, where what is before them is right."""
+    off = moved(name, randomised(fresh()))
+    if max(off[f"layers.0.{part}"] for part in "qkv") > 1e-6:
+        return set()
+    return {at for at in ("layers.0.q_rotated", "layers.0.k_rotated") if off[at] > 1e-6}
+
+
+def moved(name: str, model: Qwen) -> dict[str, float]:
+    """How far a defect moves each activation at most."""
+    right = model.trace(IDS)
+    with planted(name, model):
+        pairs = zip(right, model.trace(IDS), strict=True)
+        return {one.name: (one.tensor - other.tensor).abs().max().item() for one, other in pairs}
+
+
+EXERCISES: dict[str, Exercise] = {
+    "1.1": Exercise(
+        "Write `[[1.234, 0.5], [10, 0.456]]` as text, as `Codec(decimals=2)` does. The answer is a text in quotes.",
+        "Every number has two decimals, and every step ends with a semicolon, the last one too.",
+        "'1.23,0.50;10.00,0.46;'",
+        "'1.23,0.5;10.0,0.46'",
+        same(lambda: Codec(2).encode([[1.234, 0.5], [10, 0.456]])),
+    ),
+    "1.2": Exercise(
+        "How many tokens are 80 steps of two variables with 3 decimals, without a point, with a space between digits?",
+        "1.234 is written `1 2 3 4`; then comes a comma or a semicolon.",
+        "80 * 2 * (4 + 3 + 1)",
+        "80 * 2 * (4 + 1)",
+        same(lambda: 80 * Codec(3, point=False, separator=" ").step_width(2)),
+    ),
+    "1.3": Exercise(
+        "Write `answer(text)`: the steps of two variables in a text of `Codec(2)`, as a list of pairs of floats. "
+        "Steps that `encode` could not have written are left out.",
+        "`float` accepts too much: 1.3, 01.50, -0.00. Say what a number looks like by a regular expression.",
+        r"""import re
+
+NUMBER = re.compile(r"(?!-0\.00)-?(0|[1-9]\d*)\.\d\d")
+
+def answer(text):
+    steps = [step.split(",") for step in text.split(";")]
+    return [[float(x) for x in step] for step in steps if len(step) == 2 and all(map(NUMBER.fullmatch, step))]""",
+        """def answer(text):
+    rows = []
+    for step in text.split(";"):
+        try:
+            rows.append([float(number) for number in step.split(",")])
+        except ValueError:
+            pass
+    return [row for row in rows if len(row) == 2]""",
+        function(rows_of, lambda: ((text,) for text in TEXTS)),
+    ),
+    "2.1": Exercise(
+        "Qwen2.5-0.5B has 14 query heads and 2 key/value heads of size 64. Three sequences with 5 tokens in the "
+        "cache get 7 new tokens each. Which shape do the scores have, as a tuple?",
+        "(B, H, T, S): S counts cached and new tokens.",
+        "(3, 14, 7, 12)",
+        "(3, 2, 7, 7)",
+        same(lambda: (3, HALF_B.num_attention_heads, 7, causal(TINY, 5, 7, None, torch.device("cpu")).mask.shape[-1])),
+    ),
+    "2.2": Exercise(
+        "Write `answer(x, cos, sin)`, the rotation of queries x (B, T, heads, D) as Qwen2.5's weights expect it. "
+        "`cos` and `sin` (1, T, 1, D) hold each angle twice, for both dimensions of its pair.",
+        "Dimension i is paired with i + D/2. Of a pair (a, b) become (a cos - b sin, b cos + a sin).",
+        """def answer(x, cos, sin):
+    half = x.shape[-1] // 2
+    a, b = x[..., :half], x[..., half:]
+    return x * cos + torch.cat((-b, a), -1) * sin""",
+        """def answer(x, cos, sin):
+    half = x.shape[-1] // 2
+    cos, sin = cos[..., :half].repeat_interleave(2, -1), sin[..., :half].repeat_interleave(2, -1)
+    return x * cos + torch.stack((-x[..., 1::2], x[..., 0::2]), -1).flatten(-2) * sin""",
+        function(ops.rotate, rotations),
+    ),
+    "2.3": Exercise(
+        "Write `answer(q, k, v)`: grouped-query attention for q (B, H, T, D), k and v (B, K, S, D). The last query "
+        "is that of the last of the S tokens, and each looks at itself and at earlier tokens.",
+        "Query t stands at place S - T + t. `repeat_interleave` along the heads gives each query head its keys.",
+        """def answer(q, k, v):
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    tokens, seen = q.shape[2], k.shape[2]
+    mask = torch.ones(tokens, seen, dtype=torch.bool).tril(seen - tokens)
+    scores = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5
+    return scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v""",
+        """def answer(q, k, v):
+    k, v = (t.repeat(1, q.shape[1] // t.shape[1], 1, 1) for t in (k, v))
+    mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
+    scores = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5
+    return scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v""",
+        function(attend_all_before, attentions),
+    ),
+    "6.1": Exercise(
+        "How many FLOPs, by `coursework`, does `q_proj` of one layer of Qwen2.5-0.5B cost in a forward of 4 x 512 "
+        "tokens, without its bias? E = 896.",
+        "A product (m, n) @ (n, p) is m·p·(2n - 1); m counts all tokens.",
+        "2048 * 896 * (2 * 896 - 1)",
+        "2048 * 896 * 896",
+        same(lambda: counted("linear", "q")),
+    ),
+    "6.2": Exercise(
+        "And the softmax of that layer? It has 14 heads, every exponential costs 10, and the mask saves nothing.",
+        "For each of the B·H·T rows: S exponentials, S - 1 additions, S divisions.",
+        "4 * 14 * 512 * (10 * 512 + 511 + 512)",
+        "4 * 14 * 512 * (512 + 511 + 512)",
+        same(lambda: counted("softmax", "softmax")),
+    ),
+    "6.3": Exercise(
+        "A linear layer is *frozen*; the gradient of its input is wanted. By `matmul`, how many times its forward "
+        "does its backward cost?",
+        "Of the two products of a backward, which one changes the weight?",
+        "1",
+        "2",
+        same(lambda: sum(LINEAR.cost((7, 5, 3, 1, 0), "matmul")[1].values()) // 210),
+    ),
+    "10.1": Exercise(
+        "In layer 0 the rotated queries are wrong at every place but the first, and the rotated keys are right. "
+        "Which defect is it? The answer is its name, in quotes.",
+        "At place 0 every angle is 0, so no rotation is seen there. Which defect touches the queries alone?",
+        "'backward-queries'",
+        "'interleaved-rotation'",
+        same(lambda: next(name for name in DEFECTS if wrong_in(name) == {"layers.0.q_rotated"})),
+    ),
+    "10.2": Exercise(
+        "Which defects change nothing in a model with as many key/value heads as query heads (K = H)? The answer is"
+        " a set of names.",
+        "They are about which query head reads which key head. There are three.",
+        "{'wrong-groups', 'missing-heads', 'averaged-heads'}",
+        "{'wrong-groups', 'missing-heads'}",
+        same(lambda: unseen(ungrouped())),
+    ),
+    "10.3": Exercise(
+        "Which defects does a comparison of logits at initial weights not see? Biases are 0 and norm weights 1 "
+        "there. The answer is a set of names.",
+        "What is multiplied by 1, or has 0 added, can be left out or exchanged.",
+        "{'swapped-norms', 'no-q-bias', 'no-k-bias', 'no-v-bias', 'no-final-norm'}",
+        "{'no-q-bias', 'no-k-bias', 'no-v-bias'}",
+        same(lambda: unseen(fresh())),
+    ),
+}
