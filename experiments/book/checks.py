@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ def read(text: str) -> Any:
 
 def same(right: Callable[[], Any]) -> Check:
     """The very value: a number, a text, a shape, a set."""
+    right = cache(right)
 
     def check(answer: Any) -> str:
         expected = right()
@@ -87,6 +89,7 @@ def same(right: Callable[[], Any]) -> Check:
 
 def close(right: Callable[[], float], tolerance: float = 1e-6) -> Check:
     """A number, to a part of itself."""
+    right = cache(right)
 
     def check(answer: Any) -> str:
         if not isinstance(answer, int | float) or isinstance(answer, bool):

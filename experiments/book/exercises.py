@@ -5,14 +5,19 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from data.llmtime import Codec
-from experiments.accounting.predict import predict
-from experiments.book.checks import Exercise, function, same
+from experiments.accounting.predict import on_meta, predict
+from experiments.book.checks import Exercise, close, function, same
 from experiments.parity.defects import DEFECTS, planted
+from lora import LoRALinear
 from qwen_min import Qwen, QwenConfig, ops
+from qwen_min.cache import KVCache
+from qwen_min.fast.tree import ancestors
 from qwen_min.flops import component
+from qwen_min.layers import Linear
 from qwen_min.ops import LINEAR
 from qwen_min.view import causal
 
@@ -64,6 +69,35 @@ def attentions() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
 def attend_all_before(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     new, seen = q.shape[2], k.shape[2]
     return ops.attend(q, k, v, torch.ones(new, seen, dtype=torch.bool).tril(seen - new))
+
+
+def padded() -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits (B, T, V), and targets of which some do not count, unlike many in each row."""
+    targets = torch.tensor([[3, 1, 4, -100], [2, -100, -100, -100]])
+    yield normal(2, 4, 6), targets
+    yield normal(2, 4, 6, seed=1), targets.clamp(min=0)
+
+
+def passed(prompt: int, new: int) -> int:
+    """How many tokens a prompt and its continuation take through the layers."""
+    config = replace(TINY, max_position_embeddings=prompt + new)
+    through: list[int] = []
+    model, ids = Qwen(config).eval(), torch.zeros(1, prompt, dtype=torch.int64)
+    model.model.layers[0].register_forward_pre_hook(lambda _, inputs: through.append(inputs[0].shape[1]))
+    model.generate(ids, new)
+    return sum(through)
+
+
+def trained(config: QwenConfig, rank: int) -> int:
+    model, _, _ = on_meta(config, 1, 1, rank)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def adapted(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, alpha: float) -> Tensor:
+    layer = LoRALinear(Linear(weight.shape[1], weight.shape[0]), len(a), alpha)
+    for parameter, values in zip((layer.weight, layer.lora_a, layer.lora_b), (weight, a, b), strict=True):
+        parameter.data = values
+    return layer(x)
 
 
 def counted(price: str, part: str) -> int:
@@ -188,6 +222,101 @@ def answer(text):
     scores = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5
     return scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v""",
         function(attend_all_before, attentions),
+    ),
+    "3.1": Exercise(
+        "What is the loss, in nats per token, of a model that finds the 13 symbols of a text equally likely?",
+        "It is minus the *natural* logarithm of the probability of each.",
+        "math.log(13)",
+        "math.log2(13)",
+        close(lambda: F.cross_entropy(torch.zeros(1, 13), torch.tensor([4])).item()),
+    ),
+    "3.2": Exercise(
+        "Write `answer(blocks)`: the logarithm of the sum of exponentials of all numbers in an iterator of tensors, "
+        "holding one block at a time. The numbers may be in the thousands.",
+        "Keep the highest number so far, and the sum of exp(x - highest); shrink the sum when a higher one comes.",
+        """def answer(blocks):
+    top, total = torch.tensor(-math.inf), torch.tensor(0.0)
+    for block in blocks:
+        higher = torch.maximum(top, block.max())
+        total = total * (top - higher).exp() + (block - higher).exp().sum()
+        top = higher
+    return top + total.log()""",
+        """def answer(blocks):
+    return sum(block.exp().sum() for block in blocks).log()""",
+        function(
+            lambda blocks: torch.cat(blocks).logsumexp(0),
+            lambda: (([5 * f * normal(7, seed=i) + f for i in range(4)],) for f in (1, 1000)),
+        ),
+    ),
+    "3.3": Exercise(
+        "Write `answer(logits, targets)`: the mean loss of a batch, for logits (B, T, V) and targets (B, T), where "
+        "a target of -100 does not count.",
+        "Divide by the number of targets that count, of the whole batch.",
+        """def answer(logits, targets):
+    real = targets != -100
+    each = -logits.log_softmax(-1).gather(2, targets.clamp(min=0)[..., None])[..., 0]
+    return each[real].sum() / real.sum()""",
+        """def answer(logits, targets):
+    real = targets != -100
+    each = -logits.log_softmax(-1).gather(2, targets.clamp(min=0)[..., None])[..., 0]
+    return (each * real).mean()""",
+        function(lambda logits, targets: F.cross_entropy(logits.flatten(0, 1), targets.flatten()), padded),
+    ),
+    "4.1": Exercise(
+        "How many bytes does the cache of Qwen2.5-0.5B take for one sequence of 1,000 tokens in float32? It has 24 "
+        "layers, 14 query heads and 2 key/value heads of size 64.",
+        "Keys *and* values, of every layer, of the key/value heads alone; 4 bytes a number.",
+        "2 * 24 * 2 * 1000 * 64 * 4",
+        "2 * 24 * 14 * 1000 * 64 * 4",
+        same(lambda: KVCache(HALF_B, 1, 1000, device="meta").store.nbytes),
+    ),
+    "4.2": Exercise(
+        "A prompt of 800 tokens is continued by 200 tokens, with a cache. How many tokens pass through the layers "
+        "in all?",
+        "The prompt passes once, and each new token once; but is the last new one ever read?",
+        "800 + 199",
+        "200 * 800 + 199 * 200 // 2",
+        same(lambda: passed(800, 200)),
+    ),
+    "4.3": Exercise(
+        "Write `answer(parents)`, the mask of a tree of guesses: a (T, T) bool tensor, true where a node may look. "
+        "`parents[i]` is the node that i follows, an earlier one, or -1 for none.",
+        "A node sees itself and all that its parent sees.",
+        """def answer(parents):
+    sees = torch.eye(len(parents), dtype=torch.bool)
+    for node, parent in enumerate(parents):
+        if parent >= 0:
+            sees[node] |= sees[parent]
+    return sees""",
+        """def answer(parents):
+    return torch.ones(len(parents), len(parents), dtype=torch.bool).tril()""",
+        function(lambda parents: ancestors(parents, len(parents)), lambda: (([-1, 0, 1],), ([-1, 0, 0, 1, 1, 4],))),
+    ),
+    "5.1": Exercise(
+        "How many numbers does LoRA of rank 8 on `q_proj` and `v_proj` train in Qwen2.5-0.5B? E = 896, 24 layers, 2 "
+        "key/value heads of size 64.",
+        "A is (r, in), B is (out, r). What is the width of v?",
+        "24 * 8 * ((896 + 896) + (896 + 128))",
+        "24 * 8 * ((896 + 896) + (896 + 896))",
+        same(lambda: trained(HALF_B, 8)),
+    ),
+    "5.2": Exercise(
+        "Write `answer(x, weight, a, b, alpha)`: the output of a linear layer without bias with LoRA, for x (N, "
+        "in), weight (out, in), a (r, in), b (out, r).",
+        "The rank is a's number of rows.",
+        """def answer(x, weight, a, b, alpha):
+    return x @ weight.T + alpha / len(a) * (x @ a.T @ b.T)""",
+        """def answer(x, weight, a, b, alpha):
+    return x @ weight.T + alpha * (x @ a.T @ b.T)""",
+        function(adapted, lambda: ((normal(3, 6), normal(5, 6), normal(r, 6), normal(5, r), 16.0) for r in (2, 4))),
+    ),
+    "5.3": Exercise(
+        "An adapter of rank 32 was trained with alpha = 64 and the scale alpha/r. Which alpha gives the same model "
+        "with the scale alpha/√r?",
+        "The scale itself must stay what it was.",
+        "64 / 32 * math.sqrt(32)",
+        "64 / 32",
+        close(lambda: LoRALinear(Linear(4, 4), 32, 64).scale * 32**0.5),
     ),
     "6.1": Exercise(
         "How many FLOPs, by `coursework`, does `q_proj` of one layer of Qwen2.5-0.5B cost in a forward of 4 x 512 "

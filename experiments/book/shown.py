@@ -51,7 +51,8 @@ def pocket() -> tuple[Qwen, Tokenizer]:
 
 def n(number: float) -> Said:
     """1234567 as 1,234,567, and 0.123456 as 0.1235."""
-    return Said(f"{number:,}" if isinstance(number, int) else f"{number:,.4g}")
+    whole = isinstance(number, int) or abs(number) >= 1000
+    return Said(f"{number:,.0f}" if whole else f"{number:.4g}")
 
 
 def table(head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> Markdown:
