@@ -1,24 +1,32 @@
 """The exercises of the book, by number. What is right is computed by the code that the chapter shows."""
 
 import copy
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from data.llmtime import Codec
+from data.windows import make_windows
+from experiments.accounting.ledger import Ledger
 from experiments.accounting.predict import on_meta, predict
 from experiments.book.checks import Exercise, close, function, same
+from experiments.forecasting import scores
+from experiments.forecasting.baselines import PARROT, SEASONAL
 from experiments.parity.defects import DEFECTS, planted
 from lora import LoRALinear
-from qwen_min import Qwen, QwenConfig, ops
+from qwen_min import Qwen, QwenConfig, ops, sampling
 from qwen_min.cache import KVCache
 from qwen_min.fast.tree import ancestors
 from qwen_min.flops import component
 from qwen_min.layers import Linear
 from qwen_min.ops import LINEAR
+from qwen_min.sampling import Sampling
 from qwen_min.view import causal
 
 HALF_B = QwenConfig.named("Qwen2.5-0.5B")
@@ -98,6 +106,46 @@ def adapted(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, alpha: float) -> Te
     for parameter, values in zip((layer.weight, layer.lora_a, layer.lora_b), (weight, a, b), strict=True):
         parameter.data = values
     return layer(x)
+
+
+def left() -> int:
+    with tempfile.TemporaryDirectory() as folder, Ledger(Path(folder) / "ledger.sqlite", budget=1000) as ledger:
+        first = ledger.reserve("grid", "a", {"training": 700})
+        ledger.spend(first, "training", 450)
+        ledger.settle(first)
+        ledger.reserve("grid", "b", {"training": 400})
+        return ledger.totals()["left"]
+
+
+def reported_skill() -> float:
+    mse = {"model": 0.03, SEASONAL: 0.04, PARROT: 0.02}
+    return scores.skill(mse["model"], mse[scores.reference(mse)]) or 0.0
+
+
+def crps_of(samples: Tensor, y: float) -> float:
+    return float(scores.crps(np.full((1, 1, 1), y), samples.numpy().reshape(1, -1, 1, 1))[0, 0, 0])
+
+
+def nucleus(probabilities: Tensor, p: float) -> Tensor:
+    return sampling.probabilities(probabilities.log()[None], Sampling(temperature=1, top_p=p))[0][0]
+
+
+def parts() -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Attention of one query over two parts of its keys: outputs (D), and logarithms of the sums of exponentials."""
+    q, keys, values = normal(4), normal(7, 4, seed=1), normal(7, 4, seed=2)
+    scored = [(part @ q, some) for part, some in zip(keys.split((5, 2)), values.split((5, 2)), strict=True)]
+    (a, log_a), (b, log_b) = (((x.softmax(0) @ some), x.logsumexp(0)) for x, some in scored)
+    yield a, log_a, b, log_b
+
+
+def joined(first: Tensor, log_first: Tensor, second: Tensor, log_second: Tensor) -> Tensor:
+    return torch.stack((log_first, log_second)).softmax(0) @ torch.stack((first, second))
+
+
+def norm_gradient(x: Tensor, weight: Tensor, eps: float, grad: Tensor) -> Tensor:
+    with torch.enable_grad():
+        ops.rms_norm(x.requires_grad_(), weight, eps).backward(grad)
+    return x.grad if x.grad is not None else x
 
 
 def counted(price: str, part: str) -> int:
@@ -340,6 +388,97 @@ def answer(text):
         "1",
         "2",
         same(lambda: sum(LINEAR.cost((7, 5, 3, 1, 0), "matmul")[1].values()) // 210),
+    ),
+    "7.1": Exercise(
+        "A budget is 1,000. Run a reserves 700, spends 450 and is settled; run b reserves 400. How much is left?",
+        "What was settled keeps what it spent, and frees the rest.",
+        "1000 - 450 - 400",
+        "1000 - 700 - 400",
+        same(left),
+    ),
+    "7.2": Exercise(
+        "A series of 1,000 tokens is cut into windows of 128 tokens with a stride of 32. How many windows are "
+        "there, if each must have a target that no earlier one has?",
+        "A window that starts at s has targets up to token s + 128; the last one is token 999, counted from 0.",
+        "len(range(0, 999 - 128 + 32, 32))",
+        "1000 // 32",
+        same(lambda: len(make_windows([range(1000)], 128, 32, pad_id=0))),
+    ),
+    "7.3": Exercise(
+        "A batch was split into pieces. Write `answer(means, counts)`: the batch's mean loss per token, of the "
+        "pieces' mean losses and how many tokens each of them counted.",
+        "A piece with more tokens weighs more.",
+        """def answer(means, counts):
+    return sum(m * c for m, c in zip(means, counts)) / sum(counts)""",
+        """def answer(means, counts):
+    return sum(means) / len(means)""",
+        function(
+            lambda means, counts: float(np.average(means, weights=counts)),
+            lambda: (([1.0, 3.0], [30, 10]), ([0.5], [4])),
+        ),
+    ),
+    "8.1": Exercise(
+        "On the same series a model has an MSE of 0.03, the seasonal repeat 0.04, context parroting 0.02. What is "
+        "the skill that this project reports?",
+        "The reference is the better of the two copies.",
+        "1 - 0.03 / 0.02",
+        "1 - 0.03 / 0.04",
+        close(reported_skill),
+    ),
+    "8.2": Exercise(
+        "Write `answer(samples, y)`: the continuous ranked probability score of samples (S) of one number whose "
+        "true value is y.",
+        "The mean distance from y, less half of the mean distance over all pairs of samples.",
+        """def answer(samples, y):
+    pairs = (samples[:, None] - samples[None]).abs()
+    return (samples - y).abs().mean() - pairs.mean() / 2""",
+        """def answer(samples, y):
+    return (samples.mean() - y).abs()""",
+        function(crps_of, lambda: ((normal(size, seed=size), y) for size, y in ((1, 0.3), (5, 0.1), (8, -2.0)))),
+    ),
+    "8.3": Exercise(
+        "Write `answer(probabilities, p)`: the probabilities (V), with all set to 0 but the fewest likeliest that "
+        "together have at least p. Nothing is divided afterwards.",
+        "A token is kept if the likelier ones have less than p together.",
+        """def answer(probabilities, p):
+    ordered, index = probabilities.sort(descending=True)
+    kept = ordered.cumsum(0) - ordered < p
+    return torch.zeros_like(probabilities).scatter(0, index, ordered * kept)""",
+        """def answer(probabilities, p):
+    ordered, index = probabilities.sort(descending=True)
+    kept = ordered.cumsum(0) < p
+    return torch.zeros_like(probabilities).scatter(0, index, ordered * kept)""",
+        function(nucleus, lambda: ((normal(9, seed=i).softmax(0), p) for i, p in enumerate((0.3, 0.8, 0.99)))),
+    ),
+    "9.1": Exercise(
+        "The keys of a query were attended to in two parts: each gave an output (D) and the logarithm of its sum of"
+        " exponentials. Write `answer(first, log_first, second, log_second)`: the output over all keys.",
+        "Each part's weight is its sum over both sums; the weights add up to 1.",
+        """def answer(first, log_first, second, log_second):
+    weight = torch.sigmoid(log_first - log_second)
+    return weight * first + (1 - weight) * second""",
+        """def answer(first, log_first, second, log_second):
+    return (first + second) / 2""",
+        function(joined, parts),
+    ),
+    "9.2": Exercise(
+        "How many bytes are the float32 logits of 4 x 512 tokens of Qwen2.5-0.5B, whose vocabulary is 151,936?",
+        "One logit for each token of the batch and each of the vocabulary.",
+        "4 * 512 * 151936 * 4",
+        "512 * 151936 * 4",
+        same(lambda: torch.empty(4, 512, HALF_B.vocab_size, device="meta").nbytes),
+    ),
+    "9.3": Exercise(
+        "Write `answer(x, weight, eps, grad)`: the gradient by x (N, E) of RMSNorm, whose output has the gradient "
+        "`grad` (N, E).",
+        "With i = 1 / sqrt(mean(x²) + eps) and g = grad · weight it is i g - i³ x mean(g x).",
+        """def answer(x, weight, eps, grad):
+    inverse = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+    scaled = grad * weight
+    return inverse * scaled - inverse**3 * x * (scaled * x).mean(-1, keepdim=True)""",
+        """def answer(x, weight, eps, grad):
+    return (x.square().mean(-1, keepdim=True) + eps).rsqrt() * grad * weight""",
+        function(norm_gradient, lambda: ((normal(3, 8), normal(8, seed=1), 1e-6, normal(3, 8, seed=2)),)),
     ),
     "10.1": Exercise(
         "In layer 0 the rotated queries are wrong at every place but the first, and the rotated keys are right. "
