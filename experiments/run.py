@@ -1,7 +1,8 @@
 """The command line: `python -m experiments.run VERB`.
 
-Exit codes: 0 done; 1 `verify` found a difference; 2 bad input (one line on stderr); 3 over the budget; 4 the run or the
-machine failed: a loss that is not finite, no memory, a disk that is full or cannot be written; 130 interrupted.
+Exit codes: 0 done; 1 `verify` found a difference, or `exercise` a wrong answer; 2 bad input (one line on stderr); 3
+over the budget; 4 the run or the machine failed: a loss that is not finite, no memory, a disk that is full or cannot be
+written; 130 interrupted.
 """
 
 import argparse
@@ -101,7 +102,7 @@ VERBS = {
     **{"grid": "grid.grid", "train": "grid.train"},
     **{"evaluate": "evaluate.evaluate", "forecast": "evaluate.forecast"},
     **{"data": "inspect.data", "flops": "inspect.flops", "explain": "inspect.explain", "doctor": "inspect.doctor"},
-    **{"verify": "verify.verify"},
+    **{"verify": "verify.verify", "docs": "book.docs", "exercise": "book.exercise"},
     **{"status": "records.status", "budget": "records.budget"},
     **{
         "generate": "model.generate",

@@ -4,7 +4,7 @@ import ast
 import inspect
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -82,19 +82,21 @@ def explain(what: str, model: Qwen, seen: list[Call], convention: str) -> str:
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, Metered) and _is(what, name, m)}
     if what in OPS:
-        lines, inside = _source(OPS[what]), [call for call in seen if call.op == what]
+        lines, inside = _page(OPS[what]), [call for call in seen if call.op == what]
     elif layers:
-        lines = _source(type(next(iter(layers.values()))))
+        lines = _page(type(next(iter(layers.values()))))
         inside = [call for call in seen if any(_within(call.module, name) for name in layers)]
     else:
         known = [*OPS, *_classes(model)]
         raise ValueError(f"{what!r} is no op or layer: expected one of {', '.join(known)}, or the name of a module")
     total, spent = (sum(call.cost(convention) for call in some) for some in (seen, inside))
     lines += [f"{spent:,} of the forward's {total:,} FLOPs, {spent / total:.2%}, in the convention {convention}:"]
-    groups: Counter[Call] = Counter(call._replace(charges=tuple(map(_anywhere, call.charges))) for call in inside)
-    for call, times in groups.items():
+    for call, times in grouped(inside).items():
         lines += ["", f"{call.op} in {call.module or 'the model'}" + (f", {times} times" if times > 1 else "")]
-        lines += [f"    {call.arguments} -> {call.result}", *_prices(call, convention)]
+        lines.append(f"    {call.arguments} -> {call.result}")
+        for part, formula, numbers, flops in worked(call, convention):
+            sum_of = f"{formula} = {numbers} = {flops:,}" if flops else f"nothing in a forward, by {convention}"
+            lines.append(f"    {part}: {sum_of}")
     return "\n".join(lines)
 
 
@@ -106,33 +108,39 @@ def contents(model: Qwen) -> str:
     return "\n".join([*lines, "and any module by its name or the end of it, such as layers.0.mlp"])
 
 
-def _prices(call: Call, convention: str) -> Iterator[str]:
+def grouped(calls: Iterable[Call]) -> Counter[Call]:
+    """Calls that are alike, whichever layer they are in, and how many there are."""
+    return Counter(call._replace(charges=tuple(map(_anywhere, call.charges))) for call in calls)
+
+
+def worked(call: Call, convention: str) -> Iterator[tuple[str, str, str, int]]:
+    """Of each charge of a call: the component, its formula, that with the numbers, and the FLOPs; 0 where none are."""
     for charge in call.charges:
-        if not (flops := cost(charge, convention)):
-            yield f"    {component(charge)}: nothing in a forward, by {convention}"
-            continue
         text, values = charge.price.formula(convention), charge.price.numbers(charge.dims, convention)
-        numbers = re.sub(r"[A-Za-z]\w*", partial(_number, values), text)
-        yield f"    {component(charge)}: {text} = {numbers} = {flops:,}"
+        yield component(charge), text, re.sub(r"[A-Za-z]\w*", partial(_number, values), text), cost(charge, convention)
 
 
 def _number(values: dict[str, int], name: re.Match[str]) -> str:
     return str(values[name[0]])
 
 
-def _source(thing: Any) -> list[str]:
-    """Where an op or a class stands, and its lines, an op's after those of its prices."""
+def source(thing: Any) -> tuple[str, int, list[str], list[str]]:
+    """Of an op or a class: its file, the number of its first line, the lines of its prices, and its own."""
     path, (text, first) = Path(inspect.getsourcefile(thing) or ""), inspect.getsourcelines(thing)
-    place = path.relative_to(Path(ops.__file__).parents[1])
-    lines = [f"{place}:{first}", ""]
-    if inspect.isfunction(thing):
-        whole = inspect.getsource(ops)
-        named = set(thing.__code__.co_names) & PRICES.keys()
+    prices: list[str] = []
+    if inspect.isfunction(thing) and (named := set(thing.__code__.co_names) & PRICES.keys()):
+        whole = inspect.getsource(inspect.getmodule(thing) or ops)
         for node in ast.parse(whole).body:
             if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in named:
-                lines += (ast.get_source_segment(whole, node) or "").splitlines()
-        lines += ["", ""]
-    return [*lines, *(line.rstrip() for line in text), ""]
+                prices += (ast.get_source_segment(whole, node) or "").splitlines()
+    place = path.relative_to(Path(ops.__file__).parents[1]).as_posix()
+    return place, first, prices, [line.rstrip() for line in text]
+
+
+def _page(thing: Any) -> list[str]:
+    """Where an op or a class stands, and its lines, an op's after those of its prices."""
+    place, first, prices, lines = source(thing)
+    return [f"{place}:{first}", "", *prices, *(["", ""] if inspect.isfunction(thing) else []), *lines, ""]
 
 
 def _shown(value: Any) -> str:

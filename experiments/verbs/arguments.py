@@ -41,6 +41,8 @@ EXAMPLES = {
     "doctor": "python -m experiments.run doctor --model Qwen/Qwen2.5-0.5B-Instruct",
     "explain": "python -m experiments.run explain attend --context 128",
     "verify": "python -m experiments.run verify --model Qwen/Qwen2.5-0.5B-Instruct --gradients",
+    "docs": "python -m experiments.run docs",
+    "exercise": "python -m experiments.run exercise 2.2 rotate.py",
     "generate": "python -m experiments.run generate --prompt '1.00,0.50;1.20,0.60;' --max-new-tokens 50",
     "export": "python -m experiments.run export --adapter runs/grid/cells/lr0.01-r8/adapter --out runs/merged",
     "bench": "python -m experiments.run bench --model weights/pocket --quick --what train,generate",
@@ -189,6 +191,15 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--tolerance", type=float, help="most difference, as a part of a tensor's largest value (1e-4)")
     p.add_argument("--plain", action="store_true", help="the plain maths alone, without qwen_min.fast")
+
+    p = verb("docs", "build the book in docs/ and name its page; what it shows is run anew")
+    p.add_argument("--out", help="the folder (build/docs)")
+
+    p = verb("exercise", "check an answer to an exercise of the book: right, or what differs, and a hint")
+    p.add_argument("number", nargs="?", metavar="NUMBER", help="such as 2.2; none lists them")
+    answer = "Python: an expression, or a file.py that sets answer, to a value or a function; none shows the question"
+    p.add_argument("answer", nargs="?", metavar="ANSWER", help=answer)
+    p.add_argument("--solution", action="store_true", help="show it")
 
     p = verb("status", "what is running, done or failed in a run's folder, how far it is, and the time left")
     p.add_argument("run", metavar="RUN", help="the folder of a study, a grid, its shards or a training run")

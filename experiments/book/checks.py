@@ -1,0 +1,153 @@
+"""How an answer to an exercise is read and checked: it is Python, an expression or a file that sets `answer`."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+Check = Callable[[Any], str]
+"""What differs in an answer, in words; empty where it is right."""
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """A question in Markdown, a hint, and Python: a solution, and an answer that is wrong, as people give it."""
+
+    question: str
+    hint: str
+    solution: str
+    wrong: str
+    check: Check
+
+
+def read(text: str) -> Any:
+    """The answer that a text gives: a path of a Python file which sets `answer`, an expression, or such a file's text.
+
+    `torch`, `np` and `math` are known to it.
+
+    Raises:
+        ValueError: it is no Python, raises an error, or sets no `answer`.
+    """
+    names: dict[str, Any] = {"torch": torch, "np": np, "math": math}
+    file = text if text.endswith(".py") else ""
+    try:
+        code = Path(file).read_text(encoding="utf-8") if file else text
+    except OSError as e:
+        raise ValueError(f"{file}: {e.strerror}: expected a Python file that sets `answer`") from None
+    try:
+        try:
+            return eval(compile(code.strip(), file or "answer", "eval"), names)
+        except SyntaxError:
+            exec(compile(code, file or "answer", "exec"), names)
+    except Exception as e:  # of the reader's code, any
+        raise ValueError(f"the answer ends with {_said(e)}: expected Python that runs") from None
+    if "answer" not in names:
+        raise ValueError(f"{file or 'the answer'} sets no `answer`: expected a value, or a function of this name")
+    return names["answer"]
+
+
+def same(right: Callable[[], Any]) -> Check:
+    """The very value: a number, a text, a shape, a set."""
+    right = cache(right)
+
+    def check(answer: Any) -> str:
+        expected = right()
+        kind = type(expected)
+        if isinstance(expected, int) and isinstance(answer, float) and answer == int(answer):
+            answer = int(answer)
+        if isinstance(expected, tuple) and isinstance(answer, list | torch.Size):
+            answer = tuple(answer)
+        if type(answer) is not kind:
+            return f"it is {answer!r:.80}, a {type(answer).__name__}: expected a {kind.__name__}"
+        if answer == expected:
+            return ""
+        if isinstance(expected, set):
+            return f"{len(answer - expected)} of its names are wrong, and {len(expected - answer)} are missing"
+        if isinstance(expected, str):
+            first = next((i for i, (a, b) in enumerate(zip(answer, expected, strict=False)) if a != b), None)
+            return (
+                f"it has {len(answer)} characters, not {len(expected)}"
+                if first is None
+                else (f"it is right up to {answer[:first]!r}, then it goes on otherwise")
+            )
+        if isinstance(expected, tuple):
+            wrong = [i for i, (a, b) in enumerate(zip(answer, expected, strict=False)) if a != b]
+            return (
+                f"it has {len(answer)} numbers, not {len(expected)}"
+                if len(answer) != len(expected)
+                else (f"its numbers at {wrong} are wrong, counted from 0")
+            )
+        return f"it is {answer / expected:.6g} times what is right" if expected else "it is not right"
+
+    return check
+
+
+def close(right: Callable[[], float], tolerance: float = 1e-6) -> Check:
+    """A number, to a part of itself."""
+    right = cache(right)
+
+    def check(answer: Any) -> str:
+        if not isinstance(answer, int | float) or isinstance(answer, bool):
+            return f"it is {answer!r:.80}: expected a number"
+        expected = right()
+        return (
+            ""
+            if abs(answer - expected) <= tolerance * abs(expected)
+            else (f"it is {answer / expected:.6g} times what is right")
+        )
+
+    return check
+
+
+def function(right: Callable[..., Any], cases: Callable[[], Iterable[tuple]], tolerance: float = 1e-5) -> Check:
+    """A function that gives what `right` does, for the arguments of every case; tensors to `tolerance`."""
+
+    def check(answer: Any) -> str:
+        if not callable(answer):
+            return f"it is {answer!r:.80}: expected a function named `answer`"
+        for number, case in enumerate(cases(), 1):
+            expected = right(*map(_copy, case))
+            try:
+                got = answer(*map(_copy, case))
+            except Exception as e:  # of the reader's code, any
+                return f"with the arguments of case {number} it ends with {_said(e)}"
+            if differs := _differs(got, expected, tolerance):
+                return f"case {number}, arguments {', '.join(map(_shape, case))}: {differs}"
+        return ""
+
+    return check
+
+
+def _differs(got: Any, expected: Any, tolerance: float) -> str:
+    try:
+        mine, right = (torch.as_tensor(x).double() for x in (got, expected))
+    except (TypeError, ValueError, RuntimeError):
+        return "" if got == expected else f"it gives {got!r:.80}: expected {expected!r:.80}"
+    if mine.shape != right.shape:
+        return f"the result has the shape {tuple(mine.shape)}: expected {tuple(right.shape)}"
+    if not mine.numel():
+        return ""
+    off = (mine - right).abs().nan_to_num(math.inf)
+    if off.max() <= tolerance * max(1.0, right.abs().max().item()):
+        return ""
+    at = np.unravel_index(int(off.argmax()), off.shape)
+    where = f" at {tuple(map(int, at))}" if off.ndim else ""
+    part = f"{int((off > tolerance).sum())} of {off.numel()} values differ; " if off.numel() > 1 else ""
+    return f"{part}the largest difference is {off.max():.3g}{where}: {mine[at]:.5g}, expected {right[at]:.5g}"
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def _shape(value: Any) -> str:
+    return str(tuple(value.shape)) if isinstance(value, torch.Tensor | np.ndarray) else f"{value!r:.60}"
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__} ({' '.join(str(error).split())[:160]})"
