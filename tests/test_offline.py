@@ -50,6 +50,7 @@ CASES = {
     "doctor": [],
     "verify": ["--generate", "2"],
     "generate": ["--prompt", "1.00,2.00;", "--max-new-tokens", "2"],
+    "export": ["--out", "merged"],
     "bench": ["--quick", "--peer", "none", "--what", "load"],
     "pretrain-pocket": ["--steps", "1", "--out", "pocket"],
 }

@@ -238,7 +238,7 @@ def tree_lines(capsys, *flags: str) -> list[str]:
 
 
 def test_the_tree_of_a_model_fits_100_columns_and_goes_as_deep_as_it_is_asked_to(capsys):
-    large = ("--model", "Qwen2.5-72B", "--batch", "400", "--context", "9000")
+    large = ("--model", "Qwen2.5-72B", "--batch", "400", "--context", "900")
     for flags in ((), ("--train",), (*large, "--train", "--convention", "exact"), large):
         lines = tree_lines(capsys, *flags, "--per-layer")
         assert max(map(len, lines)) <= 100 and any("24 x 0-23" in line or "80 x 0-79" in line for line in lines), lines
