@@ -108,6 +108,13 @@ def adapted(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, alpha: float) -> Te
     return layer(x)
 
 
+def scores_shape() -> tuple[int, ...]:
+    cache, new = KVCache(HALF_B, 3, 12, device="meta"), torch.empty(3, HALF_B.num_key_value_heads, 7, HALF_B.head_dim)
+    cache.advance(5)
+    keys, _ = cache.append(0, new.to("meta"), new.to("meta"))
+    return (3, HALF_B.num_attention_heads, 7, keys.shape[2])
+
+
 def left() -> int:
     with tempfile.TemporaryDirectory() as folder, Ledger(Path(folder) / "ledger.sqlite", budget=1000) as ledger:
         first = ledger.reserve("grid", "a", {"training": 700})
@@ -238,7 +245,7 @@ def answer(text):
         "(B, H, T, S): S counts cached and new tokens.",
         "(3, 14, 7, 12)",
         "(3, 2, 7, 7)",
-        same(lambda: (3, HALF_B.num_attention_heads, 7, 5 + 7)),
+        same(scores_shape),
     ),
     "2.2": Exercise(
         "Write `answer(x, cos, sin)`, the rotation of queries x (B, T, heads, D) as Qwen2.5's weights expect it. "
