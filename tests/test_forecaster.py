@@ -1,11 +1,13 @@
 """The adapter that comes with the project: named on the command line, with the text that it was trained with."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from safetensors import safe_open
 
+from experiments import run
 from experiments.settings.record import POCKET
 from experiments.verbs.arguments import parser
 from experiments.verbs.common import adapter_of, gather
@@ -39,3 +41,12 @@ def test_it_is_at_most_10_mb_of_bfloat16_for_its_base_model():
     with safe_open(file, "pt") as held:
         assert {held.get_slice(name).get_dtype() for name in held.keys()} == {"BF16"}  # noqa: SIM118
     assert json.loads(config.read_text())["base_model_name_or_path"] == BASE
+
+
+def test_its_forecast_by_the_real_model_is_as_close_as_its_card_says(real_checkpoint, tmp_path, monkeypatch, capsys):
+    """System 855, of the test part: another machine may write another digit, and no more."""
+    monkeypatch.chdir(tmp_path)
+    argv = ["forecast", "--adapter", "forecaster", "--model", str(real_checkpoint), "--system", "855"]
+    assert run.main(argv) == 0
+    mse = dict(re.findall(r"^(\S.*?)\s+MSE (\S+)", capsys.readouterr().out, re.MULTILINE))
+    assert float(mse["model"]) < 0.0003 < float(mse["context parroting"])
