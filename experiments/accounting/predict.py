@@ -18,26 +18,23 @@ def predict(
     batch: int,
     tokens: int,
     *,
-    rank: int = 0,
-    targets: Sequence[str] = TARGETS,
     cached: int = 0,
     training: bool = False,
     convention: str = "coursework",
     last_only: bool = False,
-    logit_bias: bool = False,
     symbols: int = 0,
+    **trained: Any,
 ) -> FlopMeter:
     """A meter that has seen one forward of (batch, tokens) after `cached` tokens, without weights or memory.
 
     Args:
         config: the model's shape.
-        rank, targets: of LoRA, as in `add_lora`; 0 for none.
         training: record the gradients that a LoRA step would need (all parameters' where rank is 0), and the loss.
         last_only: run the head for the last token alone, as generation does.
-        logit_bias: with a trainable bias on the logits.
         symbols: logits of so many tokens alone; 0 for the whole vocabulary.
+        trained: rank, targets and logit_bias, as in `on_meta`.
     """
-    model, ids, cache = on_meta(config, batch, tokens, rank, targets, cached, logit_bias)
+    model, ids, cache = on_meta(config, batch, tokens, cached=cached, **trained)
     some = torch.empty(symbols, dtype=torch.int64, device="meta") if symbols else None
     with unmetered(), FlopMeter(convention) as meter, torch.set_grad_enabled(training):
         if training and not cached:
@@ -56,7 +53,12 @@ def on_meta(
     cached: int = 0,
     logit_bias: bool = False,
 ) -> tuple[Qwen, torch.Tensor, KVCache | None]:
-    """A model without weights, (batch, tokens) ids, and its cache of `cached` tokens, all on the meta device."""
+    """A model without weights, (batch, tokens) ids, and its cache of `cached` tokens, all on the meta device.
+
+    Args:
+        rank, targets: of LoRA, as in `add_lora`; rank 0 for none.
+        logit_bias: with a trainable bias on the logits.
+    """
     with torch.device("meta"):
         model = Qwen(config)
         ids = torch.empty(batch, tokens, dtype=torch.int64)

@@ -37,7 +37,6 @@ step: a window begins at any point of its series that leaves enough to fill it. 
 SCRATCH = ("", "same", "small")  # a pretrained model with LoRA; the same shape; a small one with its tokenizer
 POINT_FORECASTS = ("median", "mean")
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-DTYPES: dict[str, torch.dtype | None] = {"stored": None, "": None, **TYPES}
 MOST_VALIDATIONS = 12  # of a run of a shortened study
 FEWEST_SERIES = 20  # that tell something of a forecaster
 
@@ -195,10 +194,15 @@ class Settings:
         return self.lr or PRESETS[self.preset_name]
 
     @property
+    def kept_in(self) -> torch.dtype | None:
+        """The type of the frozen weights; None for that of their file."""
+        return TYPES.get(self.dtype)
+
+    @property
     def computed_in(self) -> torch.dtype:
         """The type of activations and products. Few CPUs are fast at any but float32."""
         usual = torch.float32 if self.device == "cpu" or self.dtype == "float32" else torch.bfloat16
-        return DTYPES[self.compute_dtype] or usual
+        return TYPES.get(self.compute_dtype, usual)
 
     @property
     def at_most(self) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from experiments.settings.record import DTYPES, Settings
+from experiments.settings.record import Settings
 from experiments.task.task import Task
 from lora import load_adapter, save_adapter
 from lora.layer import lora_layers
@@ -34,7 +34,7 @@ def load_model(settings: Settings) -> Qwen:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             return Qwen(shape_of(settings)).to(settings.device)
-    kept = DTYPES[settings.dtype], settings.device
+    kept = settings.kept_in, settings.device
     where = settings.revision or None, settings.offline
     model = Qwen.from_pretrained(settings.model, *kept, *where, compute_dtype=settings.computed_in)
     if settings.compile:

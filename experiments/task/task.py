@@ -191,14 +191,15 @@ class Task:
     @property
     def validation_systems(self) -> NDArray[np.int64]:
         """Those whose loss is taken."""
-        part = self.split.validation
-        return part[: self.settings.series_of(len(part), self.settings.val_series)]
+        return self._first_to_validate(self.settings.val_series)
 
     @property
     def keep_systems(self) -> list[int]:
         """Those of the validation part whose horizon error chooses the adapter, where `keep` is "horizon"."""
-        part = self.split.validation
-        return part[: self.settings.series_of(len(part), self.settings.keep_series)].tolist()
+        return self._first_to_validate(self.settings.keep_series).tolist()
+
+    def _first_to_validate(self, most: int) -> NDArray[np.int64]:
+        return self.split.validation[: self.settings.series_of(len(self.split.validation), most)]
 
     def forecast_systems(self, part: str) -> list[int]:
         """Those of a part ("validation", "test") that are forecast, or those that are drawn one by one ("shown")."""

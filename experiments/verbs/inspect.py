@@ -14,6 +14,7 @@ from experiments.accounting.predict import on_meta, predict
 from experiments.bench import resident
 from experiments.run_folder import files
 from experiments.settings import protocols
+from experiments.settings.record import TYPES
 from experiments.task.preprocessing import preprocessing
 from experiments.task.task import Task
 from experiments.verbs.common import gather, print_json
@@ -177,14 +178,10 @@ def _alone(args: Namespace, mode: str, *others: str) -> None:
             raise ValueError(f"--{mode} with --{flag.replace('_', '-')}: expected one of the two")
 
 
-TYPES = {"float32": 4, "bfloat16": 2}
-"""Bytes of a number."""
-
-
 def _bytes(flag: str, kind: str) -> int:
     if kind not in TYPES:
         raise ValueError(f"--{flag} is {kind!r}: expected {' or '.join(TYPES)}")
-    return TYPES[kind]
+    return TYPES[kind].itemsize
 
 
 def _plot(path: str, meter: FlopMeter, _: Node, title: str) -> None:

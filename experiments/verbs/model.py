@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from experiments.run_folder import files
-from experiments.settings.record import DTYPES, POCKET
+from experiments.settings.record import POCKET
 from experiments.task.model import trained_model
 from experiments.verbs.common import adapter_of, gather, print_json, wrote
 from lora import load_adapter, merge
@@ -82,7 +82,7 @@ def export(args: Namespace) -> None:
     settings, out, adapter = gather(args), Path(args.out), adapter_of(args)
     files.check_own(out, ("config.json", "model.safetensors", *COPIED))
     base = resolve(settings.model, settings.revision or None, settings.offline)
-    model = Qwen.from_pretrained(base, DTYPES[settings.dtype])
+    model = Qwen.from_pretrained(base, settings.kept_in)
     if adapter:
         merge(load_adapter(model, adapter))
     with files.atomic_folder(out) as new:
