@@ -33,7 +33,8 @@ def model():
 def tiny(monkeypatch):
     """Shrink the model, the windows and the held-out set, so that a training takes a second."""
     small = replace(pocket.CONFIG, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
-    changed = {"CONFIG": small, "CONTEXT": 64, "HELD_OUT": 16, "WARM_UP": 5, "CHECKPOINT_EVERY": 15}
+    changed = {"CONFIG": small, "SHORT": 64, "CONTEXT": 96, "TOKENS": 384, "HELD_OUT": 16, "WARM_UP": 5}
+    changed |= {"CHECKPOINT_EVERY": 15}
     for name, value in changed.items():
         monkeypatch.setattr(pocket, name, value)
 
@@ -125,7 +126,7 @@ def test_transformers_reads_the_tokenizer_with_its_special_tokens_and_chat_forma
 
 def test_synthetic_series_are_finite_in_range_varied_and_of_the_seed():
     series = np.stack([pocket.draw_series(np.random.RandomState(seed)) for seed in range(400)])
-    assert series.shape == (400, pocket.POINTS, 2) and np.isfinite(series).all()
+    assert series.shape == (400, 126, 2) and np.isfinite(series).all()
     assert series.min() >= 0 and series.max() <= 14.99
     tops = series.max((1, 2))
     assert (tops < 1).sum() > 20 and (tops > 5).sum() > 20
@@ -139,7 +140,7 @@ def test_windows_are_text_of_series_from_anywhere():
     separators, points = (ids == 26).int(), (ids == 13).any(1)
     assert separators.sum(1).min() >= 39  # a step is 8, 10 or 12 tokens, 2 more above 9.99
     assert 0 < points.sum() < 40  # some have no point
-    assert len(set(separators.argmax(1).tolist())) >= 10  # and a window begins anywhere in a step
+    assert len(set(separators.argmax(1).tolist())) >= 8  # and a window begins anywhere in a step
 
 
 def test_training_is_of_the_seed_lowers_the_loss_and_writes_a_folder_that_loads(tiny, tmp_path):
