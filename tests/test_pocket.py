@@ -159,7 +159,7 @@ def test_training_is_of_the_seed_lowers_the_loss_and_writes_a_folder_that_loads(
     assert end < start - 1
     readme = (tmp_path / "a" / "README.md").read_text()
     assert f"Held-out loss: {end:.4f}" in readme and "--steps 40 --seed 0" in readme
-    assert "40 steps, 10,240 tokens" in readme
+    assert "40 steps, 15,360 tokens" in readme
     assert all("toy" in line for line in lines) and sorted(p.name for p in tmp_path.iterdir()) == sorted(weights)
 
 

@@ -135,7 +135,7 @@ def test_a_bad_argument_is_one_line_and_exit_code_2_and_nothing_is_written(argv,
     [
         ("config.json", lambda b: b[:40], "config.json"),
         ("config.json", lambda b: b.replace(b'"qwen2"', b'"llama"'), "model_type"),
-        ("config.json", lambda b: b.replace(b'"hidden_size": 128', b'"hidden_size": 64'), "misshapen"),
+        ("config.json", lambda b: b.replace(b'"hidden_size": 192', b'"hidden_size": 96'), "misshapen"),
         ("model.safetensors", lambda b: b[:-7], "model.safetensors"),
         ("model.safetensors", lambda b: b"", "model.safetensors"),
         ("model.safetensors", lambda b: b.replace(b"model.norm.weight", b"model.norm.weighs"), "model.norm.weigh"),

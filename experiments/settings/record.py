@@ -89,7 +89,7 @@ class Settings:
     over: tuple[str, ...] = ()  # NAME=VALUE|VALUE: the grid has a cell for each value of another setting too
     rungs: tuple[int, ...] = ()  # steps after which the grid's worst cells go no further; the last is `steps`
     survivors: float = 1 / 3  # part of the cells that goes on after a rung
-    steps: int = 120
+    steps: int = 40
     batch_size: int = 4
     context: int = 512  # tokens of a training window
     targets: tuple[str, ...] = TARGETS  # linear layers that LoRA adapts, or "all-linear"
@@ -105,7 +105,7 @@ class Settings:
     weight_decay: float = 0.0  # of AdamW, times the learning rate
     clip: float = 0.0  # the longest gradient, by its norm over all LoRA matrices; 0 for any
     logit_bias: bool = False  # train a bias on the logits too
-    val_every: int = 30  # steps between validations; 0 for one after training
+    val_every: int = 20  # steps between validations; 0 for one after training
     checkpoint_every: int = 100  # steps between checkpoints, besides those of the validations
     keep: str = "last"  # the adapter of the last validation, of the "best" by its loss, or by the "horizon" error
     keep_series: int = 4  # series of the validation part whose horizon error that is; 0 for all
@@ -115,10 +115,10 @@ class Settings:
     # the other stages of a study
     default_lr: float = 0.0  # of the run before the grid; 0 for the least learning rate
     default_rank: int = 4
-    default_steps: int = 120
+    default_steps: int = 40
     contexts: tuple[int, ...] = (128, 512, 768)
-    context_steps: int = 120
-    final_steps: int = 240
+    context_steps: int = 40
+    final_steps: int = 80
     best_lr: float = 0.0  # what the context sweep and the final run take; 0 for the grid's best
     best_rank: int = 0
     best_context: int = 0  # what the final run takes; 0 for the sweep's best

@@ -45,6 +45,7 @@ CONFIG = QwenConfig(
 LARGEST = 9.99  # value of a series, but for one in ten
 SHORT, CONTEXT, TOKENS = 256, 998, 3992  # tokens of a window in the first part of training and after, and of a step
 SHORT_PART, PATTERNS = 0.4, (0.5, 0.2)  # share of the steps in the first part; of repeated random values in both
+LOOSE_PART = 0.45  # share of the steps after which the past returns nearly, not to the digit
 """A window is at last nearly the whole of a series of 100 steps of 10 tokens: forecasts run at its end. Measured:
 without the short windows, and without the series that repeat to the digit, 4 million tokens of training taught no
 copying from the context; with both it begins after 0.6 million. A trial model that saw 512 tokens alone lost the
@@ -117,11 +118,14 @@ def held_out_loss(model: Qwen, tokenizer: tokenizers.Tokenizer, seed: int) -> fl
     return sum(total.item() for total, _ in parts) / sum(count for _, count in parts)
 
 
-def draw_tokens(rng: np.random.RandomState, tokenizer: tokenizers.Tokenizer, batch: int, context: int) -> Tensor:
+def draw_tokens(
+    rng: np.random.RandomState, tokenizer: tokenizers.Tokenizer, batch: int, context: int, loose: bool = True
+) -> Tensor:
     """Token ids (B, T+1) of windows at random offsets, each in a new series."""
     rows = []
     for _ in range(batch):
-        text = Codec(3 if rng.rand() < 0.1 else 2).encode(draw_series(rng, context // 8 + 2, PATTERNS[context > SHORT]))
+        decimals = 3 if rng.rand() < 0.1 else 2
+        text = Codec(decimals).encode(draw_series(rng, context // 8 + 2, PATTERNS[context > SHORT], loose))
         text = text.replace(".", "") if rng.rand() < 0.15 else text
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         start = rng.randint(len(ids) - context)
@@ -170,7 +174,7 @@ def _train(
             )
             context = SHORT if step < SHORT_PART * steps else CONTEXT
             rng = np.random.RandomState([seed, 0, step])  # frozen (NEP 19)
-            ids = draw_tokens(rng, tokenizer, TOKENS // context, context)
+            ids = draw_tokens(rng, tokenizer, TOKENS // context, context, step >= LOOSE_PART * steps)
             with FlopMeter("coursework") as meter:
                 total, count = model.loss(ids[:, :-1], ids[:, 1:])
                 loss = total / count
@@ -231,12 +235,17 @@ def byte_tokenizer() -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def draw_series(rng: np.random.RandomState, points: int = 126, patterns: float = PATTERNS[1]) -> Series:
+def draw_series(rng: np.random.RandomState, points: int = 126, patterns: float = PATTERNS[1], loose=True) -> Series:
     """One bivariate series (P, 2) in 0..9.99, one in ten in 0..14.99: a shape, perhaps a second one, noise, a range.
 
-    The share `patterns` is of random values that repeat."""
+    The share `patterns` is of random values that repeat. If `loose`, most are stretched in time, so that a period is
+    not quite a whole number of steps and the past returns nearly, but not to the digit."""
     first, second = rng.choice(len(_SHAPES), 2, p=_CHANCES)
     x = _unit((_pattern if rng.rand() < patterns else _SHAPES[first])(rng, points))
+    if loose and rng.rand() < 0.7:
+        steps = np.arange(points)
+        stretched = steps * (1 - _log_uniform(rng, 3e-4, 3e-2))
+        x = np.stack([np.interp(stretched, steps, column) for column in x.T], 1)
     if rng.rand() < 0.15:
         x = _unit(x + rng.uniform(0.1, 0.6) * _unit(_SHAPES[second](rng, points)))
     if rng.rand() < 0.15:
