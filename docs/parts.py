@@ -105,12 +105,12 @@ class Verbs(Parsed):
         shown: list[nodes.Node] = []
         for name, verb in dict(verbs.choices or {}).items():
             example = nodes.literal_block(EXAMPLES[name], EXAMPLES[name])
-            flags = [
+            flags = [""] + [  # a list in the first line would be taken for the head of a file
                 f"- `{', '.join(action.option_strings) or action.metavar}`: {action.help}"
                 for action in verb._actions
                 if action.dest not in ("help", "debug")
             ]
-            inside = [*self.parsed(f"{verb.description}"), example, *folded("Flags", self.parsed("\n".join(flags)))]
+            inside = [*self.parsed(str(verb.description)), example, *folded("Flags", self.parsed("\n".join(flags)))]
             shown.append(nodes.section("", nodes.title("", name), *inside, ids=[name]))
         return shown
 
