@@ -113,14 +113,12 @@ def marks(axes: Axes, text: Sequence[str], which: str = "x") -> None:
 
 
 def code_map() -> Markdown:
-    """Every file of the code, with the first sentence of its docstring, by folder."""
+    """Every folder of the code and its files, with the first sentence of their docstrings."""
     root, lines = POCKET.parents[1], []
     for room in ("qwen_min", "lora", "data", "experiments"):
         for path in sorted((root / room).rglob("*.py"), key=lambda path: (path.parent, path.name)):
             said = " ".join((ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split())
             sentence = said if ": `" in said.partition(". ")[0] else said.partition(". ")[0].rstrip(".")
-            name = path.relative_to(root).as_posix()
-            lines.append(
-                (f"**`{name.removesuffix('/__init__.py')}`**" if path.stem == "__init__" else f"`{name}`", sentence)
-            )
+            folder = path.parent.relative_to(root).as_posix()
+            lines.append((f"**`{folder}`**" if path.stem == "__init__" else f"`{path.name}`", sentence))
     return table(("file", "what it is"), lines)
