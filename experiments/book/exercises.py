@@ -29,7 +29,7 @@ from qwen_min.ops import LINEAR
 from qwen_min.sampling import Sampling
 
 HALF_B = QwenConfig.named("Qwen2.5-0.5B")
-HEADS = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+HEADS: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
 TINY = replace(HALF_B, vocab_size=50, intermediate_size=48, num_hidden_layers=2, **HEADS)
 
 
