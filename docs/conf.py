@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 project = "qwen_min"
 copyright = "MIT licence"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "parts"]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "tour.ipynb"]  # which is made of tour.md
 
 myst_enable_extensions = ["dollarmath", "deflist", "colon_fence"]
 myst_heading_anchors = 3
@@ -33,6 +33,7 @@ autodoc_default_options = {"members": True, "show-inheritance": True}
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 default_role = "code"
+smartquotes = False  # which make a dash of two hyphens
 
 html_theme = "alabaster"
 html_theme_options = {
@@ -43,7 +44,8 @@ html_theme_options = {
     "font_family": "system-ui, sans-serif",
     "head_font_family": "system-ui, sans-serif",
     "font_size": "16px",
-    "code_font_size": "13px",
+    "code_font_size": "12.5px",
+    "show_relbar_bottom": True,
     "show_powered_by": False,
 }
 html_static_path = ["_static"]

@@ -16,6 +16,7 @@ from sphinx.util.docutils import SphinxDirective
 
 from experiments.accounting import explain
 from experiments.book.exercises import EXERCISES
+from experiments.verbs.arguments import EXAMPLES, parser
 
 
 class Parsed(SphinxDirective):
@@ -96,6 +97,24 @@ class Exercises(Parsed):
         return shown
 
 
+class Verbs(Parsed):
+    """```{verbs}``` shows every verb of the command line, from its parser, with its flags folded away."""
+
+    def run(self) -> list[nodes.Node]:
+        (verbs,) = (action for action in parser()._actions if action.dest == "verb")
+        shown: list[nodes.Node] = []
+        for name, verb in dict(verbs.choices or {}).items():
+            example = nodes.literal_block(EXAMPLES[name], EXAMPLES[name])
+            flags = [""] + [  # a list in the first line would be taken for the head of a file
+                f"- `{', '.join(action.option_strings) or action.metavar}`: {action.help}"
+                for action in verb._actions
+                if action.dest not in ("help", "debug")
+            ]
+            inside = [*self.parsed(str(verb.description)), example, *folded("Flags", self.parsed("\n".join(flags)))]
+            shown.append(nodes.section("", nodes.title("", name), *inside, ids=[name]))
+        return shown
+
+
 def folded(name: str, content: list[nodes.Node]) -> list[nodes.Node]:
     return [
         nodes.raw("", f"<details><summary>{name}</summary>", format="html"),
@@ -133,7 +152,7 @@ def _maths(self: Any, node: nodes.Element) -> None:
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
-    for name, directive in (("source", Source), ("exercises", Exercises), ("modules", Modules)):
+    for name, directive in (("source", Source), ("exercises", Exercises), ("modules", Modules), ("verbs", Verbs)):
         app.add_directive(name, directive)
     app.connect("autodoc-process-docstring", _plain, priority=900)  # after napoleon
     app.add_html_math_renderer("mathml", (_maths, None), (_maths, None))

@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from experiments.parity import defects
 from qwen_min import Qwen, QwenConfig, fast
 
 # On a busy machine an example, or what draws it, may take any time.
@@ -84,23 +85,9 @@ def shape_of_seed() -> Callable[[int], dict[str, Any]]:
     return shape
 
 
-def _randomise(model: torch.nn.Module, seed: int) -> None:
-    """Matrices that keep activations near 1, biases of half that size, norm weights around 1."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if "norm" in name:
-                parameter.copy_(1 + 0.3 * noise)
-            elif parameter.ndim == 1:
-                parameter.copy_(0.5 * noise)
-            else:
-                parameter.copy_(noise * parameter.shape[1] ** -0.5)
-
-
 @pytest.fixture(scope="session")
 def randomise() -> Callable[[torch.nn.Module, int], None]:
-    return _randomise
+    return defects.randomise
 
 
 @pytest.fixture
@@ -109,7 +96,7 @@ def random_model(make_config) -> Callable[..., Qwen]:
 
     def build(seed: int = 0, **fields: Any) -> Qwen:
         model = Qwen(make_config(**fields)).eval()
-        _randomise(model, seed)
+        defects.randomise(model, seed)
         return model
 
     return build
@@ -129,7 +116,7 @@ def reference(tmp_path) -> Callable[..., tuple[Path, Any]]:
         theta = fields.pop("rope_theta")
         config = Qwen2Config(**fields, rope_parameters={"rope_type": "default", "rope_theta": theta})
         model = Qwen2ForCausalLM._from_config(config, attn_implementation="eager").eval()
-        _randomise(model, seed)
+        defects.randomise(model, seed)
         model.generation_config.eos_token_id = None
         folder = tmp_path / f"reference-{seed}-{generation}-{sharded}"
         model.save_pretrained(folder, max_shard_size="30KB" if sharded else "5GB")

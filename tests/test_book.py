@@ -32,12 +32,20 @@ def test_every_chapter_shows_its_exercises_three_at_least_and_every_picture_has_
         assert pictures and all("\n    alt: " in cell for cell in pictures)
 
 
+def test_the_tour_is_the_notebook_that_its_source_makes_and_its_pictures_have_alternative_text():
+    pytest.importorskip("myst_nb")
+    source = (BOOK.parent / "tour.md").read_text()
+    assert (BOOK.parent / "tour.ipynb").read_text() == book.notebook(source)
+    pictures = [cell for cell in re.findall(r"```{code-cell}\n(.*?)```", source, re.DOTALL) if "panels(" in cell]
+    assert pictures and all("\npicture.alt = " in cell for cell in pictures)
+
+
 def test_an_answer_is_right_or_what_differs_is_said_with_a_hint(tmp_path, capsys):
     file = tmp_path / "rotate.py"
     file.write_text(EXERCISES["2.2"].solution)
     for argv, code, said in (
         (["2.2", str(file)], 0, "2.2 right\n"),
-        (["2.1", "(3, 14, 7, 7)"], 1, "2.1 not yet: its numbers at [3] are wrong, counted from 0\nhint: (B, H, T, S)"),
+        (["2.1", "(3, 14, 7, 7)"], 1, "2.1 not yet: it is wrong at [3], counted from 0\nhint: (B, H, T, S)"),
         (["6.1", "2048 * 896 * 896"], 1, "6.1 not yet: it is 0.500279 times what is right\nhint: "),
         (
             ["2.2", EXERCISES["2.2"].wrong],

@@ -1,6 +1,5 @@
 """The exercises of the book, by number. What is right is computed by the code that the chapter shows."""
 
-import copy
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,10 +15,10 @@ from data.llmtime import Codec
 from data.windows import make_windows
 from experiments.accounting.ledger import Ledger
 from experiments.accounting.predict import on_meta, predict
-from experiments.book.checks import Exercise, close, function, same
+from experiments.book.checks import Exercise, function, same
 from experiments.forecasting import scores
 from experiments.forecasting.baselines import PARROT, SEASONAL
-from experiments.parity.defects import DEFECTS, planted
+from experiments.parity.defects import DEFECTS, moved, randomise, unseen
 from lora import LoRALinear
 from qwen_min import Qwen, QwenConfig, ops, sampling
 from qwen_min.cache import KVCache
@@ -30,18 +29,8 @@ from qwen_min.ops import LINEAR
 from qwen_min.sampling import Sampling
 
 HALF_B = QwenConfig.named("Qwen2.5-0.5B")
-TINY = QwenConfig(
-    vocab_size=50,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    rope_theta=1e4,
-    rms_norm_eps=1e-6,
-    max_position_embeddings=64,
-    tie_word_embeddings=False,
-)
+HEADS: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+TINY = replace(HALF_B, vocab_size=50, intermediate_size=48, num_hidden_layers=2, **HEADS)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -88,9 +77,8 @@ def padded() -> Iterator[tuple[Tensor, Tensor]]:
 
 def passed(prompt: int, new: int) -> int:
     """How many tokens a prompt and its continuation take through the layers."""
-    config = replace(TINY, max_position_embeddings=prompt + new)
     through: list[int] = []
-    model, ids = Qwen(config).eval(), torch.zeros(1, prompt, dtype=torch.int64)
+    model, ids = Qwen(TINY).eval(), torch.zeros(1, prompt, dtype=torch.int64)
     model.model.layers[0].register_forward_pre_hook(lambda _, inputs: through.append(inputs[0].shape[1]))
     model.generate(ids, new)
     return sum(through)
@@ -167,40 +155,21 @@ def fresh(**fields: Any) -> Qwen:
     return Qwen(replace(TINY, **fields)).eval()
 
 
-def ungrouped() -> Qwen:
-    return randomised(fresh(num_key_value_heads=TINY.num_attention_heads))
-
-
-def randomised(model: Qwen) -> Qwen:
+def randomised(**fields: Any) -> Qwen:
     """With biases and norm weights as trained models have them."""
-    with torch.no_grad():
-        for number, parameter in enumerate(model.parameters()):
-            parameter.add_(0.3 * normal(*parameter.shape, seed=number))
+    randomise(model := fresh(**fields), seed=0)
     return model
 
 
 IDS = torch.arange(7)[None] * 5
 
 
-def unseen(model: Qwen) -> set[str]:
-    """The defects that move none of a model's logits."""
-    return {name for name in DEFECTS if moved(name, copy.deepcopy(model))["logits"] < 1e-6}
-
-
 def wrong_in(name: str) -> set[str]:
     """Which of the rotated queries and keys of layer 0 a defect makes wrong, where what is before them is right."""
-    off = moved(name, randomised(fresh()))
+    off = moved(name, randomised(), IDS)
     if max(off[f"layers.0.{part}"] for part in "qkv") > 1e-6:
         return set()
     return {at for at in ("layers.0.q_rotated", "layers.0.k_rotated") if off[at] > 1e-6}
-
-
-def moved(name: str, model: Qwen) -> dict[str, float]:
-    """How far a defect moves each activation at most."""
-    right = model.trace(IDS)
-    with planted(name, model):
-        pairs = zip(right, model.trace(IDS), strict=True)
-        return {one.name: (one.tensor - other.tensor).abs().max().item() for one, other in pairs}
 
 
 EXERCISES: dict[str, Exercise] = {
@@ -283,7 +252,7 @@ def answer(text):
         "It is minus the *natural* logarithm of the probability of each.",
         "math.log(13)",
         "math.log2(13)",
-        close(lambda: F.cross_entropy(torch.zeros(1, 13), torch.tensor([4])).item()),
+        same(lambda: F.cross_entropy(torch.zeros(1, 13), torch.tensor([4])).item(), 1e-6),
     ),
     "3.2": Exercise(
         "Write `answer(blocks)`: the logarithm of the sum of exponentials of all numbers in an iterator of tensors, "
@@ -371,7 +340,7 @@ def answer(text):
         "The scale itself must stay what it was.",
         "64 / 32 * math.sqrt(32)",
         "64 / 32",
-        close(lambda: LoRALinear(Linear(4, 4), 32, 64).scale * 32**0.5),
+        same(lambda: LoRALinear(Linear(4, 4), 32, 64).scale * 32**0.5, 1e-6),
     ),
     "6.1": Exercise(
         "How many FLOPs, by `coursework`, does `q_proj` of one layer of Qwen2.5-0.5B cost in a forward of 4 x 512 "
@@ -430,7 +399,7 @@ def answer(text):
         "The reference is the better of the two copies.",
         "1 - 0.03 / 0.02",
         "1 - 0.03 / 0.04",
-        close(reported_skill),
+        same(reported_skill, 1e-6),
     ),
     "8.2": Exercise(
         "Write `answer(samples, y)`: the continuous ranked probability score of samples (S) of one number whose "
@@ -501,7 +470,7 @@ def answer(text):
         "They are about which query head reads which key head. There are three.",
         "{'wrong-groups', 'missing-heads', 'averaged-heads'}",
         "{'wrong-groups', 'missing-heads'}",
-        same(lambda: unseen(ungrouped())),
+        same(lambda: unseen(randomised(num_key_value_heads=TINY.num_attention_heads), IDS)),
     ),
     "10.3": Exercise(
         "Which defects does a comparison of logits at initial weights not see? Biases are 0 and norm weights 1 "
@@ -509,6 +478,6 @@ def answer(text):
         "What is multiplied by 1, or has 0 added, can be left out or exchanged.",
         "{'swapped-norms', 'no-q-bias', 'no-k-bias', 'no-v-bias', 'no-final-norm'}",
         "{'no-q-bias', 'no-k-bias', 'no-v-bias'}",
-        same(lambda: unseen(fresh())),
+        same(lambda: unseen(fresh(), IDS)),
     ),
 }

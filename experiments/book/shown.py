@@ -2,8 +2,9 @@
 
 import ast
 import io
-from argparse import ArgumentParser
-from collections.abc import Iterable, Mapping, Sequence
+from base64 import b64encode
+from collections.abc import Iterable, Sequence
+from html import escape
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,15 @@ class Said(str):
 
 
 class Picture(Figure):
-    """A figure that a notebook shows as SVG, without a backend."""
+    """A figure that a notebook shows as SVG, without a backend; as an image of HTML where it has an `alt`."""
+
+    alt = ""
+
+    def _repr_html_(self) -> str | None:
+        if not self.alt:
+            return None
+        drawn = b64encode(self._repr_svg_().encode()).decode()
+        return f'<img alt="{escape(self.alt)}" src="data:image/svg+xml;base64,{drawn}">'
 
     def _repr_svg_(self) -> str:
         drawn = io.StringIO()
@@ -77,10 +86,10 @@ def costs(
     return table(("part", "formula", "with numbers", "FLOPs", "times"), rows)
 
 
-def panels(count: int = 1, height: float = 2.4, **options: Any) -> tuple[Picture, list[Axes]]:
-    """A picture of panels side by side, and these; `height` in inches."""
+def panels(count: int = 1, height: float = 2.4, rows: int = 1, **options: Any) -> tuple[Picture, list[Axes]]:
+    """A picture of panels side by side, in `rows`, and these; `height` in inches."""
     picture = Picture(figsize=(WIDTH, height), layout="constrained")
-    axes = list(picture.subplots(1, count, squeeze=False, **options).flat)
+    axes = list(picture.subplots(rows, -(-count // rows), squeeze=False, **options).flat)
     for one in axes:
         one.tick_params(labelsize=SMALL)
     return picture, axes
@@ -104,28 +113,12 @@ def marks(axes: Axes, text: Sequence[str], which: str = "x") -> None:
 
 
 def code_map() -> Markdown:
-    """Every file of the code, with the first sentence of its docstring, by folder."""
+    """Every folder of the code and its files, with the first sentence of their docstrings."""
     root, lines = POCKET.parents[1], []
     for room in ("qwen_min", "lora", "data", "experiments"):
         for path in sorted((root / room).rglob("*.py"), key=lambda path: (path.parent, path.name)):
             said = " ".join((ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split())
             sentence = said if ": `" in said.partition(". ")[0] else said.partition(". ")[0].rstrip(".")
-            name = path.relative_to(root).as_posix()
-            lines.append(
-                (f"**`{name.removesuffix('/__init__.py')}`**" if path.stem == "__init__" else f"`{name}`", sentence)
-            )
+            folder = path.parent.relative_to(root).as_posix()
+            lines.append((f"**`{folder}`**" if path.stem == "__init__" else f"`{path.name}`", sentence))
     return table(("file", "what it is"), lines)
-
-
-def command_line(parser: ArgumentParser, examples: Mapping[str, str]) -> Markdown:
-    """Every verb of the command line with its flags."""
-    (verbs,) = (action for action in parser._actions if action.dest == "verb")
-    lines: list[str] = []
-    for name, verb in dict(verbs.choices or {}).items():
-        lines += [f"**`{name}`**: {verb.description}", "", "```", examples[name], "```", ""]
-        for action in verb._actions:
-            flags = ", ".join(action.option_strings) or str(action.metavar)
-            if action.dest not in ("help", "debug"):
-                lines.append(f"- `{flags}`: {action.help}")
-        lines.append("")
-    return Markdown("\n".join(lines))

@@ -1,7 +1,8 @@
-"""Mistakes that are easily made in a decoder, to be planted into a model: each must be found by a comparison."""
+"""Mistakes that are easily made in a decoder, to be planted into a model, and what a comparison sees of each."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from functools import partial
 from itertools import cycle
 
@@ -23,6 +24,33 @@ def planted(name: str | None, model: Qwen) -> Iterator[None]:
         for op, broken in (DEFECTS[name](model) if name else {}).items():
             stack.enter_context(replaced(ops, op, broken))
         yield
+
+
+def moved(name: str, model: Qwen, ids: Tensor) -> dict[str, float]:
+    """How far a defect moves each activation at most, as a part of its largest value; the model itself stays whole."""
+    right, model = model.trace(ids), deepcopy(model)
+    with planted(name, model):
+        pairs = zip(right, model.trace(ids), strict=True)
+        return {a.name: ((a.tensor - b.tensor).abs().max() / a.tensor.abs().max()).item() for a, b in pairs}
+
+
+def unseen(model: Qwen, ids: Tensor) -> set[str]:
+    """The defects that move none of a model's logits."""
+    return {name for name in DEFECTS if moved(name, model, ids)["logits"] < 1e-6}
+
+
+def randomise(model: nn.Module, seed: int) -> None:
+    """Matrices that keep activations near 1, biases of half that size, norm weights around 1: no defect is hidden."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in name:
+                parameter.copy_(1 + 0.3 * noise)
+            elif parameter.ndim == 1:
+                parameter.copy_(0.5 * noise)
+            else:
+                parameter.copy_(noise * parameter.shape[1] ** -0.5)
 
 
 def swap_norms(model: Qwen) -> dict[str, Callable]:

@@ -33,7 +33,7 @@ class Options:
 
     The default tolerance is float32's: 1e-6 is usual, and in the first layer of the 0.5B model, whose scores reach
     1,500, attention is off by 1e-5, and either side by twice that from float64. Gradients are off by up to
-    6e-5: the fast loss takes the target's row of the head from the softmax's mean of all, almost equal where a token
+    2e-4: the fast loss takes the target's row of the head from the softmax's mean of all, almost equal where a token
     is almost certain; those of the plain maths are off by 1e-6 (measured).
 
     Raises:

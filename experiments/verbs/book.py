@@ -16,14 +16,29 @@ NEEDED = ("sphinx", "myst_nb")
 def docs(args: Namespace) -> None:
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         raise ValueError(f"{' and '.join(missing)} not installed: expected them, by pip install -e '.[docs]'")
+    from experiments.run_folder.files import write_text
+
     source, out = ROOT / "docs", Path(getattr(args, "out", ROOT / "build" / "docs"))
     if not (source / "conf.py").is_file():
         raise ValueError(f"{source}: no conf.py: expected a checkout, as a plain install has no book")
+    write_text(source / "tour.ipynb", notebook((source / "tour.md").read_text(encoding="utf-8")))
     # All anew, as what a page shows can change where the page does not.
     command = [sys.executable, "-m", "sphinx", "-q", "-E", "-a", "-W", "--keep-going", "-j", str(os.cpu_count() or 1)]
     if subprocess.run([*command, str(source), str(out)]).returncode:
         raise RunFailed("the book has an error, said above: expected none")
     print(out / "index.html")
+
+
+def notebook(text: str) -> str:
+    """A notebook in Markdown as Jupyter's file, without outputs; read as the book's build reads it."""
+    import nbformat
+    from myst_nb.core.read import read_myst_markdown_notebook
+
+    made = read_myst_markdown_notebook(text)
+    del made.metadata["file_format"]
+    for number, cell in enumerate(made.cells):
+        cell.id = str(number)  # not a random one
+    return nbformat.writes(made) + "\n"
 
 
 def exercise(args: Namespace) -> int:
