@@ -1,7 +1,7 @@
 """The pocket checkpoint: a toy of Qwen2.5's architecture, trained from scratch on generic synthetic series.
 
-It has about a million parameters and knows waves, decays, growth, autoregressions and noise, written as
-LLMTIME text; not the predator-prey law, which is left for LoRA to teach. Dimension letters: P points; B and T
+It has 2.5 million parameters, knows waves, decays, growth, autoregressions and noise, written as LLMTIME text, and
+copies what repeats; not the predator-prey law, which is left for LoRA to teach. Dimension letters: P points; B and T
 as in `qwen_min.model`.
 """
 
