@@ -130,7 +130,7 @@ def test_the_pocket_models_free_greedy_text_is_that_of_full_passes(pocket, token
     got = torch.stack(list(decode(pocket, read, 20, constraint=constraint)), 1)
     assert torch.equal(got, expected[:, ids.shape[1] :]) and constraint.done.all()
     losses = continuation_losses(pocket, read, got)
-    likeliest = pocket(expected)[:, ids.shape[1] - 1 : -1].log_softmax(-1).amax(-1)
+    likeliest = pocket(expected)[:, ids.shape[1] - 1 : -1].double().log_softmax(-1).amax(-1)
     torch.testing.assert_close(losses, -likeliest, atol=1e-4, rtol=1e-4)
 
 
