@@ -38,7 +38,8 @@ def svg(figure: Figure, name: str) -> str:
     height = figure.bbox.height
     for axes in figure.axes:
         left, bottom, right, top = np.round(axes.get_window_extent().extents, 1).tolist()
-        labels = {"x": axes.get_xlabel() or figure.axes[-1].get_xlabel(), "y": axes.get_ylabel()}
+        labels = {"x": axes.get_xlabel() or figure.axes[-1].get_xlabel()}
+        labels["y"] = axes.get_ylabel() or figure.axes[0].get_ylabel()
         panels.append({"box": (left, height - top, right, height - bottom)} | labels)
         for artist in chain(axes.lines, axes.collections, axes.patches):
             label = str(artist.get_label())

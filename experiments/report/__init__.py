@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from experiments.report import accounting, answer, cells, claims, forecasts, overview, sampling, scoring, training
 from experiments.report.document import Block, Figure, Inline, Section, Table
@@ -123,13 +122,11 @@ def switched(made: Sequence[Block]) -> list[list[Block]]:
     return groups
 
 
-def inside(svg: str, caption: str) -> Markup:
-    """An SVG file as an element of the page, as wide as its place."""
-    found = re.search(r'<svg[^>]* viewBox="0 0 (\S+) (\S+)"[^>]*>(.*</svg>)', svg, re.DOTALL)
+def opened(svg: str) -> tuple[float, float, str]:
+    """Width, height and content of an SVG file, which a page holds as an element of its own."""
+    found = re.search(r'<svg[^>]* viewBox="0 0 (\S+) (\S+)"[^>]*>(.*)</svg>', svg, re.DOTALL)
     assert found, "a figure is no SVG file"
-    tall = Markup(' class="tall"') if float(found[2]) > 1.2 * float(found[1]) else ""
-    start = Markup('<svg{} viewBox="0 0 {} {}" role="img" aria-label="{}">').format(tall, found[1], found[2], caption)
-    return start + Markup(found[3])
+    return float(found[1]), float(found[2]), found[3]
 
 
 def rendered(study: Study, sections: list[Section], images: dict[str, tuple[bytes, str]]) -> tuple[str, str]:
@@ -143,7 +140,7 @@ def rendered(study: Study, sections: list[Section], images: dict[str, tuple[byte
         "stacked": [table for table in blocks(sections, Table) if len(table.columns) > NARROW],
         "groups": [(group, list(of)) for group, of in groupby(sections[1:], key=lambda section: section.group)],
         "kind": lambda block: type(block).__name__,
-        "image": lambda figure: inside(images[figure.name][1], figure.caption),
+        "opened": lambda figure: opened(images[figure.name][1]),
     }
     html, markdown = (_environment().get_template(f"report.{name}.jinja").render(values) for name in ("html", "md"))
     return html, markdown

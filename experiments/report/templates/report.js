@@ -48,6 +48,7 @@ for (const svg of document.querySelectorAll("figure svg:has(metadata)")) {
     const toggle = () => { if (!off.delete(entry)) off.add(entry); together.dispatchEvent(new Event("toggled")); };
     g.addEventListener("click", toggle);
     if (!g.querySelector("text")) continue;
+    svg.setAttribute("role", "group");
     g.setAttribute("role", "button");
     g.setAttribute("tabindex", 0);
     g.setAttribute("aria-pressed", true);
@@ -76,7 +77,7 @@ for (const svg of document.querySelectorAll("figure svg:has(metadata)")) {
     const shown = ordered ? found.filter(({p}) => Math.abs(p[0] - nearest.p[0]) < 3).sort((a, b) => a.p[1] - b.p[1]) : [nearest];
     const data = v => make("data", short(v), {value: v});
     tip.replaceChildren(make("div", `${panels[panel].x.split(" (")[0]} `), ...shown.map(({name, p}) => {
-      const line = make(Math.abs(p[1] - at.y) < 4 ? "strong" : "div", `${name}: `);
+      const line = make(Math.abs(p[1] - at.y) < 4 ? "strong" : "div", `${name}${ordered ? "" : `, ${panels[panel].y.split(" (")[0]}`}: `);
       line.append(data(p[3]));
       return line;
     }));
