@@ -1,6 +1,7 @@
 """Each figure is a whole, small PNG of a sensible size that shows its records, also for the records at the edges."""
 
 import io
+import json
 import math
 import re
 
@@ -12,7 +13,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from experiments import plots
-from experiments.plots import base, training
+from experiments.plots import base, live, training
 from experiments.plots.training import training_shown
 
 
@@ -143,6 +144,21 @@ def test_a_few_training_losses_are_drawn_raw_and_as_the_mean_of_the_last_steps(d
         np.testing.assert_array_equal(raw.get_xydata(), np.stack([flops, loss], axis=1))
         window = len(loss) // 20  # of each run its own
         np.testing.assert_allclose(smooth.get_ydata()[-1], loss[-window:].mean())
+
+
+def test_of_a_long_run_the_svg_is_small_and_shows_values_of_the_record(tmp_path):
+    losses = [3 / step + math.sin(step) for step in range(1, 15_001)]
+    losses[7000] = 9.0  # is seen in the picture, and stands out
+    plots.loss_curves([_cell(losses=losses)], tmp_path / "a.svg")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "a.svg"]
+    text = (tmp_path / "a.svg").read_text()
+    assert len(text) < 100_000 and not re.search(r'(?<=<g )id="', text)
+    known = json.loads(re.search("<metadata>(.*)</metadata>", text)[1])
+    validation = known["series"][-1]
+    assert validation["name"] == "cell" and 300 < len(validation["points"]) <= live.POINTS
+    assert {loss == losses[step - 1] for *_, step, loss in validation["points"]} == {True}
+    top = known["panels"][0]["box"][1]
+    assert min(float(y) for y in re.findall(r"[ML] [\d.]+ ([\d.]+)", text.split('data-series="0"')[1])) < top + 10
 
 
 @pytest.mark.parametrize(("steps", "scale"), [((20, 20), "linear"), ((20, 400), "symlog")])

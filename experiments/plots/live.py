@@ -13,7 +13,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-POINTS = 400  # of a line, whose values are kept: more are less than two pixels apart
+POINTS, OF_ALL = 400, 6000  # of a line and of a figure, whose values are kept: a page is to stay below 3 MB
 _NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
@@ -36,6 +36,7 @@ def svg(figure: Figure, name: str) -> str:
     panels: list[dict[str, Any]] = []
     series: list[dict[str, Any]] = []
     height = figure.bbox.height
+    most = min(POINTS, OF_ALL // max(1, sum(len(axes.lines) for axes in figure.axes)))
     for axes in figure.axes:
         left, bottom, right, top = np.round(axes.get_window_extent().extents, 1).tolist()
         labels = {"x": axes.get_xlabel() or figure.axes[-1].get_xlabel()}
@@ -48,8 +49,10 @@ def svg(figure: Figure, name: str) -> str:
             artist.set_gid(None)
             if of or named:
                 artist.set_gid(f"series-{len(series)}")
-                points = _points(artist, height) if named else []
+                points = _points(artist, height, most) if named else []
                 series.append({"panel": len(panels) - 1, "name": label, "entries": of, "points": points})
+        for line in axes.lines:
+            _thin(line, int(axes.bbox.width / 1.5))
     out = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         FigureCanvasSVG(figure).print_svg(out, metadata=_NO_METADATA)
@@ -57,13 +60,30 @@ def svg(figure: Figure, name: str) -> str:
     return _smaller(out.getvalue()).replace("</svg>", f"<metadata>{escape(values)}</metadata></svg>")
 
 
-def _points(line: Any, height: float) -> list[tuple[float, ...]]:
+def _points(line: Any, height: float, most: int) -> list[tuple[float, ...]]:
     values = np.stack([np.asarray(of, np.float64) for of in line.get_data()], axis=1)  # (n, 2)
     values = values[np.isfinite(values).all(axis=1)]
-    values = values[:: -(-len(values) // POINTS) or 1]
+    values = values[:: -(-len(values) // most) or 1]
     places = np.round(line.get_transform().transform(values), 1).tolist() if len(values) else []
     exact = [[int(x) if x.is_integer() else x for x in pair] for pair in values.tolist()]
     return [(x, round(height - y, 1), *pair) for (x, y), pair in zip(places, exact, strict=True)]
+
+
+def _thin(line: Any, width: int) -> None:
+    """Of a line of many points keep the lowest and highest in each of `width` parts, and gaps: it looks the same."""
+    x, y = (np.asarray(of, np.float64) for of in line.get_data())
+    if len(x) <= 2 * width or (np.diff(x) < 0).any():
+        return
+    known = np.isfinite(y)
+    ends = [
+        part[one]
+        for part in np.array_split(np.arange(len(x)), width)
+        for one in (np.where(known, y, np.inf)[part].argmin(), np.where(known, y, -np.inf)[part].argmax())
+    ]
+    kept = np.union1d(ends, np.flatnonzero(~known))
+    if isinstance(every := line.get_markevery(), int):
+        line.set_markevery(max(1, every * len(kept) // len(x)))
+    line.set_data(x[kept], y[kept])
 
 
 def _smaller(text: str) -> str:
