@@ -7,6 +7,7 @@ whose two norms are swapped and whose biases are all dropped still agrees with t
 import json
 import os
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -139,3 +140,32 @@ def real_checkpoint() -> Path:
     if not folder:
         pytest.skip("QWEN_MIN_CHECKPOINT is not set: expected a folder with Qwen2.5-0.5B's weights")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A chromium of this machine; a test that asks for it is skipped where there is none."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install -e '.[browser]'")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if not chromium:
+        pytest.skip("no chromium on this machine: its package brings /usr/bin/chromium")
+    with sync_api.sync_playwright() as play:
+        started = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.fixture(params=[(1280, "light"), (390, "dark")], ids=str)
+def tab(request, browser, html):
+    """The page `html` of a module, opened; it may say nothing on the console, and ask for nothing but itself."""
+    width, scheme = request.param
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    said: list[str] = []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda asked: said.append(asked.url) if not asked.url.startswith(("file:", "data:")) else None)
+    page.goto(html.as_uri())
+    yield page
+    assert not said
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.close()

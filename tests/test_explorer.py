@@ -121,34 +121,6 @@ def test_a_measured_machine_is_the_first_of_the_roofline():
     assert f'"machines":[["{name}",{flops}' in text
 
 
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install -e '.[browser]'")
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if not chromium:
-        pytest.skip("no chromium on this machine: its package brings /usr/bin/chromium")
-    with sync_api.sync_playwright() as play:
-        started = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield started
-        started.close()
-
-
-@pytest.fixture(params=[(1280, "light"), (390, "dark")], ids=str)
-def tab(request, browser, html):
-    """The page, opened; it may say nothing on the console, and ask for nothing but itself."""
-    width, scheme = request.param
-    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-    said: list[str] = []
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("request", lambda asked: said.append(asked.url) if not asked.url.startswith(("file:", "data:")) else None)
-    page.goto(html.as_uri())
-    yield page
-    assert not said
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    page.close()
-
-
 def crumbs(tab) -> list[str]:
     return tab.locator("#crumbs button").all_inner_texts()
 

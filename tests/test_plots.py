@@ -1,6 +1,7 @@
 """Each figure is a whole, small PNG of a sensible size that shows its records, also for the records at the edges."""
 
 import io
+import json
 import math
 import re
 
@@ -12,7 +13,8 @@ from matplotlib.text import Text
 from PIL import Image
 
 from experiments import plots
-from experiments.plots import base, training
+from experiments.plots import base, live, training
+from experiments.plots.training import training_shown
 
 
 @pytest.fixture
@@ -90,7 +92,7 @@ CELLS = {
 def test_loss_curves_are_drawn(draw, cells):
     figure = draw(plots.loss_curves, cells, label="toy: the pocket model")
     assert "(toy: the pocket model)" in figure.get_suptitle()
-    assert [axes.get_xlabel() for axes in figure.axes] == ["", "training step"]  # one axis for both panels
+    assert figure.axes[-1].get_xlabel() == "training step"
 
 
 def test_the_cells_of_a_grid_differ_by_colour_and_by_line_and_have_one_legend(draw):
@@ -98,7 +100,7 @@ def test_the_cells_of_a_grid_differ_by_colour_and_by_line_and_have_one_legend(dr
     training, validation = figure.axes
     lines = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in validation.lines}
     assert len(lines) == 9 and [len(set(part)) for part in zip(*lines, strict=True)] == [3, 3, 3]
-    assert len(training.lines) == 18  # raw and smoothed
+    assert len(training.lines) == 9
     assert _legend(figure) == ["lr 1e-5", "lr 5e-5", "lr 1e-4", "rank 2", "rank 4", "rank 8"]
     assert "(pocket model, a toy)" in figure.get_suptitle()
 
@@ -111,20 +113,53 @@ def test_cells_that_share_rate_and_rank_are_told_apart_by_name(draw):
 
 def test_the_runs_of_a_study_differ_by_more_than_colour_and_are_named_by_their_group(draw):
     figure = draw(plots.loss_curves, STUDY, x="flops")
-    training, validation = figure.axes
+    (validation,) = figure.axes  # the training losses of 14 runs of unlike length are one braid
     assert len({(line.get_marker(), str(line._unscaled_dash_pattern)) for line in validation.lines}) == 14
     grid = [f"grid: {text}" for text in ("lr 1e-5", "lr 5e-5", "lr 1e-4", "rank 2", "rank 4", "rank 8")]
     assert _legend(figure) == ["default", *grid, "context 128", "context 512", "context 768", "final"]
-    for raw, smooth, seen, run in zip(training.lines[::2], training.lines[1::2], validation.lines, STUDY, strict=True):
+    for seen, run in zip(validation.lines, STUDY, strict=True):
+        np.testing.assert_array_equal(seen.get_xydata(), np.array(run["validation"])[:, 1:])
+    assert validation.get_xlabel() == "training FLOPs (coursework)"
+    assert {axes.get_xscale() for axes in figure.axes} == {"log"}  # 20 and 400 steps
+    heights = [axes.get_position().height * figure.get_figheight() for axes in figure.axes]
+    assert min(heights) > 2  # inches, whatever the legend takes
+
+
+def test_of_a_braid_of_training_losses_the_difference_from_the_first_run_is_drawn_or_nothing(draw):
+    losses = [[3 / step + i * step / 10 for step in range(1, 41)] for i in range(4)]
+    runs = [_cell(name=f"run {i}", losses=of) for i, of in enumerate(losses)]
+    training, _ = draw(plots.loss_curves, runs).axes
+    assert training.get_title() == "training, less that of run 0 (mean of the last 2)"
+    assert training.get_ylabel().startswith("difference")
+    for i, line in enumerate(training.lines):
+        np.testing.assert_allclose(line.get_ydata()[[0, 39]], [i * 0.1, i * 3.95], atol=1e-12)
+    assert training_shown(runs[:3]) == "loss" and training_shown([*runs[:3], _cell(steps=50)]) == ""
+
+
+def test_a_few_training_losses_are_drawn_raw_and_as_the_mean_of_the_last_steps(draw):
+    runs = [_cell(steps=steps, name=str(steps)) for steps in (20, 400)]
+    training, _ = draw(plots.loss_curves, runs, x="flops").axes
+    for raw, smooth, run in zip(training.lines[::2], training.lines[1::2], runs, strict=True):
         _, flops, loss = np.transpose(run["train"])
         np.testing.assert_array_equal(raw.get_xydata(), np.stack([flops, loss], axis=1))
         window = len(loss) // 20  # of each run its own
         np.testing.assert_allclose(smooth.get_ydata()[-1], loss[-window:].mean())
-        np.testing.assert_array_equal(seen.get_xydata(), np.array(run["validation"])[:, 1:])
-    assert [axes.get_xlabel() for axes in figure.axes] == ["", "training FLOPs (coursework)"]
-    assert {axes.get_xscale() for axes in figure.axes} == {"log"}  # 20 and 400 steps
-    heights = [axes.get_position().height * figure.get_figheight() for axes in figure.axes]
-    assert min(heights) > 2  # inches, whatever the legend takes
+
+
+def test_of_a_long_run_the_svg_is_small_and_shows_values_of_the_record(tmp_path):
+    losses = [3 / step + math.sin(step) for step in range(1, 15_001)]
+    losses[7000] = 9.0  # is seen in the picture, and stands out
+    plots.loss_curves([_cell(losses=losses)], tmp_path / "a.svg")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "a.svg"]
+    text = (tmp_path / "a.svg").read_text()
+    assert len(text) < 100_000 and not re.search(r'(?<=<g )id="', text)
+    known = json.loads(re.search("<metadata>(.*)</metadata>", text)[1])
+    validation = known["series"][-1]
+    assert validation["name"] == "cell" and 300 < len(validation["points"]) <= live.POINTS
+    assert {loss == losses[step - 1] for *_, step, loss in validation["points"]} == {True}
+    top = known["panels"][0]["box"][1]
+    raw = text.split('data-series="0"')[1].partition("</g>")[0]
+    assert top < min(float(y) for y in re.findall(r"[ML] [\d.]+ ([\d.]+)", raw)) < top + 20
 
 
 @pytest.mark.parametrize(("steps", "scale"), [((20, 20), "linear"), ((20, 400), "symlog")])

@@ -18,7 +18,8 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
-from experiments.run_folder.files import write_bytes
+from experiments.plots.live import svg
+from experiments.run_folder.files import write_bytes, write_text
 
 Floats = NDArray[np.float64]
 Style = dict[str, Any]
@@ -177,6 +178,11 @@ def name_bars(axes: Axes, names: Sequence[str], texts: Sequence[str], size: floa
     right.spines["right"].set_visible(False)
 
 
+def side_label(figure: Figure, text: str) -> None:
+    """Label the y axes of all panels at once, in lines that are no longer than the panels are high."""
+    figure.supylabel(wrapped(text, 0.7 * figure.get_figheight(), 10), fontsize=10)
+
+
 def legend_below(figure: Figure, handles: Sequence[Artist]) -> None:
     """Put one legend under all panels, in as many columns as fit, and add its height to the figure's."""
     if not handles:
@@ -192,7 +198,9 @@ def legend_below(figure: Figure, handles: Sequence[Artist]) -> None:
 
 
 def save(figure: Figure, path: str | Path, title: str, label: str) -> None:
-    """Title the figure, wrapped to its width, and write it as PNG; the layout keeps everything inside."""
+    """Title the figure, wrapped to its width, and write it as PNG; the layout keeps everything inside.
+
+    Where `path` ends in .svg it is written there as `live.svg` has it too, and the PNG beside it."""
     width = figure.get_figwidth()
     text = wrapped(f"{title} ({label})" if label else title, width, _TITLE)
     if label and "\n" in text:
@@ -202,7 +210,11 @@ def save(figure: Figure, path: str | Path, title: str, label: str) -> None:
     figure.set_dpi(_DPI if figure.get_figheight() <= _TALL else _DPI_OF_TALL)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    write_bytes(path, _png(np.asarray(canvas.buffer_rgba())[..., :3]))  # (height, width, 3)
+    path = Path(path)
+    pixels = _png(np.asarray(canvas.buffer_rgba())[..., :3])  # (height, width, 3)
+    if path.suffix == ".svg":
+        write_text(path, svg(figure, path.stem))
+    write_bytes(path.with_suffix(".png") if path.suffix == ".svg" else path, pixels)
 
 
 def _png(pixels: NDArray[np.uint8]) -> bytes:

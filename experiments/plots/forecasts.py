@@ -47,7 +47,7 @@ def forecast(
     )
     figure, panels = base.new_figure(len(names), 2.0)
     for i, (axes, name) in enumerate(zip(panels, names, strict=True)):
-        _over_time(axes, series, i)
+        _over_time(axes, series, i, name)
         if densities:
             values, probabilities = (np.asarray(one, np.float64) for one in densities[i])
             wide = probabilities / probabilities.max() * np.ptp(series.time) / 12
@@ -75,7 +75,7 @@ def forecast_grid(
     figure, panels = base.new_figure(len(systems) * variables, 1.55, columns)
     for i, axes in enumerate(panels):
         system, series = systems[i // variables], all_series[i // variables]
-        _over_time(axes, series, i % variables, small=True)
+        _over_time(axes, series, i % variables, names[i % variables], small=True)
         base.panel_title(axes, f"{system['title']}: {names[i % variables]}", columns, series.gaps.replace(" (", "\n("))
     for axes in panels[::columns]:
         axes.set_ylabel(UNITS, fontsize=base.SMALL)
@@ -98,7 +98,7 @@ def glance(
     figure, panels = base.new_figure(len(names) * columns, 1.25, columns)
     for i, axes in enumerate(panels):
         variable, column = divmod(i, columns)
-        _over_time(axes, all_series[column], variable, small=True)
+        _over_time(axes, all_series[column], variable, names[variable], small=True)
         text, gaps = (systems[column]["title"], all_series[column].gaps) if not variable else ("", "")
         base.panel_title(axes, text, columns, gaps.replace(" (", "\n("))
     for axes, name in zip(panels[::columns], names, strict=True):
@@ -145,13 +145,13 @@ def phase_plane(
 
 @dataclass(frozen=True)
 class _Series:
-    """One system: time (P+h,), past (P, V), future, guess and copies (h, V), and the bands (low, high, colour)."""
+    """One system: time (P+h,), past (P, V), future, guess and copies (h, V), and the bands (low, high, name, tint)."""
 
     time: base.Floats
     past: base.Floats
     future: base.Floats
     guess: base.Floats
-    bands: list[tuple[base.Floats, base.Floats, str]]
+    bands: list[tuple[base.Floats, base.Floats, str, str]]
     copies: dict[str, base.Floats]
 
     @classmethod
@@ -172,7 +172,7 @@ class _Series:
                 raise ValueError(f"quantiles: has no level {min(missing)}: expected 0.1, 0.25, 0.75 and 0.9")
             return cls(at, past, future, guess, [], copies)
         level = {q: base.shaped(values, f"the quantile {q}", future.shape) for q, values in quantiles.items()}
-        bands = [(level[low], level[high], tint) for low, high, _, tint in _BANDS]
+        bands = [(level[low], level[high], text, tint) for low, high, text, tint in _BANDS]
         return cls(at, past, future, guess, bands, copies)
 
     def cut(self, points: int) -> "_Series":
@@ -191,27 +191,27 @@ def _all(systems: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[_Se
     return [_Series.of(system, names) for system in systems]
 
 
-def _over_time(axes: Axes, series: _Series, variable: int, small: bool = False) -> None:
+def _over_time(axes: Axes, series: _Series, variable: int, name: str, small: bool = False) -> None:
     """Draw one variable: shaded context, cut-off, bands, truth and forecast (a marker for each step if not small)."""
     at, points = series.time, len(series.past)
     cut = at[points - 1 : points + 1].mean() if points else at[0]
     ahead = at[points:]
-    axes.axvspan(at[0], cut, color="0.92", zorder=0)
-    axes.axvline(cut, color="0.35", linewidth=1)
-    for low, high, tint in series.bands:
+    axes.axvspan(at[0], cut, color="0.92", zorder=0, label="context")
+    axes.axvline(cut, color="0.35", linewidth=1, label="cut-off")
+    for low, high, text, tint in series.bands:
         bottom, top = low[:, variable], high[:, variable]
-        axes.fill_between(ahead, bottom, top, color=tint, linewidth=0, zorder=1)
+        axes.fill_between(ahead, bottom, top, color=tint, linewidth=0, zorder=1, label=text)
         alone = _alone(bottom + top)
-        axes.vlines(ahead[alone], bottom[alone], top[alone], color=tint, linewidth=4, zorder=1)
+        axes.vlines(ahead[alone], bottom[alone], top[alone], color=tint, linewidth=4, zorder=1, label=text)
     size = 2.5 if small else 4
     truth: base.Style = _truth(variable) | {"markersize": 0.8 * size, "markevery": 5}
-    axes.plot(at, np.concatenate([series.past, series.future])[:, variable], **truth)
+    axes.plot(at, np.concatenate([series.past, series.future])[:, variable], **truth, label=_named(name))
     joined = at[max(0, points - 1) :]  # from the end of the context on
-    for i, values in enumerate(series.copies.values()):
-        axes.plot(joined, _joined(series.past, values)[:, variable], **_copy(i))
+    for i, (copy, values) in enumerate(series.copies.items()):
+        axes.plot(joined, _joined(series.past, values)[:, variable], **_copy(i), label=copy)
     guess = _joined(series.past, series.guess)[:, variable]
     marks = base.Style(marker=base.line(variable)[1], markersize=size, markevery=_alone(guess) if small else 1)
-    axes.plot(joined, guess, **_FORECAST, **marks)
+    axes.plot(joined, guess, **_FORECAST, **marks, label=f"forecast{'' if small else series.gaps}")
     axes.margins(x=0.01)
 
 
@@ -230,6 +230,10 @@ def _truth(variable: int) -> base.Style:
     return {"color": base.colour(variable), "marker": base.line(variable)[1], "linewidth": 2.2}
 
 
+def _named(variable: str) -> str:
+    return f"{base.plain(variable)}, truth"
+
+
 def _copy(index: int) -> base.Style:
     return {"color": "0.45", "linestyle": _COPIES[index % len(_COPIES)], "linewidth": 1.3}
 
@@ -239,7 +243,7 @@ def _entries(names: Sequence[str], bands: bool, gaps: str = "", copies: Iterable
         Rectangle((0, 0), 1, 1, color="0.92", label="context"),
         Line2D([], [], color="0.35", linewidth=1, label="cut-off"),
     ]
-    handles += [Line2D([], [], **_truth(i), markersize=3, label=f"{base.plain(n)}, truth") for i, n in enumerate(names)]
+    handles += [Line2D([], [], **_truth(i), markersize=3, label=_named(n)) for i, n in enumerate(names)]
     handles.append(Line2D([], [], **_FORECAST, label=f"forecast{gaps}"))
     handles += [Line2D([], [], **_copy(i), label=name) for i, name in enumerate(copies)]
     if bands:

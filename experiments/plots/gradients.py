@@ -44,7 +44,7 @@ def gradient_norms(
         for matrix, values in sorted(panels[module].items()):
             seen = np.where(np.isfinite(values) & (values > 0), values, np.nan)
             alone: base.Style = {"marker": "os"[matrix == "B"], "markersize": 4} if np.isfinite(seen).sum() < 4 else {}
-            axes.plot(at, seen, **_MATRICES[matrix], **alone)
+            axes.plot(at, seen, **_MATRICES[matrix], **alone, label=f"{matrix} of LoRA")
         if not np.isfinite(axes.dataLim.y0):  # no line has a point
             base.no_points(axes)
         bad = [matrix for matrix in "AB" if f"{module}.{matrix}" in flagged]
@@ -66,7 +66,7 @@ def gradient_norms(
     base.step_ticks(axes_of[0].xaxis, 2 if columns > 3 and at.size and at.max() >= 10_000 else 4)
     for axes in axes_of[-columns:]:
         axes.set_xlabel("training step", fontsize=base.SMALL)
-    figure.supylabel("L2 norm of the gradient (nats per token)", fontsize=10)
+    base.side_label(figure, "L2 norm of the gradient (nats per token)")
     base.legend_below(figure, [Line2D([], [], label=f"{matrix} of LoRA", **_MATRICES[matrix]) for matrix in "AB"])
     base.save(figure, path, title, label)
 

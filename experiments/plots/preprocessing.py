@@ -30,13 +30,16 @@ def round_trip(
     handles = []
     for i, name in enumerate(names):
         shade, (dashes, marker) = base.colour(i, len(names)), base.line(i)
-        series.plot(at, before[:, i], color=shade, linestyle=dashes, linewidth=1.4)
+        name = base.plain(name)
+        kept, again = f"{name}, as it is", f"{name}, decoded again"
+        series.plot(at, before[:, i], color=shade, linestyle=dashes, linewidth=1.4, label=kept)
         dots: base.Style = {"linestyle": "none", "marker": marker, "markersize": 4, "markerfacecolor": "none"}
-        series.plot(at, after[:, i], color=shade, **dots)
-        errors.plot(at, np.abs(after[:, i] - before[:, i]), color=shade, linestyle=dashes, marker=marker, markersize=3)
+        series.plot(at, after[:, i], color=shade, **dots, label=again)
+        look: base.Style = {"color": shade, "linestyle": dashes, "marker": marker, "markersize": 3, "label": name}
+        errors.plot(at, np.abs(after[:, i] - before[:, i]), **look, gid=again)
         handles += [
-            Line2D([], [], color=shade, linestyle=dashes, label=f"{base.plain(name)}, as it is"),
-            Line2D([], [], color=shade, label=f"{base.plain(name)}, decoded again", **dots),
+            Line2D([], [], color=shade, linestyle=dashes, label=kept),
+            Line2D([], [], color=shade, label=again, **dots),
         ]
     series.set_ylabel("units of the data")
     errors.set_ylabel("absolute error\n(units of the data)")

@@ -38,7 +38,7 @@ def running_rmse(
         axes.set_xlim(0.5, max(map(len, values_of)) + 0.5)
     for axes in panels[-columns:]:
         axes.set_xlabel("step of the horizon")
-    figure.supylabel(ylabel, fontsize=10)
+    base.side_label(figure, ylabel)
     base.legend_below(figure, [Line2D([], [], **look) for look in looks])
     base.save(figure, path, title, label)
 

@@ -14,10 +14,11 @@ from matplotlib.ticker import LogLocator, MaxNLocator, SymmetricalLogLocator
 from experiments.plots import base
 
 MOST_NAMED = 12  # runs whose names fit into a figure
+MOST_RAW = 3  # runs whose training losses are not one braid
 
 
 def loss_curves(cells: Sequence[Mapping[str, Any]], path: str | Path, x: str = "step", label: str = "") -> None:
-    """Draw the training loss of all runs and, below it, the validation loss.
+    """Draw the training loss of all runs, as `training_shown` says, and, below it, the validation loss.
 
     A run is `name`, `lr`, `rank`, optionally `group`, and `train` and `validation`: lists of (step, FLOPs so
     far, loss in nats per token), and optionally `untrained`, the validation loss of step 0. `x` is "step" or "flops".
@@ -27,20 +28,25 @@ def loss_curves(cells: Sequence[Mapping[str, Any]], path: str | Path, x: str = "
     are left out."""
     if x not in ("step", "flops"):
         raise ValueError(f'x is {x!r}: expected "step" or "flops"')
-    figure, (training, validation) = base.new_figure(2, 2.7)
+    how = training_shown(cells)
+    figure, panels = base.new_figure(2 if how else 1, 2.7)
+    validation, reference = panels[-1], cells[0]["train"] if how == "difference" else None
     styles, handles = _styles(cells)
     drawn: tuple[list[base.Floats], list[base.Floats]] = ([], [])
     windows: set[int] = set()
     starts: list[float] = []
     ends: list[float] = []
-    for cell, (shade, dashes, marker) in zip(cells, styles, strict=True):
+    for cell, (shade, dashes, marker, entries) in zip(cells, styles, strict=True):
         window = smoothing(len(cell["train"]))
         windows.add(window)
-        at, loss = _points(cell["train"], x)
+        look: base.Style = {"color": shade, "linestyle": dashes, "marker": marker, "markersize": 4, "gid": entries}
+        look |= {"label": base.plain(cell["name"])}
+        at, loss = _points(cell["train"], x, reference)
         smooth = _trailing_mean(loss, window)
-        training.plot(at, loss, color=shade, linewidth=0.6, alpha=0.22)
-        look: base.Style = {"color": shade, "linestyle": dashes, "marker": marker, "markersize": 4}
-        training.plot(at, smooth, **look, linewidth=1.3, markevery=max(1, len(at) // 7))
+        for training in panels[:-1]:
+            if not reference:
+                training.plot(at, loss, color=shade, linewidth=0.6, alpha=0.22, gid=entries)
+            training.plot(at, smooth, **look, linewidth=1.3, markevery=max(1, len(at) // 7))
         drawn[0].append(smooth)
         starts.extend(at[:1])
         ends.extend(at[-1:])
@@ -49,10 +55,16 @@ def loss_curves(cells: Sequence[Mapping[str, Any]], path: str | Path, x: str = "
         drawn[1].append(loss)
         starts.extend(at[:1])
     means = " to ".join(str(w) for w in sorted({min(windows, default=1), max(windows, default=1)}))
-    drawn_as = "each step" if means == "1" else f"faint: each step; line: mean of the last {means}"
-    for axes, title, losses in ((training, f"training ({drawn_as})", drawn[0]), (validation, "validation", drawn[1])):
-        axes.set_title(title, fontsize=10)
-        axes.set_ylabel("loss (nats per token)")
+    mean, raw = ("each step", "") if means == "1" else (f"mean of the last {means}", "faint: each step; line: ")
+    title = f"training ({raw}{mean})"
+    if reference:
+        title = f"training, less that of {cells[0]['name']} ({mean})"
+    titles = (title, "validation") if how else ("validation",)
+    for axes, title, losses in zip(panels, titles, drawn[-len(panels) :], strict=True):
+        axes.set_title(base.plain(title), fontsize=10)
+        axes.set_ylabel(
+            "difference (nats per token)" if reference and axes is not validation else "loss (nats per token)"
+        )
         axes.tick_params(labelbottom=True)
         base.value_axis(axes, np.concatenate(losses) if losses else [])
     validation.set_xlabel("training FLOPs (coursework)" if x == "flops" else "training step")
@@ -74,6 +86,13 @@ def loss_curves(cells: Sequence[Mapping[str, Any]], path: str | Path, x: str = "
     base.save(figure, path, "Loss of one run" if len(cells) == 1 else f"Loss of {len(cells)} runs", label)
 
 
+def training_shown(cells: Sequence[Mapping[str, Any]]) -> str:
+    """How the training losses of runs as in `loss_curves` are drawn: "loss"; of more than `MOST_RAW`, a braid, the
+    "difference" from the first at the same step, where all have the same steps, else "", not at all."""
+    steps = {tuple(step for step, _, _ in cell["train"]) for cell in cells}
+    return "loss" if len(cells) <= MOST_RAW else "difference" if len(steps) == 1 else ""
+
+
 def search(cells: Sequence[Mapping[str, Any]], path: str | Path, label: str = "") -> None:
     """Draw the validation loss of every run over its FLOPs, a colour for each length, the best of the longest marked.
 
@@ -87,6 +106,7 @@ def search(cells: Sequence[Mapping[str, Any]], path: str | Path, label: str = ""
     best = min(last, key=last.__getitem__, default=None)
     for i, (at, loss) in enumerate(points):
         look: base.Style = {"color": base.colour(lengths.index(steps[i]), len(lengths)), "markersize": 3}
+        look |= {"label": base.plain(cells[i]["name"]), "gid": f"up to step {steps[i]}"}
         axes.plot(at, loss, **look, marker="o", linewidth=2.2 if i == best else 0.9, alpha=1 if i == best else 0.6)
         if len(cells) <= MOST_NAMED and len(at):
             side = "right" if at[-1] > most / 2 else "left"  # into the figure
@@ -150,8 +170,8 @@ def heat_map(table: Mapping[tuple[float, int], float | None], path: str | Path, 
     base.save(figure, path, "Validation loss after training", label)
 
 
-def _styles(cells: Sequence[Mapping[str, Any]]) -> tuple[list[tuple[Any, Any, str]], list[Line2D]]:
-    """Return colour, dashes and marker of each run, and the entries of the one legend."""
+def _styles(cells: Sequence[Mapping[str, Any]]) -> tuple[list[tuple[Any, Any, str, str]], list[Line2D]]:
+    """Return colour, dashes, marker and entries of each run, a line each, and the entries of the one legend."""
     groups: dict[str, list[int]] = {}
     for i, cell in enumerate(cells):
         groups.setdefault(cell.get("group") or "", []).append(i)
@@ -161,7 +181,7 @@ def _styles(cells: Sequence[Mapping[str, Any]]) -> tuple[list[tuple[Any, Any, st
         for group, members in groups.items()
     }
     slots = sum(len(rates_of[group]) if crossed[group] else len(members) for group, members in groups.items())
-    styles: dict[int, tuple[Any, Any, str]] = {}
+    styles: dict[int, tuple[Any, Any, str, str]] = {}
     handles: list[Line2D] = []
     slot = 0
     for group, members in groups.items():
@@ -169,8 +189,9 @@ def _styles(cells: Sequence[Mapping[str, Any]]) -> tuple[list[tuple[Any, Any, st
         if not crossed[group]:
             for i in members:
                 name = cells[i]["name"]
-                styles[i] = (base.colour(slot, slots), *base.line(slot))
-                handles.append(_entry(name if name.startswith(group) else start + name, *styles[i]))
+                look = base.colour(slot, slots), *base.line(slot)
+                handles.append(_entry(name if name.startswith(group) else start + name, *look))
+                styles[i] = (*look, str(handles[-1].get_label()))
                 slot += 1
             continue
         ranks = sorted({cells[i]["rank"] for i in members})
@@ -178,7 +199,8 @@ def _styles(cells: Sequence[Mapping[str, Any]]) -> tuple[list[tuple[Any, Any, st
         slot += len(looks)
         for i in members:
             shade, marker = looks[cells[i]["lr"]]
-            styles[i] = (shade, base.line(ranks.index(cells[i]["rank"]))[0], marker)
+            entries = f"{start}lr {base.number(cells[i]['lr'])}\n{start}rank {cells[i]['rank']}"
+            styles[i] = (shade, base.line(ranks.index(cells[i]["rank"]))[0], marker, entries)
         handles += [
             _entry(f"{start}lr {base.number(rate)}", shade, "-", marker) for rate, (shade, marker) in looks.items()
         ]
@@ -190,10 +212,14 @@ def _entry(name: str, shade: Any, dashes: Any, marker: str) -> Line2D:
     return Line2D([], [], color=shade, linestyle=dashes, marker=marker, markersize=4, label=base.plain(name))
 
 
-def _points(history: Sequence[tuple[int, int, float]], x: str) -> tuple[base.Floats, base.Floats]:
-    """Return where (step or FLOPs) and loss of the finite points, in order."""
+def _points(
+    history: Sequence[tuple[int, int, float]], x: str, less: Sequence[tuple[int, int, float]] | None = None
+) -> tuple[base.Floats, base.Floats]:
+    """Return where (step or FLOPs) and loss, less that of another history, of the finite points, in order."""
     values = np.array([(flops if x == "flops" else step, loss) for step, flops, loss in history], np.float64)
     values = values.reshape(-1, 2)
+    if less:
+        values[:, 1] -= [loss for _, _, loss in less]
     values = values[np.isfinite(values[:, 1])]
     return values[:, 0], values[:, 1]
 

@@ -4,10 +4,9 @@
 `answer` makes the first screen, the other modules the sections below it, which fold, and templates/ its two forms.
 """
 
-import base64
-import struct
+import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import groupby
@@ -17,7 +16,7 @@ from typing import Any, TypeVar
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from experiments.report import accounting, answer, cells, claims, forecasts, overview, sampling, scoring, training
-from experiments.report.document import Figure, Inline, Section, Table
+from experiments.report.document import Block, Figure, Inline, Section, Table
 from experiments.report.records import Fields
 from experiments.report.study import Study
 from experiments.run_folder import files
@@ -63,7 +62,7 @@ def build(run: Path, progress: Counted = lambda done, of: None) -> Path:
     sections = annotated(study)
     images = drawn(sections, progress)
     html, markdown = rendered(study, sections, images)
-    for name, png in images.items():
+    for name, (png, _) in images.items():
         files.write_bytes(run / "figures" / f"{name}.png", png)
     for table in blocks(sections, Table):
         files.write_text(run / "tables" / f"{table.name}.csv", table.csv(study.label if table.model else ""))
@@ -96,21 +95,41 @@ def blocks(sections: list[Section], kind: type[B]) -> list[B]:
     return [block for section in sections for block in section.blocks if isinstance(block, kind)]
 
 
-def drawn(sections: list[Section], progress: Counted) -> dict[str, bytes]:
-    """Every figure of the page as PNG, by name."""
+def drawn(sections: list[Section], progress: Counted) -> dict[str, tuple[bytes, str]]:
+    """Every figure of the page as PNG and as SVG, by name."""
     figures = blocks(sections, Figure)
     with tempfile.TemporaryDirectory() as folder:
-        images: dict[str, bytes] = {}
+        images: dict[str, tuple[bytes, str]] = {}
         for figure in figures:
             progress(len(images), len(figures))
-            path = Path(folder, "figure.png")
+            path = Path(folder, f"{figure.name}.svg")
             figure.draw(path=path)
-            images[figure.name] = path.read_bytes()
+            images[figure.name] = path.with_suffix(".png").read_bytes(), path.read_text(encoding="utf-8")
     progress(len(images), len(figures))
     return images
 
 
-def rendered(study: Study, sections: list[Section], images: dict[str, bytes]) -> tuple[str, str]:
+def switched(made: Sequence[Block]) -> list[list[Block]]:
+    """Blocks in groups: those of which the page shows one at a time, else each alone."""
+    groups: list[list[Block]] = []
+    for block in made:
+        choice = getattr(block, "choice", "")
+        chosen = [getattr(one, "choice", "") for one in groups[-1]] if groups else [""]
+        if choice and all(chosen) and choice not in chosen:
+            groups[-1].append(block)
+        else:
+            groups.append([block])
+    return groups
+
+
+def opened(svg: str) -> tuple[float, float, str]:
+    """Width, height and content of an SVG file, which a page holds as an element of its own."""
+    found = re.search(r'<svg[^>]* viewBox="0 0 (\S+) (\S+)"[^>]*>(.*)</svg>', svg, re.DOTALL)
+    assert found, "a figure is no SVG file"
+    return float(found[1]), float(found[2]), found[3]
+
+
+def rendered(study: Study, sections: list[Section], images: dict[str, tuple[bytes, str]]) -> tuple[str, str]:
     """The page as HTML, with its figures inside, and as Markdown, with links to them."""
 
     values: dict[str, Any] = {
@@ -121,8 +140,7 @@ def rendered(study: Study, sections: list[Section], images: dict[str, bytes]) ->
         "stacked": [table for table in blocks(sections, Table) if len(table.columns) > NARROW],
         "groups": [(group, list(of)) for group, of in groupby(sections[1:], key=lambda section: section.group)],
         "kind": lambda block: type(block).__name__,
-        "image": lambda figure: base64.b64encode(images[figure.name]).decode(),
-        "size": lambda figure: struct.unpack(">II", images[figure.name][16:24]),  # of a PNG: width and height
+        "opened": lambda figure: opened(images[figure.name][1]),
     }
     html, markdown = (_environment().get_template(f"report.{name}.jinja").render(values) for name in ("html", "md"))
     return html, markdown
@@ -140,6 +158,7 @@ def _environment() -> Environment:
         keep_trailing_newline=True,
     )
     environment.filters["inline"] = inline
+    environment.filters["switched"] = switched
     environment.filters["cell"] = escaped
     environment.filters["code"] = lambda text: (
         escaped(text) if set(text) & set("`|") or not text.isprintable() else f"`{text}`"

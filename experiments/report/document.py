@@ -85,6 +85,8 @@ def named(names: str, intervals: str = "", **titles: str) -> list[Column]:
 class Table:
     """Rows of values under columns, shown on the page and written to tables/`name`.csv.
 
+    Of neighbours of one kind with a `choice` each, as "raw units" and "scaled units", the page shows one at a time.
+
     An interval is (mean, low, high), three columns of the CSV file. `sources` are records of the run's folder and
     `stages` those whose commands make them. `marks` says of a cell (row, column) what is special about it. The first
     `heads` columns name their row. A table that is `folded` shows its caption until it is opened. The label, which is
@@ -100,6 +102,7 @@ class Table:
     heads: int = 1
     folded: bool = False
     model: bool = True
+    choice: str = ""
 
     @property
     def cells(self) -> list[list[Number]]:
@@ -138,7 +141,9 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawing, figures/`name`.png, that `draw` writes to the `path` it is given; `model` as of a `Table`."""
+    """A drawing, figures/`name`.png, that `draw` writes to the `path` it is given; `model`, `choice` as of a `Table`.
+
+    A path that ends in .svg has the drawing as SVG, and the PNG beside it."""
 
     name: str
     caption: str
@@ -146,6 +151,7 @@ class Figure:
     sources: Sequence[str]
     stages: Sequence[str] = ()
     model: bool = True
+    choice: str = ""
 
 
 @dataclass(frozen=True)

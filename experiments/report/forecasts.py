@@ -1,6 +1,7 @@
 """The systems that are shown: their forecasts, phase plane, running RMSE, and the loss of every token of one."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -80,11 +81,12 @@ def _systems(run: Run, evaluation: Evaluation, kind: str) -> Table:
     ]
     rows.sort(key=lambda row: evaluation.shown.index(row[0]))
     about = "forecasts without a model" if unaided else run.title
-    unit = "scaled units, as the reports have them" if scaled else "raw units"
-    caption = f"Errors of each shown system over its horizon, {about}, {unit}."
+    unit = "scaled units" if scaled else "raw units"
+    caption = f"Errors of each shown system over its horizon, {about}, {unit}{', as the reports have them' * scaled}."
     name = f"systems-{'naive' if unaided else run.stage}{'-scaled' if scaled else ''}"
     files = [evaluation.file("systems_scaled.csv" if scaled else "systems.csv")]
-    return Table(name, caption, columns, rows, files, [run.stage], heads=3, folded=unaided, model=not unaided)
+    made = Table(name, caption, columns, rows, files, [run.stage], heads=3, choice="" if unaided else unit)
+    return replace(made, folded=unaided, model=not unaided)
 
 
 def _running(system: System) -> Floats:
@@ -123,9 +125,10 @@ def _running_table(
     rows = [[step + 1, *(float(x) for one in values for x in one[step])] for step in range(steps)]
     records = ["forecasts.csv", "history.csv"] + (["systems.csv", "systems_scaled.csv"] if scales else [])
     files, name = [evaluation.file(record) for record in records], f"running-rmse-{run.stage}"
-    unit = "scaled units, by the ratio of the RMSE in both units" if scales else "raw units"
-    caption = f"Running RMSE of each shown system and species by step, {run.title}, {unit}."
-    return Table(f"{name}-scaled" if scales else name, caption, columns, rows, files, [run.stage], folded=True)
+    name, choice = (f"{name}-scaled", "scaled units") if scales else (name, "raw units")
+    by = ", by the ratio of the RMSE in both units" if scales else ""
+    caption = f"Running RMSE of each shown system and species by step, {run.title}, {choice}{by}."
+    return Table(name, caption, columns, rows, files, [run.stage], folded=True, choice=choice)
 
 
 def _tokens(study: Study, run: Run, evaluation: Evaluation) -> list[Block]:

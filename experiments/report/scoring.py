@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 from experiments import plots
@@ -105,27 +106,24 @@ def scores(study: Study) -> Section:
     blocks: list[Block] = []
     for run, evaluation in reversed(study.main()):
         blocks.append(Text([run.title.capitalize()], "heading"))
-        both = [row for row in evaluation.scores if row["unit"] == "raw" and row["variable"] == "all"]
-        blocks.append(_scores(run, evaluation, both, "", "all species, raw units", folded=False))
-        rest = [row for row in evaluation.scores if row["unit"] == "raw" and row["variable"] != "all"]
-        blocks.append(_scores(run, evaluation, rest, "-species", "each species, raw units"))
-        scaled = [row for row in evaluation.scores if row["unit"] == "scaled"]
-        if scaled:
-            blocks.append(_scores(run, evaluation, scaled, "-scaled", "scaled units, as the reports have them"))
+        for each in (False, True):
+            for unit, as_what in (("raw", ""), ("scaled", ", as the reports have them")):
+                rows = [r for r in evaluation.scores if r["unit"] == unit and (r["variable"] != "all") == each]
+                if rows:
+                    blocks.append(_scores(run, evaluation, rows, each, f"{unit} units", as_what))
         for part in ("validation", "test"):
             if any(row["part"] == part for row in evaluation.horizon):
                 blocks.append(_horizon(study, run, evaluation, part))
     return Section("scores", "Scores of all forecasters", blocks)
 
 
-def _scores(
-    run: Run, evaluation: Evaluation, rows: Sequence[Row], suffix: str, what: str, folded: bool = True
-) -> Table:
+def _scores(run: Run, evaluation: Evaluation, rows: Sequence[Row], each: bool, unit: str, as_what: str) -> Table:
+    """The scores in one unit: over all species, or of `each`, which is folded."""
     names = (
         "part forecaster variable series mse rmse mae mape smape mase wql r2 skill reference difference won win_rate "
     )
     columns = named(f"{names} unparsed_steps steps", intervals="mse mae difference", difference="MSE - its", steps="of")
-    if not suffix:
+    if not each:
         columns = [column for column in columns if column.name != "variable"]
     copied = {_key(row): row["mse"] for row in rows if row["forecaster"] == row["reference"]}
     values = []
@@ -135,9 +133,11 @@ def _scores(
         intervals = [column.name for column in columns if column.kind == "interval"]
         ends = {name: (own[name], own[f"{name}_low"], own[f"{name}_high"]) for name in intervals}
         values.append([ends[c.name] if c.name in ends else own[c.name] for c in columns])
-    caption = f"Scores over {evaluation.scored}, {run.title}, {what}; intervals by a bootstrap over series. {ANCHORS}"
-    files, name, heads = [evaluation.file("scores.csv")], f"scores-{run.stage}{suffix}", 3 if suffix else 2
-    return Table(name, caption, columns, values, files, [run.stage], heads=heads, folded=folded).without_empty()
+    what = f"{run.title}, {'each' if each else 'all'} species, {unit}{as_what}"
+    caption = f"Scores over {evaluation.scored}, {what}; intervals by a bootstrap over series. {ANCHORS}"
+    name = f"scores-{run.stage}{'-species' * each}{'-scaled' * unit.startswith('scaled')}"
+    made = Table(name, caption, columns, values, [evaluation.file("scores.csv")], [run.stage], choice=unit)
+    return replace(made, heads=3 if each else 2, folded=each).without_empty()
 
 
 def with_interval(row: Row) -> tuple[float, float, float]:

@@ -7,7 +7,7 @@ import numpy as np
 
 from experiments import plots
 from experiments.plots.gradients import by_layer
-from experiments.plots.training import smoothing
+from experiments.plots.training import smoothing, training_shown
 from experiments.report.document import Block, Figure, Number, Section, Table, Text, named
 from experiments.report.evaluation import Floats
 from experiments.report.study import STAGES, Run, Study
@@ -47,9 +47,15 @@ def curves(study: Study) -> Section:
             over = "steps" if x == "step" else "training FLOPs"
             smooth = any(smoothing(len(curve["train"])) > 1 for curve in drawn)
             raw = ", each step and the mean of the last ones," if smooth else ""
-            caption = f"Training loss{raw} and validation loss of {what} over {over}; step 0 is the untrained model."
+            less = f", less that of {drawn[0]['name']},"
+            training = {
+                "loss": f"Training loss{raw} and validation",
+                "difference": f"Training loss{less} and validation",
+            }
+            said = training.get(training_shown(drawn), "Validation")
+            caption = f"{said} loss of {what} over {over}; step 0 is the untrained model."
             draw = partial(plots.loss_curves, drawn, x=x, label=study.label)
-            blocks.append(Figure(f"loss-{name}-by-{x}", caption, draw, files, ran))
+            blocks.append(Figure(f"loss-{name}-by-{x}", caption, draw, files, ran, choice=f"over {over}"))
     for run in study.of("final"):
         half = [_second_half(curve_of(study, run))]
         caption = "Loss of the final run over the second half of its steps."
