@@ -1,15 +1,12 @@
 """What people type who come from Hugging Face: its names for options of ours, and what to write where there is none."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qwen_min import generate as plain
-
-if TYPE_CHECKING:
-    from qwen_min.model import Qwen
 
 INSTEAD = {
     "max_length": "max_new_tokens, which counts new tokens alone",
@@ -98,7 +95,7 @@ def from_pretrained_options(dtype: Any, device: Any, offline: bool, others: Mapp
 
 
 def generate(
-    model: "Qwen",
+    model,
     ids: Tensor | Sequence[Sequence[int]] | Encoding | None = None,
     max_new_tokens: int | None = None,
     *,
@@ -115,6 +112,7 @@ def generate(
     """Prompt and new tokens up to one that ends the text, greedy by default: `generate.generate` by other names too.
 
     Args:
+        model: a `Qwen`.
         ids, input_ids: (B, T) prompts of one length, a list of prompts of any lengths, or what a tokenizer returned.
         max_new_tokens: new tokens per prompt.
         stop, eos_token_id: tokens that end a prompt's generation; `model.stop_ids` by default, () for none.
