@@ -268,6 +268,9 @@ def _settings(p: argparse.ArgumentParser, *groups: str) -> None:
     if "train" in groups:
         drift = "continue with another torch, device, dtype, processor, number of threads or processes: bits may differ"
         add("--allow-drift", action="store_true", help=f"{drift}; the manifest lists it")
+        add(
+            "--log", metavar="PROGRAM", help="curves and pictures for tensorboard too, in the run's tensorboard/ (none)"
+        )
     add = p.add_argument_group("the model").add_argument
     add("--model", help="a model's folder or hub id (weights/pocket)")
     add("--revision", help="of the hub's model: branch, tag or commit")
