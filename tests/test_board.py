@@ -87,7 +87,7 @@ def test_every_point_of_the_records_stands_once_after_a_kill_and_for_cells_that_
         assert main([*TRAIN, "--log", "tensorboard"]) == 0
     assert shown() == curves
     events = EventAccumulator("t/tensorboard/figures").Reload()
-    (image,) = events.Images("forecasts")
+    (image,) = events.Images("figures/forecasts")
     Path("shown.png").write_bytes(image.encoded_image_string)
     np.testing.assert_array_equal(np.asarray(Image.open("shown.png")), picture)
 

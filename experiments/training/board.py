@@ -75,7 +75,7 @@ def finish(out: Path) -> None:
     with closing(_writer(out / FOLDER / "figures")) as writer:
         for path in sorted((out / "figures").glob("*.png")):
             with Image.open(path) as picture:
-                writer.add_image(path.stem, np.asarray(picture.convert("RGB")), dataformats="HWC")
+                writer.add_image(f"figures/{path.stem}", np.asarray(picture.convert("RGB")), dataformats="HWC")
 
 
 def _place(out: Path, folder: RunFolder) -> Path:
