@@ -132,7 +132,8 @@ def generate(
     known = {"seed", "top_k", "top_p", "repetition_penalty"}
     refuse("generate", {name: value for name, value in options.items() if name not in known})
     if isinstance(ids, Encoding):
-        ids, attention_mask = ids.input_ids, ids.attention_mask
+        attention_mask = ids.attention_mask
+        ids = ids.input_ids
     prompts = _one("ids", ids, "input_ids", input_ids)
     if prompts is None or max_new_tokens is None:
         raise ValueError("generate has no " + ("prompts" if prompts is None else "max_new_tokens") + ": expected both")

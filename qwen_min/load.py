@@ -125,7 +125,8 @@ def save_pretrained(model, folder: Path) -> None:
         raise ValueError(f"the model has {own[0]}, which is no weight of Qwen2: expected LoRA merged, no logit bias")
     stored = str(state["model.embed_tokens.weight"].dtype).removeprefix("torch.")
     folder.mkdir(parents=True, exist_ok=True)
-    stops = {"eos_token_id": list(model.stop_ids)} if model.stop_ids else {}
+    ids = list(model.stop_ids)
+    stops = {"eos_token_id": ids if len(ids) > 1 else ids[0]} if ids else {}
     config = json.dumps(model.config.to_dict() | {"torch_dtype": stored} | stops, indent=2)
     (folder / "config.json").write_text(f"{config}\n", encoding="utf-8")
     (folder / "model.safetensors").write_bytes(to_bytes(state))
