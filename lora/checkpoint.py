@@ -1,12 +1,13 @@
 """Adapters on disk, in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`, which carries a digest."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lora.layer import add_logit_bias, add_lora, check, lora_layers
+from lora.layer import adapt, add_logit_bias, check, linear_layers, lora_layers
 from qwen_min.config import read_object
 from qwen_min.load import expanded, listed
 from qwen_min.model import Qwen
@@ -37,6 +38,8 @@ _HARMLESS = {
     "eva_config",
     "runtime_config",
     "ensure_weight_tying",
+    "rank_pattern",
+    "alpha_pattern",
 }
 
 
@@ -79,8 +82,8 @@ def save_adapter(model: Qwen, folder: str | Path, base: str = "", dtype: torch.d
         "fan_in_fan_out": False,
         "use_dora": False,
         "use_rslora": False,
-        "rank_pattern": {},
-        "alpha_pattern": {},
+        "rank_pattern": {name: layer.rank for name, layer in layers.items() if layer.rank != one.rank},
+        "alpha_pattern": {name: layer.alpha for name, layer in layers.items() if layer.alpha != one.alpha},
         "modules_to_save": None,
         "inference_mode": True,
         "target_modules": _endings(layers, model),
@@ -105,15 +108,17 @@ def load_adapter(model: Qwen, folder: str | Path) -> Qwen:
     folder = expanded(folder)
     config, path = _read_config(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
     tensors, bias = _read(path), _read_bias(folder / "logit_bias.safetensors", model.config.vocab_size)
-    rank, dropout = config["r"], config.get("lora_dropout") or 0.0
-    alpha = config["lora_alpha"] * (rank**0.5 if config.get("use_rslora") else 1)  # scale by alpha / sqrt(r)
+    dropout = config.get("lora_dropout") or 0.0
     try:
-        layers = check(model, rank, alpha, config["target_modules"], dropout)
+        sizes = _sizes(model, config, dropout)
     except ValueError as e:
         raise ValueError(f"{folder / 'adapter_config.json'}: {e}") from None
-    shapes: dict[str, list[int]] = {}
-    for name, layer in layers.items():
-        outputs, inputs = layer.weight.shape
+    except (re.error, OverflowError, RecursionError) as e:
+        what = f"a pattern is no regular expression ({e}): expected one"
+        raise ValueError(f"{folder / 'adapter_config.json'}: {what}") from None
+    shapes, linear = dict[str, list[int]](), linear_layers(model)
+    for name, (rank, _) in sizes.items():
+        outputs, inputs = linear[name].weight.shape
         shapes |= {_key(name, "A"): [rank, inputs], _key(name, "B"): [outputs, rank]}
     wrong = (
         [f"missing {k}" for k in sorted(shapes.keys() - tensors.keys())]
@@ -130,12 +135,38 @@ def load_adapter(model: Qwen, folder: str | Path) -> Qwen:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError(f"{path}: {'; '.join(wrong[:3])}{more}: expected the matrices of its adapter_config.json")
     # Everything is checked: only now is the model changed.
-    add_lora(model, rank, alpha, config["target_modules"], dropout, seed=0)
+    adapt(model, sizes, dropout, torch.Generator().manual_seed(0))
     with torch.no_grad():
         for name, layer in lora_layers(model):
             layer.lora_a.copy_(tensors[_key(name, "A")])
             layer.lora_b.copy_(tensors[_key(name, "B")])
     return model if bias is None else add_logit_bias(model, bias)
+
+
+def _sizes(model: Qwen, config: dict[str, Any], dropout: float) -> dict[str, tuple[int, float]]:
+    """Rank and alpha of each layer that PEFT would adapt, by its `check_target_module_exists` and `get_pattern_key`.
+
+    A text as target is a regular expression of whole names; of a pattern's, which are of their ends, the first holds.
+    """
+    rank, alpha, targets = config["r"], config["lora_alpha"], config["target_modules"]
+    if isinstance(targets, str) and targets != "all-linear":
+        targets = [name for name in linear_layers(model) if re.fullmatch(config["target_modules"], name)]
+        if not targets:
+            what = f"target_modules is {config['target_modules']!r:.200}, which matches no linear layer"
+            raise ValueError(f"{what}: expected a regular expression of whole names")
+
+    def own(pattern: str, name: str, default: Any) -> Any:
+        given = config.get(pattern) or {}
+        return next((value for key, value in given.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+
+    sizes = {
+        name: (own("rank_pattern", name, rank), own("alpha_pattern", name, alpha))
+        for name in check(model, rank, alpha, targets, dropout)
+    }
+    for one in set(sizes.values()):
+        check(model, *one, targets, dropout)
+    root = config.get("use_rslora")  # the scale is alpha / sqrt(r)
+    return {name: (r, a * r**0.5 if root else a) for name, (r, a) in sizes.items()}
 
 
 def _key(layer: str, half: str) -> str:
@@ -168,10 +199,18 @@ def _read_config(path: Path) -> dict:
                 f"{path}: {listed([name])} is {value!r:.200}: expected {expected}: no other is implemented"
             )
     targets = config.get("target_modules")
-    if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets) or not targets:
-        raise ValueError(f"{path}: target_modules is {targets!r:.200}: expected a list of layer names")
-    for name, kinds in {"r": (int,), "lora_alpha": (int, float), "lora_dropout": (int, float, type(None))}.items():
-        value = config.get(name)
+    if not targets or not isinstance(targets, str | list) or not all(isinstance(t, str) for t in targets):
+        raise ValueError(f"{path}: target_modules is {targets!r:.200}: expected layer names or a regular expression")
+    patterns = {name: config.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
+    for name, pattern in patterns.items():
+        if not isinstance(pattern, dict):
+            raise ValueError(f"{path}: {name} is {pattern!r:.200}: expected an object of numbers")
+    numbers: list[tuple[str, Any, tuple[type, ...]]] = [
+        *(("r", value, (int,)) for value in (config.get("r"), *patterns["rank_pattern"].values())),
+        *(("lora_alpha", v, (int, float)) for v in (config.get("lora_alpha"), *patterns["alpha_pattern"].values())),
+        ("lora_dropout", config.get("lora_dropout"), (int, float, type(None))),
+    ]
+    for name, value, kinds in numbers:
         if type(value) not in kinds or (isinstance(value, int) and abs(value) >= 2**63):
             raise ValueError(f"{path}: {name} is {value!r:.200}: expected a number")
     return config

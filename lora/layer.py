@@ -1,7 +1,7 @@
 """The LoRA layer, and how a model gets it."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -102,11 +102,19 @@ def add_lora(
     alpha = rank if alpha is None else alpha
     layers = check(model, rank, alpha, targets, dropout)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
+    return adapt(model, dict.fromkeys(layers, (rank, alpha)), dropout, generator)
+
+
+def adapt(
+    model: Qwen, sizes: Mapping[str, tuple[int, float]], dropout: float = 0.0, generator: torch.Generator | None = None
+) -> Qwen:
+    """As `add_lora`, unchecked: each layer that `sizes` names gets its own rank and alpha."""
+    linear = linear_layers(model)
     model.requires_grad_(False)
     if model.logit_bias is not None:
         model.logit_bias.requires_grad_(True)
-    for name, base in layers.items():
-        parent, _, child = name.rpartition(".")
+    for name, (rank, alpha) in sizes.items():
+        base, (parent, _, child) = linear[name], name.rpartition(".")
         layer = LoRALinear(base, rank, alpha, dropout, generator).train(base.training)
         setattr(model.get_submodule(parent), child, layer)
     return model
@@ -122,7 +130,7 @@ def check(model: Qwen, rank: int, alpha: float, targets: str | Sequence[str], dr
         raise ValueError(f"dropout is {dropout!r}: expected at least 0, less than 1")
     if any(True for _ in lora_layers(model)):
         raise ValueError("the model has LoRA already: expected one without")
-    linear = {name: m for name, m in model.named_modules() if isinstance(m, Linear) and name != "lm_head"}
+    linear = linear_layers(model)
     targets = [targets] if isinstance(targets, str) else list(targets)
     if targets == ["all-linear"]:
         targets = list(linear)
@@ -131,6 +139,11 @@ def check(model: Qwen, rank: int, alpha: float, targets: str | Sequence[str], dr
             kinds = sorted({name.rpartition(".")[2] for name in linear})
             raise ValueError(f"target {target!r} matches no linear layer: expected one of {', '.join(kinds)}")
     return {name: m for name, m in linear.items() if any(_matches(name, target) for target in targets)}
+
+
+def linear_layers(model: Qwen) -> dict[str, Linear]:
+    """The linear layers by name, all but the head."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, Linear) and name != "lm_head"}
 
 
 def _matches(name: str, target: str) -> bool:

@@ -44,6 +44,10 @@ class FlopMeter:
     def __exit__(self, *_: object) -> None:
         _meters.set(tuple(m for m in _meters.get() if m is not self))
 
+    def __repr__(self) -> str:
+        totals = ", ".join(f"{name}={getattr(self, name):,}" for name in ("total", "backward", "training"))
+        return f"FlopMeter({self.convention!r}, {totals})"
+
     def charges(self) -> Iterator[Charge]:
         """Every kind of charge, in the order it was first seen."""
         for (module, price, dims), count in self._counts.items():
@@ -161,6 +165,10 @@ class Metered(nn.Module):
     """An `nn.Module` whose name in the model (`path`) is what its ops are charged under while its forward runs."""
 
     path = ""
+
+    def extra_repr(self) -> str:
+        """Its own parameters and their shapes, for `repr`."""
+        return ", ".join(f"{name} {list(value.shape)}" for name, value in self.named_parameters(recurse=False))
 
     def __call__(self, *args, **kwargs):
         if is_compiling() or not _meters.get():

@@ -10,10 +10,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from qwen_min.config import QwenConfig, how_to_fetch
+from qwen_min.config import QwenConfig, how_to_fetch, read_object
+from qwen_min.habits import from_pretrained_options
 from qwen_min.tensors import check_names, to_bytes, unreadable
 
-_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "*.safetensors", "model.safetensors.index.json"]
+_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+_FILES += ["*.safetensors", "model.safetensors.index.json"]
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 _FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
@@ -79,8 +81,9 @@ def _reason(problem: Exception, revision: str | None) -> str:
     return f"could not be fetched ({kind})"
 
 
-def from_pretrained(cls, name_or_folder, dtype, device, revision, offline, compute_dtype):
+def from_pretrained(cls, name_or_folder, dtype, device, revision, offline, compute_dtype, others):
     """See `Qwen.from_pretrained`, whose arguments these are."""
+    dtype, device, offline = from_pretrained_options(dtype, device, offline, others)
     dtype, compute_dtype = _float("dtype", dtype), _float("compute_dtype", compute_dtype)
     folder = resolve(name_or_folder, revision, offline)
     config = QwenConfig.from_file(folder / "config.json")
@@ -92,12 +95,24 @@ def from_pretrained(cls, name_or_folder, dtype, device, revision, offline, compu
     tensors = read_tensors(folder, expected, dtype, device)
     model.load_state_dict(tensors, strict=False, assign=True)  # read_tensors was strict already
     model.tie_weights()
+    model.stop_ids = stop_ids(folder, config.vocab_size)
     if compute_dtype is not None:
         model.model.embed_tokens.compute_dtype = compute_dtype
         for parameter in model.parameters():
             if parameter.ndim == 1:  # norms and biases: a few kilobytes, which each forward would widen again
                 parameter.data = parameter.to(compute_dtype)
     return model.eval()
+
+
+def stop_ids(folder: Path, vocab_size: int) -> tuple[int, ...]:
+    """`eos_token_id` of generation_config.json, or of config.json; without those that are no token of the model."""
+    for path in (folder / "generation_config.json", folder / "config.json"):
+        if path.is_file() and (given := read_object(path, "a JSON object").get("eos_token_id")) is not None:
+            ids = given if isinstance(given, list) else [given]
+            if not all(type(number) is int for number in ids):
+                raise ValueError(f"{path}: eos_token_id is {given!r:.200}: expected a token's id, or a list of them")
+            return tuple(number for number in ids if 0 <= number < vocab_size)
+    return ()
 
 
 def save_pretrained(model, folder: Path) -> None:
@@ -110,7 +125,9 @@ def save_pretrained(model, folder: Path) -> None:
         raise ValueError(f"the model has {own[0]}, which is no weight of Qwen2: expected LoRA merged, no logit bias")
     stored = str(state["model.embed_tokens.weight"].dtype).removeprefix("torch.")
     folder.mkdir(parents=True, exist_ok=True)
-    config = json.dumps(model.config.to_dict() | {"torch_dtype": stored}, indent=2)
+    ids = list(model.stop_ids)
+    stops = {"eos_token_id": ids if len(ids) > 1 else ids[0]} if ids else {}
+    config = json.dumps(model.config.to_dict() | {"torch_dtype": stored} | stops, indent=2)
     (folder / "config.json").write_text(f"{config}\n", encoding="utf-8")
     (folder / "model.safetensors").write_bytes(to_bytes(state))
 

@@ -6,13 +6,13 @@ Dimension letters, here and in every module:
 Parameter names are Hugging Face's, so official weights load without a map.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qwen_min import generate, load, loss, ops, trace
+from qwen_min import habits, load, loss, ops, trace
 from qwen_min.cache import KVCache
 from qwen_min.config import QwenConfig
 from qwen_min.flops import Metered
@@ -84,7 +84,9 @@ class Qwen(Metered):
     The parameters are initialised as Hugging Face does (normal, .02); `from_pretrained` loads released ones.
     """
 
+    stop_ids: tuple[int, ...] = ()  # tokens that end what is generated, as the weights' folder says
     trace = trace.trace
+    generate = habits.generate
 
     def __init__(self, config: QwenConfig):
         super().__init__()
@@ -110,6 +112,7 @@ class Qwen(Metered):
         offline: bool = False,
         *,
         compute_dtype: torch.dtype | str | None = None,
+        **others: Any,
     ) -> "Qwen":
         """A model with the weights of a folder in Hugging Face layout, or of a hub id (fetched once, then cached).
 
@@ -122,12 +125,13 @@ class Qwen(Metered):
             offline: never open a connection; what is not cached is an error.
             compute_dtype: the type of activations and products, `dtype` by default. With `dtype=torch.bfloat16,
                 compute_dtype=torch.float32` the weights take half the memory and are widened in each product.
+            others: Hugging Face's `torch_dtype`, `device_map`, `local_files_only` for dtype, device and offline.
 
         Raises:
             ValueError: a file is missing, damaged, or does not fit the configuration, or a type is not floating-point;
                 the message names it.
         """
-        return load.from_pretrained(cls, name_or_folder, dtype, device, revision, offline, compute_dtype)
+        return load.from_pretrained(cls, name_or_folder, dtype, device, revision, offline, compute_dtype, others)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors, in the type of the weights; ValueError: LoRA that is not merged."""
@@ -172,10 +176,6 @@ class Qwen(Metered):
         """What `loss` sums: the cross-entropy of each token in nats, (B, T) float64, without a gradient."""
         hidden = self.model(ids, padding=padding)
         return loss.token_cross_entropy(hidden, self.lm_head, targets, self.logit_bias, vocabulary)
-
-    def generate(self, ids: "Tensor | Sequence[Sequence[int]]", max_new_tokens: int, **options) -> "Tensor | list":
-        """Prompt and up to `max_new_tokens` new tokens, greedy by default. See `generate.generate`."""
-        return generate.generate(self, ids, max_new_tokens, **options)
 
     def tie_weights(self) -> None:
         """Make the head the embedding table, where the configuration ties them."""

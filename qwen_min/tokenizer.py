@@ -1,15 +1,16 @@
 """Qwen's byte-level BPE tokenizer, read from `tokenizer.json`."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import tokenizers
+from torch import Tensor
 
-from qwen_min import load
-from qwen_min.config import how_to_fetch
+from qwen_min import habits, load
+from qwen_min.config import how_to_fetch, read_object
 
 SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 """The system message that Qwen2.5's own chat template puts where none is given."""
@@ -17,6 +18,9 @@ SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 ROLES = ("system", "user", "assistant")
 OF_A_TURN = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 """The tokens that begin and end what somebody says; none may stand in a message."""
+
+ANSWER = "<|im_start|>assistant\n"
+"""What the assistant's answer follows."""
 
 OTHERS = ("WordLevel", "WordPiece", "Unigram")
 """Kinds of tokenizer that the library knows besides BPE."""
@@ -69,9 +73,57 @@ class Tokenizer:
         except Exception as e:
             raise ValueError(f"{ascii(text)[:80]} cannot be encoded ({e}): expected Unicode text") from None
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, special tokens left out; bytes that are not UTF-8 become U+FFFD."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+    def decode(self, ids: Sequence[int] | Tensor, skip_special_tokens: bool = True) -> str:
+        """The text of token ids, special tokens left out by default; bytes that are not UTF-8 become U+FFFD."""
+        numbers = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+        return self._tokenizer.decode(numbers, skip_special_tokens=skip_special_tokens)
+
+    def batch_decode(
+        self, rows: Sequence[Sequence[int] | Tensor] | Tensor, skip_special_tokens: bool = True
+    ) -> list[str]:
+        """The text of each row of token ids, as `decode`."""
+        return [self.decode(row, skip_special_tokens) for row in rows]
+
+    def __call__(
+        self, text: str | Sequence[str], *, return_tensors: str | None = None, padding: bool = False, **others: Any
+    ) -> habits.Encoding:
+        """`input_ids` and `attention_mask` of a text, or of each of several.
+
+        Args:
+            text: one or several.
+            return_tensors: "pt" for tensors (B, T), None for lists.
+            padding: to one length, at the start of a row, where `generate` wants it.
+        """
+        habits.refuse("tokenizer(text)", others)
+        rows = [self.encode(one) for one in ([text] if isinstance(text, str) else text)]
+        return habits.encoding(rows, isinstance(text, str), return_tensors, padding, self.pad_token_id)
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Mapping[str, str]],
+        *,
+        tokenize: bool = True,
+        add_generation_prompt: bool = False,
+        return_dict: bool = True,
+        return_tensors: str | None = None,
+        **others: Any,
+    ) -> Any:
+        """A conversation in Qwen2.5's chat format: see `chat`, whose errors these are.
+
+        Args:
+            conversation: messages {"role": "user", "content": TEXT}.
+            tokenize: False for the text, True for its ids.
+            add_generation_prompt: end where the assistant's answer begins.
+            return_dict: ids as `tokenizer(text)` returns them; False for them alone.
+            return_tensors: "pt" for tensors (1, T), None for lists.
+        """
+        habits.refuse("apply_chat_template", others)
+        text = self.chat(habits.turns(conversation))
+        text = text if add_generation_prompt else text.removesuffix(ANSWER)
+        if not tokenize:
+            return text
+        ids = self(text, return_tensors=return_tensors)
+        return ids if return_dict else ids.input_ids
 
     def token_id(self, token: str) -> int:
         """The id of one token, such as "<|im_end|>"; ValueError where the vocabulary lacks it."""
@@ -79,6 +131,22 @@ class Tokenizer:
         if number is None:
             raise ValueError(f"{self.path}: has no token {token!r}: expected the tokenizer of a Qwen2.5")
         return number
+
+    @cached_property
+    def eos_token(self) -> str:
+        """The token that ends a text: that of the tokenizer_config.json beside the file, or "<|im_end|>"."""
+        beside = self.path.with_name("tokenizer_config.json")
+        token = read_object(beside, "a JSON object").get("eos_token") if beside.is_file() else None
+        token = token.get("content") if isinstance(token, dict) else token
+        return token if isinstance(token, str) else "<|im_end|>"
+
+    @property
+    def eos_token_id(self) -> int:
+        return self.token_id(self.eos_token)
+
+    @property
+    def pad_token_id(self) -> int:
+        return self.token_id("<|endoftext|>")
 
     def check_fits(self, vocab_size: int) -> None:
         """Raise ValueError where an id is beyond a model's vocabulary, as with the tokenizer of another model."""
@@ -130,7 +198,7 @@ class Tokenizer:
         if not messages or messages[0][0] != "system":
             messages = [("system", SYSTEM), *messages]
         turns = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in messages)
-        return turns + "<|im_start|>assistant\n"
+        return turns + ANSWER
 
 
 def _fault(file: Any) -> str:

@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lora.layer
+from experiments.accounting.predict import predict
+from experiments.task.model import trained as what_was_trained
 from lora import LoRALinear, add_logit_bias, add_lora, load_adapter, merge, save_adapter, unmerge
 from qwen_min import FlopMeter, Qwen
 
@@ -123,17 +125,29 @@ def test_an_adapter_of_ours_opens_in_peft_with_the_same_logits(targets, referenc
         {"use_rslora": True},
         {"target_modules": "all-linear"},
         {"target_modules": ["layers.1.mlp.up_proj", "v_proj"], "lora_alpha": 2.5},
+        {"target_modules": r".*self_attn\.(q|v)_proj"},
+        {"target_modules": r"model\.layers\.1\..*_proj", "rank_pattern": {"q_proj": 5}},
+        {"rank_pattern": {"q_proj": 5, "layers.0.*v_proj": 2}, "alpha_pattern": {r"\d.self_attn.v_proj": 11}},
+        {"rank_pattern": {"^model.layers.1.self_attn.q_proj": 5, "v_proj": 1}, "use_rslora": True},
     ],
     ids=str,
 )
 def test_an_adapter_of_peft_opens_here_with_the_same_logits(options, reference, tmp_path):
+    from peft import PeftModel
+
     folder, theirs = reference()
     base = logits(theirs.double())
     wrapped = peft_of(theirs, **options)
     wrapped.save_pretrained(tmp_path / "adapter")
-    ours = load_adapter(Qwen.from_pretrained(folder, torch.float64), tmp_path / "adapter")
+    ours, expected = load_adapter(Qwen.from_pretrained(folder, torch.float64), tmp_path / "adapter"), logits(wrapped)
     assert (logits(ours) - base).abs().max() > 0.05
-    torch.testing.assert_close(logits(ours), logits(wrapped), atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(logits(ours), expected, atol=TOLERANCE, rtol=0)
+    save_adapter(ours, tmp_path / "ours")
+    again = PeftModel.from_pretrained(wrapped.unload(), tmp_path / "ours").eval()
+    torch.testing.assert_close(logits(again), expected, atol=TOLERANCE, rtol=0)
+    with FlopMeter() as meter:
+        logits(ours)
+    assert predict(ours.config, *IDS.shape, **what_was_trained(ours)).total == meter.total
 
 
 def test_an_adapter_saved_and_loaded_gives_the_same_logits_to_the_bit(adapter, random_model):
@@ -368,13 +382,10 @@ def refused(model: Qwen, folder: Path) -> str:
     "options",
     [
         {"use_dora": True},
-        {"rank_pattern": {"q_proj": 4}},
-        {"alpha_pattern": {"q_proj": 4}},
         {"bias": "all"},
         {"modules_to_save": ["lm_head"]},
         {"layers_to_transform": [1]},
         {"exclude_modules": ["v_proj"]},
-        {"target_modules": r".*self_attn\.(q|v)_proj"},
         {"init_lora_weights": "pissa"},
         {"init_lora_weights": "olora"},
         {"trainable_token_indices": [1, 2]},
@@ -421,7 +432,15 @@ def test_an_adapter_of_peft_for_the_table_or_the_head_is_refused_by_its_target(t
         ({"lora_alpha": "7"}, "lora_alpha is '7'"),
         ({"lora_alpha": float("inf")}, "alpha is inf"),
         ({"lora_dropout": 2}, "dropout is 2"),
-        ({"target_modules": "all-linear"}, "target_modules is 'all-linear'"),
+        ({"target_modules": "all-linear"}, "missing base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"),
+        ({"target_modules": "q_proj"}, "target_modules is 'q_proj', which matches no linear layer: expected a regular"),
+        ({"target_modules": "(q"}, "a pattern is no regular expression (missing ), unterminated"),
+        ({"rank_pattern": {"a{9999999999}": 1}}, "a pattern is no regular expression (the repetition number is too"),
+        ({"rank_pattern": {"q_proj": "4"}}, "r is '4': expected a number"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank is 0: expected"),
+        ({"rank_pattern": {"q_proj": 4}}, "layers.0.self_attn.q_proj.lora_A.weight is [3, 48], not [4, 48]"),
+        ({"rank_pattern": ["q_proj"]}, "rank_pattern is ['q_proj']: expected an object of numbers"),
+        ({"alpha_pattern": {"q_proj": -1}}, "alpha is -1: expected a positive number"),
         ({"target_modules": []}, "target_modules is []"),
         ({"target_modules": [1]}, "target_modules is [1]"),
         ({"target_modules": None}, "target_modules is None"),

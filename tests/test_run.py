@@ -1,6 +1,7 @@
 """The command line: one line and exit code 2 for bad input, JSON alone on stdout, an example in every --help."""
 
 import csv
+import io
 import json
 import shlex
 import shutil
@@ -14,7 +15,9 @@ import numpy as np
 import pytest
 
 from experiments import run
+from experiments.accounting.predict import generation
 from experiments.verbs import arguments
+from qwen_min import QwenConfig, Tokenizer
 from qwen_min.fast import product
 from qwen_min.prices import PRIMITIVES
 
@@ -290,7 +293,69 @@ def test_generate_streams_a_greedy_continuation_to_stdout(capsys):
     chat = ["--prompt", "1.00,2.00;", "--chat", "--max-new-tokens", "3", "--temperature", "1"]
     assert run.main(["generate", *chat]) == 0
     captured = capsys.readouterr()
-    assert captured.out and "the pocket model was never taught to chat" in captured.err
+    assert captured.out and "the pocket model cannot chat" in captured.err
+
+
+def test_generate_reads_a_conversation_or_a_prompt_and_counts_what_it_cost(capsys, monkeypatch):
+    """The same text by each way; a prompt of its own, whose line end is the shell's."""
+    talk = [{"role": "system", "content": "S"}, {"role": "user", "content": "1.00,2.00;"}]
+    Path("talk.json").write_text(json.dumps(talk))
+    ways: list[tuple[str, list[str]]] = [
+        ("", ["--chat", "talk.json"]),
+        (json.dumps(talk), ["--chat", "-"]),
+        (json.dumps(talk[1:]), ["--chat", "-", "--system", "S"]),
+        ("1.00,2.00;", ["--chat", "--system", "S"]),
+        ("", ["--prompt", "1.00,2.00;", "--chat", "--system", "S"]),
+        ("", ["--prompt", Tokenizer.chat([("system", "S"), ("user", "1.00,2.00;")])]),
+        ("1.00,2.00;\n", []),
+    ]
+    reports = []
+    for stdin, flags in ways:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        assert run.main(["generate", *flags, "--max-new-tokens", "6", "--json"]) == 0
+        reports.append(json.loads(capsys.readouterr().out))
+    assert reports[:-1] == [reports[0]] * 6
+    config, asked = QwenConfig.from_file(POCKET / "config.json"), {**reports[-1]}
+    assert asked["prompt_tokens"] == 10 and asked["new_tokens"] == len(asked["text"]) == 6 and not asked["stopped"]
+    assert asked["flops"] == asked["most_flops"] == generation(config, 1, 10, 6)
+    monkeypatch.setattr(Tokenizer, "token_id", lambda *_: Tokenizer(POCKET / "tokenizer.json").encode(asked["text"])[2])
+    assert run.main(["generate", "--prompt", "1.00,2.00;", "--max-new-tokens", "6", "--json"]) == 0
+    short = json.loads(capsys.readouterr().out)
+    assert short["text"] == asked["text"][:2] and (short["new_tokens"], short["stopped"]) == (3, True)
+    assert short["flops"] == generation(config, 1, 10, 3) and short["most_flops"] == asked["flops"]
+
+
+@pytest.mark.parametrize(
+    ("stdin", "flags", "message"),
+    [
+        ("{", ["--chat", "-"], "standard input: not valid JSON: expected a list of messages"),
+        ("[" * 9999, ["--chat", "-"], "standard input: not valid JSON"),
+        ('{"role": "user"}', ["--chat", "-"], "standard input: the conversation is {'role': 'user'}: expected a list"),
+        (
+            '[{"role": "user", "content": 3}]',
+            ["--chat", "-"],
+            "standard input: message 1 is {'role': 'user', 'content':",
+        ),
+        (
+            '[{"role": "tool", "content": "3"}]',
+            ["--chat", "-"],
+            "standard input: role is 'tool': expected one of system",
+        ),
+        (
+            '[{"role": "system", "content": ""}]',
+            ["--chat", "-", "--system", "S"],
+            "standard input: it has a system mess",
+        ),
+        ("", ["--chat", "nowhere"], "nowhere: No such file or directory: expected a file to read"),
+        ("", ["--chat", "t.json", "--prompt", "1"], "--prompt stands beside --chat t.json: expected one of the two"),
+        ("", ["--system", "S"], "--system stands without --chat: expected both"),
+        ("\n", [], "the prompt is empty: expected text"),
+    ],
+    ids=str,
+)
+def test_a_conversation_that_is_none_is_one_line(stdin, flags, message, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+    assert refused(capsys, "generate", *flags).startswith(message)
 
 
 def test_data_shows_two_worked_examples(capsys, tmp_path):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from lora import add_logit_bias, add_lora
-from lora.layer import TARGETS
+from lora.layer import TARGETS, adapt
 from qwen_min import FlopMeter, Qwen, QwenConfig
 from qwen_min.cache import KVCache
 from qwen_min.flops import unmetered
@@ -48,7 +48,7 @@ def on_meta(
     config: QwenConfig,
     batch: int,
     tokens: int,
-    rank: int = 0,
+    rank: int | Sequence[int] = 0,
     targets: Sequence[str] = TARGETS,
     cached: int = 0,
     logit_bias: bool = False,
@@ -56,7 +56,7 @@ def on_meta(
     """A model without weights, (batch, tokens) ids, and its cache of `cached` tokens, all on the meta device.
 
     Args:
-        rank, targets: of LoRA, as in `add_lora`; rank 0 for none.
+        rank, targets: of LoRA, as in `add_lora`; rank 0 for none, several for one of each target, a whole name.
         logit_bias: with a trainable bias on the logits.
     """
     with torch.device("meta"):
@@ -64,7 +64,9 @@ def on_meta(
         ids = torch.empty(batch, tokens, dtype=torch.int64)
     if logit_bias:
         add_logit_bias(model)
-    if rank:
+    if not isinstance(rank, int):
+        adapt(model, {name: (one, one) for name, one in zip(targets, rank, strict=True)})
+    elif rank:
         add_lora(model, rank, targets=targets)
     cache = None
     if cached:

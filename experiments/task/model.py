@@ -69,5 +69,6 @@ def save_trained(model: Qwen, folder: Path, settings: Settings) -> None:
 def trained(model: Qwen) -> dict[str, Any]:
     """What of a model was trained, as `predict` takes it: LoRA's rank and layers, and a bias on the logits."""
     layers = dict(lora_layers(model))
-    rank = next((layer.rank for layer in layers.values()), 0)
+    ranks = tuple(layer.rank for layer in layers.values())
+    rank = ranks if len(set(ranks)) > 1 else ranks[0] if ranks else 0
     return {"rank": rank, "targets": tuple(layers), "logit_bias": model.logit_bias is not None}

@@ -113,7 +113,8 @@ def run_cell(
     def note(record: dict[str, Any]) -> None:
         metrics.append(record)
         group.first(files.append_jsonl, folder.metrics, record)
-        progress({"cell": cell.name, "steps": state.steps, "context": settings.context} | record)
+        known = {"cell": cell.name, "folder": folder.path, "steps": state.steps, "context": settings.context}
+        progress(known | record)
 
     def finish() -> dict[str, Any]:
         summary = _summary(task, cell, model, metrics, state.flops, expected)

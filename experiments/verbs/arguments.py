@@ -215,8 +215,13 @@ def parser() -> argparse.ArgumentParser:
 
     p = verb("generate", "continue a prompt: the model as a model")
     _settings(p)
-    p.add_argument("--prompt", required=True, help="the text to continue, or to answer with --chat")
-    p.add_argument("--chat", action="store_true", help="put the prompt into Qwen's chat format")
+    p.add_argument("--prompt", help="the text to continue, or to answer with --chat (standard input)")
+    conversation = (
+        'answer in Qwen\'s chat format: the prompt, or FILE, a JSON list of {"role": "user", "content": TEXT};'
+    )
+    p.add_argument("--chat", nargs="?", metavar="FILE", help=f"{conversation} - is standard input")
+    p.add_argument("--system", metavar="TEXT", help="the chat's system message (Qwen's own)")
+    p.add_argument("--json", action="store_true", help="print one JSON object: text, tokens, FLOPs")
     p.add_argument("--max-new-tokens", type=int, default=200, help="(200)")
     p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (0)")
     p.add_argument("--top-p", type=float, default=1.0, help="nucleus of sampling (1)")
@@ -263,6 +268,9 @@ def _settings(p: argparse.ArgumentParser, *groups: str) -> None:
     if "train" in groups:
         drift = "continue with another torch, device, dtype, processor, number of threads or processes: bits may differ"
         add("--allow-drift", action="store_true", help=f"{drift}; the manifest lists it")
+        add(
+            "--log", metavar="PROGRAM", help="curves and pictures for tensorboard too, in the run's tensorboard/ (none)"
+        )
     add = p.add_argument_group("the model").add_argument
     add("--model", help="a model's folder or hub id (weights/pocket)")
     add("--revision", help="of the hub's model: branch, tag or commit")

@@ -9,6 +9,9 @@ from experiments.verbs.arguments import LEDGER
 
 if TYPE_CHECKING:
     from experiments.settings.record import Settings
+    from experiments.training.board import Board
+    from experiments.training.parallel import Mute
+    from experiments.training.progress import Report
 
 RECORDS = ("results.csv", "flops.csv")
 FORECASTER = Path(__file__).parents[2] / "weights" / "forecaster"
@@ -42,6 +45,24 @@ def adapter_of(args: Namespace) -> Path | None:
 def ledger_of(args: Namespace) -> Path:
     """Where FLOPs are charged."""
     return Path(getattr(args, "ledger", LEDGER))
+
+
+def watched(args: Namespace, settings: "Settings", out: Path) -> "Report | Board | Mute":
+    """What shows how far a run is, with --log in TensorBoard too; of a group, on the first rank alone."""
+    from experiments.training.board import Board, check
+    from experiments.training.parallel import Mute
+    from experiments.training.progress import Report
+
+    if logs(args):
+        check()
+    report = args.group.first(Report, settings.batch_size, settings.label, out)
+    return Mute() if report is None else Board(report, out) if logs(args) else report
+
+
+def logs(args: Namespace) -> bool:
+    if (log := getattr(args, "log", None)) not in (None, "tensorboard"):
+        raise ValueError(f"log is {log!r:.60}: expected tensorboard")
+    return log is not None
 
 
 def wrote(out: Path, *names: str, ledger: Path | None = None) -> None:

@@ -1,6 +1,7 @@
 """Verbs that train cells: `grid`, `train`."""
 
 import shlex
+import sys
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -16,9 +17,8 @@ from experiments.study.plan import Plan
 from experiments.study.run import run_stages
 from experiments.study.search import Search
 from experiments.study.shards import Shard, merge, run_shard
-from experiments.training import parallel, speed
-from experiments.training.progress import Report
-from experiments.verbs.common import RECORDS, gather, ledger_of, print_json, wrote
+from experiments.training import board, speed
+from experiments.verbs.common import RECORDS, gather, ledger_of, logs, print_json, watched, wrote
 
 CELLS = ("results.md", *RECORDS, "figures/", "cells/*/adapter/")
 
@@ -32,6 +32,7 @@ def grid(args: Namespace) -> None:
         best = min(results[1:], key=lambda row: float(row["validation_loss"]))["cell"]
         if (out / "cells" / best / "evaluation").is_dir():
             draw_shown(out, f"cells/{best}", out / "figures" / "forecasts.png", settings.label)
+        _logged(args, out)
         print((out / "results.md").read_text("utf-8"))
         wrote(out, *CELLS, ledger=ledger_of(args))
 
@@ -40,7 +41,8 @@ def train(args: Namespace) -> None:
     given, out = gather(args), Path(getattr(args, "out", "runs/train"))
     one = {"lr": given.learning_rates[-1:], "ranks": given.ranks[-1:]}
     alone = {"over": (), "rungs": (), "forecast_cells": getattr(args, "forecast_cells", False)}
-    results = _run(args, given.updated(one | alone), out)
+    if results := _run(args, given.updated(one | alone), out):
+        _logged(args, out)
     if results and hasattr(args, "json"):
         print_json(results[1] | {"untrained_validation_loss": results[0]["validation_loss"], "out": str(out)})
     elif results:
@@ -53,6 +55,12 @@ def train(args: Namespace) -> None:
         wrote(out, *CELLS, ledger=ledger_of(args))
 
 
+def _logged(args: Namespace, out: Path) -> None:
+    if logs(args):
+        board.finish(out)
+        print(f"curves: tensorboard --logdir {shlex.quote(str(out / board.FOLDER))}", file=sys.stderr)
+
+
 def _run(args: Namespace, settings: Settings, out: Path) -> list[dict[str, Any]]:
     """Run the cells, or a shard of them, or merge shards; the results where the grid is whole."""
     shard, ledger, allow_drift = Shard(*getattr(args, "shard", (1, 1))), ledger_of(args), hasattr(args, "allow_drift")
@@ -62,7 +70,7 @@ def _run(args: Namespace, settings: Settings, out: Path) -> list[dict[str, Any]]
     if hasattr(args, "merge"):
         merge(settings, out, ledger)
         return write_results(settings, out)
-    with closing(args.group.first(Report, settings.batch_size, settings.label, out) or parallel.Mute()) as progress:
+    with closing(watched(args, settings, out)) as progress:
         if hasattr(args, "shard"):
             waits = run_shard(settings, out, ledger, progress, shard, args.group, allow_drift)
             merge_it = f"grid --merge --out {shlex.quote(str(out))}"

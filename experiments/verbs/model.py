@@ -1,5 +1,6 @@
 """Verbs of the model itself: `generate`, `export`, `bench`, `pretrain-pocket`."""
 
+import json
 import shutil
 import sys
 from argparse import Namespace
@@ -9,44 +10,91 @@ from typing import Any
 
 import torch
 
+from experiments.accounting import predict
 from experiments.run_folder import files
 from experiments.settings.record import POCKET
-from experiments.task.model import trained_model
+from experiments.task.model import trained, trained_model
 from experiments.verbs.common import adapter_of, gather, print_json, wrote
 from lora import load_adapter, merge
-from qwen_min import Qwen, Tokenizer
+from qwen_min import FlopMeter, Qwen, Tokenizer
 from qwen_min.generate import stream
-from qwen_min.load import resolve
+from qwen_min.habits import turns
+from qwen_min.load import expanded, resolve
 
 
 def generate(args: Namespace) -> None:
-    settings, chat = gather(args), hasattr(args, "chat")
+    settings, chat, as_json = gather(args), hasattr(args, "chat"), hasattr(args, "json")
+    text = _asked(args)
     tokenizer = Tokenizer.from_pretrained(settings.model, settings.revision or None, settings.offline)
     model = trained_model(settings, adapter_of(args))
     tokenizer.check_fits(model.config.vocab_size)
-    ids = tokenizer.encode(Tokenizer.chat([("user", args.prompt)]) if chat else args.prompt)
+    ids, new = tokenizer.encode(text), list[int]()
     if not ids:
-        raise ValueError("--prompt is empty: expected text")
+        raise ValueError("the prompt is empty: expected text")
     stops = {tokenizer.token_id(name) for name in ("<|im_end|>", "<|endoftext|>")}
     if chat and settings.is_pocket:
-        print("the pocket model was never taught to chat: what follows is no answer", file=sys.stderr)
+        print("the pocket model cannot chat, it was never taught to: what follows is no answer", file=sys.stderr)
 
-    def new() -> Iterator[int]:
+    def shown() -> Iterator[int]:
         prompt = torch.tensor([ids], device=model.device)
         options = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.sample_seed}
         for step in stream(model, prompt, args.max_new_tokens, **options):
-            if (token := int(step)) in stops:
+            new.append(int(step))
+            if new[-1] in stops:
                 return
-            yield token
+            yield new[-1]
 
+    written = []
     try:
-        for piece in tokenizer.stream(new()):
-            print(piece, end="", flush=True)
+        with FlopMeter() as meter:
+            for piece in tokenizer.stream(shown()):
+                written.append(piece)
+                print(end="" if as_json else piece, flush=True)
     except ValueError as e:  # of what its weights lead to
         raise ValueError(f"{settings.model}: {e}") from None
-    print()
+    if as_json:
+        most = predict.generation(model.config, 1, len(ids), args.max_new_tokens, **trained(model))
+        counts = {"prompt_tokens": len(ids), "new_tokens": len(new), "stopped": bool(stops & set(new))}
+        print_json({"text": "".join(written), **counts, "flops": meter.total, "most_flops": most})
+    else:
+        print()
     if settings.label:
         print(f"[{settings.label}]", file=sys.stderr)
+
+
+def _asked(args: Namespace) -> str:
+    """What the model reads: --prompt, standard input, or the conversation of --chat in Qwen's format."""
+    given, system, where = (getattr(args, name, None) for name in ("prompt", "system", "chat"))
+    if given is not None and where is not None:
+        raise ValueError(f"--prompt stands beside --chat {where}: expected one of the two")
+    if given is where is None and sys.stdin.isatty():
+        raise ValueError("there is no prompt: expected --prompt TEXT, --chat FILE, or text on standard input")
+    text = given if given is not None else _text(where or "-")
+    if not hasattr(args, "chat"):
+        if system is not None:
+            raise ValueError("--system stands without --chat: expected both")
+        return text.removesuffix("\n") if given is None else text
+    name = "--prompt" if given is not None else "standard input" if where in (None, "-") else where
+    try:
+        messages = turns(json.loads(text)) if where else [("user", text)]
+        if system is not None and messages[0][0] == "system":
+            raise ValueError("it has a system message: expected none beside --system")
+        return Tokenizer.chat(messages if system is None else [("system", system), *messages])
+    except (json.JSONDecodeError, RecursionError):
+        raise ValueError(f"{name}: not valid JSON: expected a list of messages") from None
+    except ValueError as e:
+        raise ValueError(f"{name}: {e}") from None
+
+
+def _text(where: str) -> str:
+    """The text of a file, or of standard input for "-"."""
+    name = "standard input" if where == "-" else where
+    try:
+        return sys.stdin.read() if where == "-" else expanded(where).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{name}: not UTF-8: expected text") from None
+    except OSError as e:
+        raise ValueError(f"{name}: {e.strerror or e}: expected a file to read") from None
 
 
 def bench(args: Namespace) -> None:

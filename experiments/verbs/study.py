@@ -12,9 +12,9 @@ from experiments.accounting.ledger import STAGES as LEDGER_STAGES
 from experiments.settings.record import Settings
 from experiments.study.plan import CONTROLS, STAGES, Plan, prices
 from experiments.study.run import run_stages
-from experiments.training import parallel, speed
+from experiments.training import board, speed
 from experiments.training.progress import Report, counting
-from experiments.verbs.common import RECORDS, gather, ledger_of, print_json, wrote
+from experiments.verbs.common import RECORDS, gather, ledger_of, logs, print_json, watched, wrote
 
 PAGE = ("report.html", "report.md", "figures/", "tables/")
 
@@ -46,11 +46,12 @@ def _run(args: Namespace, stages: Sequence[str]) -> None:
         return
     out, ledger = Path(getattr(args, "out", f"runs/study-{settings.protocol}")), ledger_of(args)
     whole = len(stages) > 1
-    progress = args.group.first(Report, settings.batch_size, settings.label, out) or parallel.Mute()
-    with closing(progress):
+    with closing(watched(args, settings, out)) as progress:
         run_stages(settings, out, ledger, progress, stages, args.group, hasattr(args, "allow_drift"))
         if whole and not args.group.rank:
             page.build(out, counting(progress, "page", "figures"))
+    if logs(args) and not args.group.rank:
+        board.finish(out)
     print(out / "report.html" if whole else f"its page: python -m experiments.run report {shlex.quote(str(out))}")
     wrote(out, *(PAGE if whole else ()), *RECORDS, "study.json", ledger=ledger)
 
