@@ -122,13 +122,14 @@ def _by_origin(origins: Sequence[Task], of: Mapping[str, Forecasts], guesses) ->
             own = {name: np.split(values, len(origins), 1)[i] for name, values in guesses[part].items()}
             found += _scores([one], part, made.at(i, len(origins)), own, ["raw"])
         rows = [row for row in found if row["variable"] == "all"]
-        yield {"cut_off": one.start + one.settings.points, "scores": rows}
+        yield {"cut_off": one.cut_off, "scores": rows}
 
 
 def _scales(origins: Sequence[Task], systems: Sequence[int]) -> NDArray[np.float64]:
-    """What each step of each system is divided by, (N, h, 1)."""
-    alphas = np.stack([one.alphas[systems] for one in origins], 1)  # (N, origins)
-    return np.repeat(alphas, origins[0].settings.horizon, 1)[..., None]
+    """What each step of each system is divided by, (N, h, 1), or (N, h, V)."""
+    alphas = np.stack([one.alphas[systems] for one in origins], 1)  # (N, origins), or (N, origins, V)
+    by = np.repeat(alphas, origins[0].settings.horizon, 1)
+    return by if by.ndim == 3 else by[..., None]
 
 
 def _scores(
@@ -141,7 +142,7 @@ def _scores(
     names, settings = origins[0].dataset.names, origins[0].settings
     seed, horizon = settings.seed, settings.horizon
     contexts = np.split(made.context, len(origins), 1)
-    error = np.concatenate([np.repeat(scores.naive_error(one), horizon, 1) for one in contexts], 1)  # (N, h, V)
+    error = np.concatenate([np.repeat(_naive_error(one), horizon, 1) for one in contexts], 1)  # (N, h, V)
     for unit in units:
         by = _scales(origins, made.systems)
         by = by if unit == "scaled" else np.ones_like(by)
@@ -169,6 +170,13 @@ def _scores(
                 row["win_rate"] = row["won"] / len(truth)
                 row["difference_low"], row["difference_high"] = scores.paired_interval(each["mse"], copied, seed)
                 yield row | _probabilistic(made, forecaster, by, of)
+
+
+def _naive_error(context: NDArray[np.float64]) -> NDArray[np.float64]:
+    """`scores.naive_error`, of shorter series over the points that they have."""
+    if not np.isnan(context).any():
+        return scores.naive_error(context)
+    return np.concatenate([scores.naive_error(one[None, ~np.isnan(one[:, 0])]) for one in context])
 
 
 def _deciles(made: Forecasts, forecaster: str, full: NDArray[np.float64], by) -> NDArray[np.float64]:
@@ -252,8 +260,9 @@ def _forecasts(task: Task, made: Forecasts) -> Iterator[Row]:
 def _history(task: Task, made: Forecasts) -> Iterator[Row]:
     points, variables = made.context.shape[1:]
     for i, v, point in np.ndindex(len(made.systems), variables, points):
-        row = {"unique_id": made.systems[i], "ds": float(task.dataset.time[point]), "variable": task.dataset.names[v]}
-        yield row | {"y": float(made.context[i, point, v])}
+        row = {"unique_id": made.systems[i], "ds": float(task.time[point]), "variable": task.dataset.names[v]}
+        if not np.isnan(y := float(made.context[i, point, v])):  # of a series that begins later
+            yield row | {"y": y}
 
 
 def _tokens(task: Task, made: Forecasts) -> Iterator[Row]:
