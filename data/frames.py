@@ -5,6 +5,7 @@ each series. Letters: S series, P points of the longest, V variables.
 """
 
 import calendar
+import hashlib
 import math
 import re
 from collections import Counter
@@ -115,6 +116,14 @@ class SeriesSet:
         for row, series in zip(found, self.values, strict=True):
             row[points - len(series) :] = series
         return found
+
+
+def of_array(values: NDArray[np.float64]) -> SeriesSet:
+    """Series (S, P, V) of an array, by number."""
+    count, names = len(values), ("y",) if values.shape[2] == 1 else tuple(f"x{v}" for v in range(values.shape[2]))
+    digest = hashlib.sha256(repr(values.shape).encode() + values.tobytes()).hexdigest()
+    ids = tuple(map(str, range(count)))
+    return SeriesSet(ids, names, tuple(values), (Clock(),) * count, (0,) * count, "array", digest)
 
 
 def reads(path: Path) -> bool:

@@ -1,14 +1,17 @@
 """Forecasts as rows in the form of the field: one for each series, time and variable."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from experiments.forecasting.forecast import Forecasts
-from experiments.forecasting.scores import quantiles
+from experiments.forecasting.scores import filled, quantiles
 from experiments.task.task import Task
 
+MODEL = "qwen_min"
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
@@ -29,6 +32,32 @@ def rows(task: Task, made: Forecasts, levels: Sequence[float] = LEVELS) -> list[
         for q, level in enumerate(levels if bands is not None else ()):
             row[f"{level:g}"] = _number(bands[q, i, step, v])
         found.append(row)
+    return found
+
+
+def windows(
+    task: Task, made: Forecasts, naive: Mapping[str, NDArray[np.float64]], level: Sequence[float] = ()
+) -> list[dict[str, Any]]:
+    """Forecasts of every origin, joined, beside the naive ones: a row for each series, variable, cut-off and step.
+
+    The names are nixtla's: "cutoff" is the time of the last point that was seen; "variable" stands there where there
+    are several. A step that did not parse is filled as its score is, by persistence.
+    """
+    frame, names, points, horizon = task.dataset.frame, task.dataset.names, task.settings.points, task.settings.horizon
+    by, at = frame.keys if frame else ("unique_id", "ds")
+    full, _ = filled(made.values, naive["persistence"])
+    ends = [end for one in level for end in ((f"lo-{one:g}", 0.5 - one / 200), (f"hi-{one:g}", 0.5 + one / 200))]
+    bands = None if made.samples is None else quantiles(made.samples, [q for _, q in ends])  # (Q, N, h, V)
+    found = []
+    for (i, system), (v, name) in product(enumerate(made.systems), enumerate(names)):
+        for (n, origin), step in product(enumerate(task.origins), range(horizon)):
+            row: dict[str, Any] = {by: task.called(system), at: origin.when(system, points + step)}
+            row |= {"cutoff": origin.when(system, points - 1)} | ({"variable": name} if len(names) > 1 else {})
+            place = i, n * horizon + step, v
+            row |= {name if len(names) == 1 else "y": float(made.truth[place]), MODEL: float(full[place])}
+            for q, (end, _) in enumerate(ends if bands is not None else ()):
+                row[f"{MODEL}-{end}"] = _number(bands[(q, *place)])
+            found.append(row | {copy: float(values[place]) for copy, values in naive.items()})
     return found
 
 

@@ -288,6 +288,7 @@ def table(evaluation: Mapping[str, Any], rows: Sequence[Row], part: str) -> str:
     cut = ", ".join(str(one["cut_off"]) for one in evaluation["by_origin"])
     cut = f"at {evaluation['origins']} origins, after points {cut}, " if cut else ""
     series, steps = len(evaluation["parts"][part]), evaluation["forecast_steps"][part]
+    asked = [row for row in rows if (row["part"], row["unit"], row["variable"]) == (part, "raw", "all")]
     lines += [
         f"validation loss {evaluation['validation_loss']:.4f} nats per real token "
         f"(perplexity {evaluation['perplexity']:.3f}), of {evaluation['validation_tokens']:,}; "
@@ -295,35 +296,52 @@ def table(evaluation: Mapping[str, Any], rows: Sequence[Row], part: str) -> str:
         f"forecasts of {series} series ({part}), {evaluation['points']} points -> {evaluation['horizon']}, {cut}"
         f"raw units, {evaluation['sampling']}; "
         f"{evaluation['unparsed_steps'][part]} of {steps} steps did not parse (scored as persistence)",
+        *_compared(asked, evaluation["by_origin"], part),
+    ]
+    flops = evaluation["flops"]
+    lines += [
+        f"trained on this data: {yes_or_no(evaluation['trained_on_this_data'])}",
+        f"FLOPs (coursework): validation {flops['validation']:,}, inference {flops['inference']:,}",
+    ]
+    return "\n".join(lines)
+
+
+def _compared(rows: Sequence[Row], by_origin: Sequence[Mapping[str, Any]], part: str) -> list[str]:
+    """The scores of the model and of forecasts without one, one below the other, and the verdict."""
+    lines = [
         "",
         f"{'':17} {'MSE':>8} {'95 % interval':>17} {'RMSE':>8} {'MAE':>8} {'MASE':>8} {'sMAPE':>8} {'WQL':>8} "
         f"{'R2':>8} {'skill':>8} {'won':>5}",
     ]
     for row in rows:
-        if (row["part"], row["unit"], row["variable"]) == (part, "raw", "all"):
-            reference = row["reference"]
-            lines.append(
-                f"{row['forecaster']:17} {row['mse']:8.4f} {row['mse_low']:8.4f}-{row['mse_high']:8.4f} "
-                f"{row['rmse']:8.4f} {row['mae']:8.4f} {_shown(row['mase'])} {_shown(row['smape'])} "
-                f"{_shown(row['wql'])} {_shown(row['r2'])} {_shown(row['skill'])} {row['win_rate']:5.0%}"
-            )
-    for one in evaluation["by_origin"]:
+        lines.append(
+            f"{row['forecaster']:17} {row['mse']:8.4f} {row['mse_low']:8.4f}-{row['mse_high']:8.4f} "
+            f"{row['rmse']:8.4f} {row['mae']:8.4f} {_shown(row['mase'])} {_shown(row['smape'])} "
+            f"{_shown(row['wql'])} {_shown(row['r2'])} {_shown(row['skill'])} {row['win_rate']:5.0%}"
+        )
+    for one in by_origin:
         mse = {row["forecaster"]: row for row in one["scores"] if row["part"] == part}
         lines.append(
             f"after point {one['cut_off']}: MSE of the model {mse['model']['mse']:.4f}, of the "
             f"{mse['model']['reference']} {mse[mse['model']['reference']]['mse']:.4f}"
         )
-    flops = evaluation["flops"]
-    lines += [
+    reference, series = rows[-1]["reference"], rows[-1]["series"]
+    return lines + [
         "",
-        evaluation["verdict"][part],
+        verdict(rows, part),
         "MASE: error / the one-step naive error within the context; sMAPE: 2 |error| / (|value| + |forecast|); "
         "WQL: weighted quantile loss",
         f"skill: 1 - MSE / MSE of {scores.the(reference)}; won: part of the {series} series with a lower MSE than its",
-        f"trained on this data: {yes_or_no(evaluation['trained_on_this_data'])}",
-        f"FLOPs (coursework): validation {flops['validation']:,}, inference {flops['inference']:,}",
     ]
-    return "\n".join(lines)
+
+
+def backtest(task: Task, made: Forecasts, naive: Mapping[str, NDArray[np.float64]]) -> tuple[list[Row], str]:
+    """The scores of forecasts at all origins, joined, in raw units as rows of scores.csv, and as aligned text."""
+    part, origins, guesses = "backtest", task.origins, {"model": made.values, **naive}
+    rows = list(_scores(origins, part, made, guesses, ["raw"]))
+    every = [row for row in rows if row["variable"] == "all"]
+    by_origin = list(_by_origin(origins, {part: made}, {part: guesses}))
+    return rows, "\n".join(_compared(every, by_origin, part)[1:])
 
 
 def yes_or_no(trained: bool | str) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data import frames, llmtime, lotka_volterra, splits
-from data.frames import Clock, SeriesSet
+from data.frames import SeriesSet
 from data.grammar import Grammar
 from data.llmtime import Codec
 from data.lotka_volterra import Dataset
@@ -60,9 +60,9 @@ class Task:
         Raises:
             ValueError: the data is bad, or a number in it cannot be written.
         """
-        dataset = _dataset(settings, ahead, frame)
+        dataset = _dataset(settings, needs_split and settings.split == "time", frame)
         try:
-            found = None if ahead and dataset.frame else _split(settings, dataset, needs_split)
+            found = _split(settings, dataset, needs_split) if needs_split or not dataset.frame else None
             split, settings = (found, settings) if found else _unsplit(settings, len(dataset.series))
             scored = 0 if ahead else settings.horizon
             start = max(0, dataset.series.shape[1] - settings.points - scored) if ahead or dataset.frame else 0
@@ -396,19 +396,21 @@ class Task:
         return weights
 
 
-def _dataset(settings: Settings, ahead: bool, frame: SeriesSet | None) -> Dataset:
+def _dataset(settings: Settings, by_time: bool, frame: SeriesSet | None) -> Dataset:
     """The data of a task; a table, or what is split by time, as a frame with room for all that forecasts see."""
     if frame is None and settings.data and frames.reads(path := Path(settings.data)):
         names = ("id_column", "time_column", "target", "wide", "fill")
         frame = frames.read(path, **{name: getattr(settings, name) for name in names})
-    by_time = settings.split == "time" and not ahead
     if frame is None:
         dataset = lotka_volterra.load(Path(settings.data) if settings.data else None)
         if not by_time:
             return dataset
-        values = tuple(dataset.series.astype(np.float64))
-        named = tuple(map(str, range(len(values)))), dataset.names, values, (Clock(),) * len(values), (0,) * len(values)
-        frame = SeriesSet(*named, str(dataset.path), dataset.digest)
+        frame = replace(
+            frames.of_array(dataset.series.astype(np.float64)),
+            names=dataset.names,
+            name=str(dataset.path),
+            digest=dataset.digest,
+        )
     if by_time:
         try:
             frame = frame.pieces(settings.fractions)
@@ -421,7 +423,7 @@ def _dataset(settings: Settings, ahead: bool, frame: SeriesSet | None) -> Datase
 def _split(settings: Settings, dataset: Dataset, needed: bool) -> splits.Split | None:
     """None where the series are too few, unless the split is needed."""
     systems = len(dataset.series)
-    if dataset.frame and any(dataset.frame.context):
+    if dataset.frame and any(dataset.frame.context):  # the pieces of a split by time
         return splits.Split(*np.split(np.arange(systems), 3))
     try:
         if settings.split in ("in order", "time"):

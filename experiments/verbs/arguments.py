@@ -34,6 +34,7 @@ EXAMPLES = {
     "train": "python -m experiments.run train --lr 5e-3 --rank 8 --steps 200 --out runs/one",
     "evaluate": "python -m experiments.run evaluate --adapter runs/grid/cells/lr0.01-r8/adapter",
     "forecast": "python -m experiments.run forecast --data sales.csv --horizon 12 --all",
+    "backtest": "python -m experiments.run backtest --data sales.csv --horizon 12 --origins 3",
     "data": "python -m experiments.run data --decimals 3",
     "flops": "python -m experiments.run flops --model Qwen2.5-7B --batch 4 --context 512 --rank 8 --train",
     "status": "python -m experiments.run status runs/grid",
@@ -133,6 +134,14 @@ def parser() -> argparse.ArgumentParser:
     tables = "evaluation.json, scores.csv, forecasts.csv and more go into its evaluation/, a figure into its figures/"
     p.add_argument("--out", help=f"a folder: {tables} (nothing is written)")
     p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+
+    p = verb("backtest", "forecasts after several cut-offs of every series, counted back from its end, beside copies")
+    _settings(p, "data", "forecast")
+    p.add_argument("--adapter", help="an adapter folder, or forecaster (docs/best.md); none is the untrained model")
+    p.add_argument("--origins", type=int, default=3, metavar="N", help="cut-offs of each series (3)")
+    p.add_argument("--origin-step", type=int, help="points between them (the horizon)")
+    p.add_argument("--series", nargs="+", metavar="NAME", help="series by their names (all)")
+    p.add_argument("--out", help="a folder: backtest.csv, scores.csv, forecasts.png (backtest)")
 
     p = verb("forecast", "forecast what comes after the data's end, as CSV and a figure; or one system from a point on")
     _settings(p, "data", "forecast")

@@ -157,6 +157,35 @@ def _ahead(args: Namespace, settings: Settings, adapter: Path | None) -> None:
     print(f"written: {table}, {path}{some}; {flops}")
 
 
+def backtest(args: Namespace) -> None:
+    """Forecasts after several cut-offs of every series, counted back from its end, beside copies, scored."""
+    settings, adapter = gather(args), adapter_of(args)
+    out = Path(getattr(args, "out", "backtest"))
+    for name in ("backtest.csv", "scores.csv", "forecasts.png"):
+        files.check_file(out / name)
+    task, model = prepare(settings, adapter, needs_split=False)
+    systems = _chosen(args, task) if hasattr(args, "series") else list(range(len(task.dataset.series)))
+    task.check(systems)
+    expected = priced(task, model, systems)
+    with closing(Report(1)) as report, Ledger(ledger_of(args), settings.budget) as ledger:
+        run, far = f"backtest {adapter or settings.model}", partial(counting, report, "backtest")
+        made, _, entry = charged(task, model, systems, expected, ledger, run, "backtest", progress=far)
+        ledger.settle(entry)
+        plain = naive.forecasts(task, systems, far("law fits"))
+    rows, text = judge.backtest(task, made, plain)
+    files.write_csv(out / "backtest.csv", future.windows(task, made, plain, (50, 80)))
+    files.write_csv(out / "scores.csv", rows)
+    _draw(task, made.at(settings.origins - 1, settings.origins).of(systems[:MOST_DRAWN]), out / "forecasts.png")
+    print(
+        f"{settings.label + ': ' if settings.label else ''}{len(systems)} series of {task.dataset.path} "
+        f"({task.dataset.source}), {settings.origins} origins, up to {settings.points} points -> {settings.horizon}, "
+        f"raw units, {settings.judged}; {np.isnan(made.values).any(-1).sum()} steps did not parse; {task.alpha_rule}\n"
+    )
+    print(text)
+    print(f"FLOPs (coursework): {sum(made.flops.values()):,}")
+    wrote(out, "backtest.csv", "scores.csv", "forecasts.png", ledger=ledger_of(args))
+
+
 def _chosen(args: Namespace, task: Task) -> list[int]:
     """The series that were asked for, by number."""
     if hasattr(args, "all"):
