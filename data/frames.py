@@ -250,7 +250,7 @@ def _as_time(cell: Any) -> datetime | None:
 
 def _times(table: Table, name: str) -> list[Any]:
     """A column as whole numbers, or as times of one zone."""
-    found: list[Time] = []
+    found: list[Any] = []
     for row, cell in enumerate(table.columns[name]):
         whole = isinstance(cell, int) and not isinstance(cell, bool) or isinstance(cell, float) and cell.is_integer()
         if _is_missing(cell):
