@@ -172,7 +172,7 @@ def series_of(
     else:
         groups = {}
         for row, cell in enumerate(table.columns[by] if by else [ALONE] * len(values)):
-            if _is_missing(cell):
+            if not cell if isinstance(cell, str) else _is_missing(cell):  # "NA" may be a name
                 raise table.fault(row, f"column {by!r:.60} is empty: expected the name of a series")
             groups.setdefault(str(cell), []).append(row)
     filled, clocks, found = 0, [], []

@@ -137,8 +137,8 @@ class Forecaster:
         out: str | Path | None = None,
         **columns: Any,
     ) -> "Forecaster":
-        """Train LoRA on the first 70 % of each series, for as many steps as the budget in FLOPs pays, one validation
-        included; from then on forecasts are those of the trained model. Returns the forecaster.
+        """Train LoRA of the base model on the first 70 % of each series, for as many steps as the budget in FLOPs pays,
+        one validation included; from then on forecasts are those of the trained model. Returns the forecaster.
 
         Args:
             columns: id_column, timestamp_column, target and fill, as in `predict_df`.
@@ -148,6 +148,7 @@ class Forecaster:
         series = _series(df, names["id_column"], names["timestamp_column"], names["target"], names["fill"])
         settings = replace(self.settings, split="time", val_every=0, keep="last", steps=1, rungs=())
         task = Task.prepare(settings, self.tokenizer, frame=series)
+        task.check_fits(self.model.config)
         cell = Cell(lr or max(settings.learning_rates), rank)
         tried = (task.under(replace(settings, steps=steps)) for steps in (1, 2))
         one, two = (sum(predicted(each, cell, self.model.config).values()) for each in tried)
