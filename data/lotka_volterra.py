@@ -69,7 +69,15 @@ class Dataset:
     def of(cls, frame: SeriesSet, least: int = 0) -> "Dataset":
         """Of a table, with at least so many points a series, NaN before it begins."""
         series, source = frame.aligned(least), "; ".join(("a table", *frame.notes))
-        return cls(np.arange(series.shape[1]) * 1.0, series, frame.names, frame.digest, source, Path(frame.name), frame)
+        return cls(
+            np.arange(series.shape[1], dtype=np.float64),
+            series,
+            frame.names,
+            frame.digest,
+            source,
+            Path(frame.name),
+            frame,
+        )
 
     @property
     def signed(self) -> bool:

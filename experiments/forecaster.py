@@ -81,7 +81,7 @@ class Forecaster:
             raise ValueError(f"values have shape {given.shape}: expected finite (P,), (S, P) or (S, P, V)")
         each = given.reshape(1 if given.ndim == 1 else len(given), -1, given.shape[2] if given.ndim == 3 else 1)
         _, made = self._forecast(frames.of_array(each), prediction_length)
-        return made.values[{1: (0, ..., 0), 2: (..., 0), 3: ...}[given.ndim]]
+        return made.values if given.ndim == 3 else made.values[..., 0] if given.ndim == 2 else made.values[0, :, 0]
 
     def predict_df(
         self,
@@ -100,7 +100,7 @@ class Forecaster:
         Raises ValueError for a frame that cannot be read, BudgetExceeded before anything runs.
         """
         series = _series(df, id_column, timestamp_column, target, fill)
-        drawn = {} if quantile_levels else {"num_samples": 1}
+        drawn: dict[str, Any] = {} if quantile_levels else {"num_samples": 1}
         task, made = self._forecast(series, prediction_length, **drawn)
         return _frame(df, series, future.rows(task, made, quantile_levels))
 
@@ -123,9 +123,9 @@ class Forecaster:
         and "qwen_min-hi-80", and each copy's column. utilsforecast's losses read it.
         """
         series = _series(df, id_col, time_col, target_col, fill)
-        drawn = {} if level else {"num_samples": 1}
-        rolled = {"origins": n_windows, "origin_step": step_size or 0}
-        task, made = self._forecast(series, h, ahead=False, **rolled, **drawn)
+        changes: dict[str, Any] = {"origins": n_windows, "origin_step": step_size or 0}
+        changes |= {} if level else {"num_samples": 1}
+        task, made = self._forecast(series, h, ahead=False, **changes)
         return _frame(df, series, future.windows(task, made, naive.forecasts(task, made.systems), level))
 
     def fit(

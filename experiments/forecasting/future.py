@@ -23,14 +23,13 @@ def rows(task: Task, made: Forecasts, levels: Sequence[float] = LEVELS) -> list[
     """
     frame, points = task.dataset.frame, task.settings.points
     by, at = frame.keys if frame else ("unique_id", "ds")
-    bands = None if made.samples is None else quantiles(made.samples, levels)  # (Q, N, h, V)
+    bands = [] if made.samples is None else quantiles(made.samples, levels)  # (Q, N, h, V)
     found = []
     for i, v, step in np.ndindex(len(made.systems), len(task.dataset.names), task.settings.horizon):
         system = made.systems[i]
         row: dict[str, Any] = {by: task.called(system), at: task.when(system, points + step)}
-        row |= {"target_name": task.dataset.names[v], "predictions": _number(made.values[i, step, v])}
-        for q, level in enumerate(levels if bands is not None else ()):
-            row[f"{level:g}"] = _number(bands[q, i, step, v])
+        row |= {"target_name": task.dataset.names[v], "predictions": _number(float(made.values[i, step, v]))}
+        row |= {f"{level:g}": _number(band[i, step, v]) for level, band in zip(levels, bands, strict=False)}
         found.append(row)
     return found
 
@@ -47,7 +46,7 @@ def windows(
     by, at = frame.keys if frame else ("unique_id", "ds")
     full, _ = filled(made.values, naive["persistence"])
     ends = [end for one in level for end in ((f"lo-{one:g}", 0.5 - one / 200), (f"hi-{one:g}", 0.5 + one / 200))]
-    bands = None if made.samples is None else quantiles(made.samples, [q for _, q in ends])  # (Q, N, h, V)
+    bands = [] if made.samples is None else quantiles(made.samples, [q for _, q in ends])  # (Q, N, h, V)
     found = []
     for (i, system), (v, name) in product(enumerate(made.systems), enumerate(names)):
         for (n, origin), step in product(enumerate(task.origins), range(horizon)):
@@ -55,8 +54,7 @@ def windows(
             row |= {"cutoff": origin.when(system, points - 1)} | ({"variable": name} if len(names) > 1 else {})
             place = i, n * horizon + step, v
             row |= {name if len(names) == 1 else "y": float(made.truth[place]), MODEL: float(full[place])}
-            for q, (end, _) in enumerate(ends if bands is not None else ()):
-                row[f"{MODEL}-{end}"] = _number(bands[(q, *place)])
+            row |= {f"{MODEL}-{end}": _number(band[place]) for (end, _), band in zip(ends, bands, strict=False)}
             found.append(row | {copy: float(values[place]) for copy, values in naive.items()})
     return found
 
