@@ -23,7 +23,7 @@ def rows(task: Task, made: Forecasts, levels: Sequence[float] = LEVELS) -> list[
     """
     frame, points = task.dataset.frame, task.settings.points
     by, at = frame.keys if frame else ("unique_id", "ds")
-    bands = [] if made.samples is None else quantiles(made.samples, levels)  # (Q, N, h, V)
+    bands: Any = [] if made.samples is None else quantiles(made.samples, levels)  # (Q, N, h, V)
     found = []
     for i, v, step in np.ndindex(len(made.systems), len(task.dataset.names), task.settings.horizon):
         system = made.systems[i]
@@ -46,7 +46,7 @@ def windows(
     by, at = frame.keys if frame else ("unique_id", "ds")
     full, _ = filled(made.values, naive["persistence"])
     ends = [end for one in level for end in ((f"lo-{one:g}", 0.5 - one / 200), (f"hi-{one:g}", 0.5 + one / 200))]
-    bands = [] if made.samples is None else quantiles(made.samples, [q for _, q in ends])  # (Q, N, h, V)
+    bands: Any = [] if made.samples is None else quantiles(made.samples, [q for _, q in ends])  # (Q, N, h, V)
     found = []
     for (i, system), (v, name) in product(enumerate(made.systems), enumerate(names)):
         for (n, origin), step in product(enumerate(task.origins), range(horizon)):
