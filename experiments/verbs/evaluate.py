@@ -64,6 +64,10 @@ def evaluate(args: Namespace) -> None:
 
 def forecast(args: Namespace) -> None:
     settings, adapter = replace(gather(args), origins=1), adapter_of(args)
+    if not settings.data and not {"system", "series", "all"} & vars(args).keys():
+        raise ValueError(
+            "forecast has no data: expected --data FILE; or --system N, of the data set rebuilt by its law"
+        )
     if not hasattr(args, "system") or frames.reads(Path(settings.data)):
         return _ahead(args, settings, adapter)
     path = Path(getattr(args, "out", f"forecast-{args.system}.png"))
