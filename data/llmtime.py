@@ -50,6 +50,25 @@ def whole_series_percentile(series: ArrayLike, q: float = 95.0) -> float:
     return _largest_percentile("whole-series percentile", series, q)
 
 
+APART = 10.0  # sizes of variables that differ by more get an alpha each: two decimals would be left of the smaller
+
+
+def of_each(sizes: ArrayLike) -> NDArray[np.float64]:
+    """The sizes of variables (V,) that differ by more than ten times; else, for all of them, the largest.
+
+    What is 0 has no size of its own: it takes the largest, and 1 where all are 0."""
+    found = np.asarray(sizes, np.float64)
+    found = np.where(found > 0, found, found.max() or 1.0)
+    return found if found.max() / found.min() > APART else np.full_like(found, found.max())
+
+
+def sizes(series: ArrayLike, q: float = 95.0) -> NDArray[np.float64]:
+    """The percentile q of the sizes of each variable of a series (P, V); its largest where that is 0."""
+    values = np.abs(np.asarray(series, np.float64))
+    found = np.percentile(values, q, axis=0)
+    return np.where(found > 0, found, values.max(axis=0))
+
+
 @dataclass(frozen=True)
 class Decoded:
     """What a text says: values (n, V) float64, and which step of the text each row is, index (n,).

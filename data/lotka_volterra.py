@@ -1,4 +1,4 @@
-"""The predator-prey data set: read from HDF5, or rebuilt by its law when no file is given.
+"""The predator-prey data set: read from HDF5, or rebuilt by its law when no file is given; what tasks take data from.
 
 The law is Rosenzweig-MacArthur, prey x that grows logistically and a predator y that saturates (Holling II):
 
@@ -22,6 +22,8 @@ import numpy as np
 import scipy
 from numpy.typing import NDArray
 from scipy.integrate import solve_ivp
+
+from data.frames import SeriesSet
 
 CACHE = Path(__file__).with_name("lotka_volterra_data.h5")
 EXPECTED = "expected an HDF5 file with /trajectories (systems, points, variables)"
@@ -52,14 +54,30 @@ class Dataset:
 
     time: (P,) float64, in the file's unit. series: (S, P, V) float32, finite. names: of V.
     digest: SHA-256 of the file's bytes. source: one line that says whether these are the published values.
+    frame: where they are those of a table: series is then float64, `frame.aligned`, and time 0, 1, ...
     """
 
     time: NDArray[np.float64]
-    series: NDArray[np.float32]
+    series: NDArray[np.floating[Any]]
     names: tuple[str, ...]
     digest: str
     source: str
     path: Path
+    frame: SeriesSet | None = None
+
+    @classmethod
+    def of(cls, frame: SeriesSet, least: int = 0) -> "Dataset":
+        """Of a table, with at least so many points a series, NaN before it begins."""
+        series, source = frame.aligned(least), "; ".join(("a table", *frame.notes))
+        return cls(
+            np.arange(series.shape[1], dtype=np.float64),
+            series,
+            frame.names,
+            frame.digest,
+            source,
+            Path(frame.name),
+            frame,
+        )
 
     @property
     def signed(self) -> bool:

@@ -101,6 +101,7 @@ VERBS = {
     **dict.fromkeys(("baseline", "default", "context", "final"), "study.stage"),
     **{"grid": "grid.grid", "train": "grid.train"},
     **{"evaluate": "evaluate.evaluate", "forecast": "evaluate.forecast"},
+    "backtest": "evaluate.backtest",
     **{"data": "inspect.data", "flops": "inspect.flops", "explain": "inspect.explain", "doctor": "inspect.doctor"},
     **{"verify": "verify.verify", "docs": "book.docs", "exercise": "book.exercise"},
     **{"status": "records.status", "budget": "records.budget"},

@@ -19,7 +19,7 @@ ROOMS: dict[str, set[str]] = {
 }
 FLOORS = (
     *("run_folder", "accounting", "settings", "plots", "task", "training", "forecasting", "study", "report", "bench"),
-    *("parity", "book"),
+    *("forecaster", "parity", "book"),
     *("verbs", "run"),
 )
 """The rooms of `experiments`: what is in one may import what is in it or in an earlier one."""

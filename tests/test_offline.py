@@ -43,6 +43,7 @@ CASES = {
     "train": [*DATA, *TRAIN, "--lr", "1e-3", "--rank", "2", "--out", "train"],
     "evaluate": [*DATA, *FORECAST, "--context", "32", "--val-series", "1", "--out", "evaluation"],
     "forecast": [*DATA, *FORECAST[:4], "--system", "17"],
+    "backtest": [*DATA, *FORECAST[:4], "--series", "17"],
     "data": DATA,
     "flops": ["--model", str(POCKET), "--rank", "8", "--train"],
     "explain": ["attend"],

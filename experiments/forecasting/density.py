@@ -191,7 +191,8 @@ def densities(task: Task, model: Qwen, system: int, step: str, below: float = BE
         for variable in range(grammar.variables):
             before = "".join(number + "," for number in step.split(",")[:variable])
             found, pruned = _walk(grammar, before, below, ask)
-            values = np.array([*map(task.codec.value, found)]) * task.alphas[system]
+            alpha = np.broadcast_to(task.alphas[system], grammar.variables)[variable]
+            values = np.array([*map(task.codec.value, found)]) * alpha
             order = np.argsort(values)
             made.append(Density(values[order], np.array([*found.values()])[order], pruned))
     return made, meter.total

@@ -122,13 +122,14 @@ def _by_origin(origins: Sequence[Task], of: Mapping[str, Forecasts], guesses) ->
             own = {name: np.split(values, len(origins), 1)[i] for name, values in guesses[part].items()}
             found += _scores([one], part, made.at(i, len(origins)), own, ["raw"])
         rows = [row for row in found if row["variable"] == "all"]
-        yield {"cut_off": one.start + one.settings.points, "scores": rows}
+        yield {"cut_off": one.cut_off, "scores": rows}
 
 
 def _scales(origins: Sequence[Task], systems: Sequence[int]) -> NDArray[np.float64]:
-    """What each step of each system is divided by, (N, h, 1)."""
-    alphas = np.stack([one.alphas[systems] for one in origins], 1)  # (N, origins)
-    return np.repeat(alphas, origins[0].settings.horizon, 1)[..., None]
+    """What each step of each system is divided by, (N, h, 1), or (N, h, V)."""
+    alphas = np.stack([one.alphas[systems] for one in origins], 1)  # (N, origins), or (N, origins, V)
+    by = np.repeat(alphas, origins[0].settings.horizon, 1)
+    return by if by.ndim == 3 else by[..., None]
 
 
 def _scores(
@@ -141,7 +142,7 @@ def _scores(
     names, settings = origins[0].dataset.names, origins[0].settings
     seed, horizon = settings.seed, settings.horizon
     contexts = np.split(made.context, len(origins), 1)
-    error = np.concatenate([np.repeat(scores.naive_error(one), horizon, 1) for one in contexts], 1)  # (N, h, V)
+    error = np.concatenate([np.repeat(_naive_error(one), horizon, 1) for one in contexts], 1)  # (N, h, V)
     for unit in units:
         by = _scales(origins, made.systems)
         by = by if unit == "scaled" else np.ones_like(by)
@@ -169,6 +170,13 @@ def _scores(
                 row["win_rate"] = row["won"] / len(truth)
                 row["difference_low"], row["difference_high"] = scores.paired_interval(each["mse"], copied, seed)
                 yield row | _probabilistic(made, forecaster, by, of)
+
+
+def _naive_error(context: NDArray[np.float64]) -> NDArray[np.float64]:
+    """`scores.naive_error`, of shorter series over the points that they have."""
+    if not np.isnan(context).any():
+        return scores.naive_error(context)
+    return np.concatenate([scores.naive_error(one[None, ~np.isnan(one[:, 0])]) for one in context])
 
 
 def _deciles(made: Forecasts, forecaster: str, full: NDArray[np.float64], by) -> NDArray[np.float64]:
@@ -252,8 +260,9 @@ def _forecasts(task: Task, made: Forecasts) -> Iterator[Row]:
 def _history(task: Task, made: Forecasts) -> Iterator[Row]:
     points, variables = made.context.shape[1:]
     for i, v, point in np.ndindex(len(made.systems), variables, points):
-        row = {"unique_id": made.systems[i], "ds": float(task.dataset.time[point]), "variable": task.dataset.names[v]}
-        yield row | {"y": float(made.context[i, point, v])}
+        row = {"unique_id": made.systems[i], "ds": float(task.time[point]), "variable": task.dataset.names[v]}
+        if not np.isnan(y := float(made.context[i, point, v])):  # of a series that begins later
+            yield row | {"y": y}
 
 
 def _tokens(task: Task, made: Forecasts) -> Iterator[Row]:
@@ -279,6 +288,7 @@ def table(evaluation: Mapping[str, Any], rows: Sequence[Row], part: str) -> str:
     cut = ", ".join(str(one["cut_off"]) for one in evaluation["by_origin"])
     cut = f"at {evaluation['origins']} origins, after points {cut}, " if cut else ""
     series, steps = len(evaluation["parts"][part]), evaluation["forecast_steps"][part]
+    asked = [row for row in rows if (row["part"], row["unit"], row["variable"]) == (part, "raw", "all")]
     lines += [
         f"validation loss {evaluation['validation_loss']:.4f} nats per real token "
         f"(perplexity {evaluation['perplexity']:.3f}), of {evaluation['validation_tokens']:,}; "
@@ -286,35 +296,52 @@ def table(evaluation: Mapping[str, Any], rows: Sequence[Row], part: str) -> str:
         f"forecasts of {series} series ({part}), {evaluation['points']} points -> {evaluation['horizon']}, {cut}"
         f"raw units, {evaluation['sampling']}; "
         f"{evaluation['unparsed_steps'][part]} of {steps} steps did not parse (scored as persistence)",
+        *_compared(asked, evaluation["by_origin"], part),
+    ]
+    flops = evaluation["flops"]
+    lines += [
+        f"trained on this data: {yes_or_no(evaluation['trained_on_this_data'])}",
+        f"FLOPs (coursework): validation {flops['validation']:,}, inference {flops['inference']:,}",
+    ]
+    return "\n".join(lines)
+
+
+def _compared(rows: Sequence[Row], by_origin: Sequence[Mapping[str, Any]], part: str) -> list[str]:
+    """The scores of the model and of forecasts without one, one below the other, and the verdict."""
+    lines = [
         "",
         f"{'':17} {'MSE':>8} {'95 % interval':>17} {'RMSE':>8} {'MAE':>8} {'MASE':>8} {'sMAPE':>8} {'WQL':>8} "
         f"{'R2':>8} {'skill':>8} {'won':>5}",
     ]
     for row in rows:
-        if (row["part"], row["unit"], row["variable"]) == (part, "raw", "all"):
-            reference = row["reference"]
-            lines.append(
-                f"{row['forecaster']:17} {row['mse']:8.4f} {row['mse_low']:8.4f}-{row['mse_high']:8.4f} "
-                f"{row['rmse']:8.4f} {row['mae']:8.4f} {_shown(row['mase'])} {_shown(row['smape'])} "
-                f"{_shown(row['wql'])} {_shown(row['r2'])} {_shown(row['skill'])} {row['win_rate']:5.0%}"
-            )
-    for one in evaluation["by_origin"]:
+        lines.append(
+            f"{row['forecaster']:17} {row['mse']:8.4f} {row['mse_low']:8.4f}-{row['mse_high']:8.4f} "
+            f"{row['rmse']:8.4f} {row['mae']:8.4f} {_shown(row['mase'])} {_shown(row['smape'])} "
+            f"{_shown(row['wql'])} {_shown(row['r2'])} {_shown(row['skill'])} {row['win_rate']:5.0%}"
+        )
+    for one in by_origin:
         mse = {row["forecaster"]: row for row in one["scores"] if row["part"] == part}
         lines.append(
             f"after point {one['cut_off']}: MSE of the model {mse['model']['mse']:.4f}, of the "
             f"{mse['model']['reference']} {mse[mse['model']['reference']]['mse']:.4f}"
         )
-    flops = evaluation["flops"]
-    lines += [
+    reference, series = rows[-1]["reference"], rows[-1]["series"]
+    return lines + [
         "",
-        evaluation["verdict"][part],
+        verdict(rows, part),
         "MASE: error / the one-step naive error within the context; sMAPE: 2 |error| / (|value| + |forecast|); "
         "WQL: weighted quantile loss",
         f"skill: 1 - MSE / MSE of {scores.the(reference)}; won: part of the {series} series with a lower MSE than its",
-        f"trained on this data: {yes_or_no(evaluation['trained_on_this_data'])}",
-        f"FLOPs (coursework): validation {flops['validation']:,}, inference {flops['inference']:,}",
     ]
-    return "\n".join(lines)
+
+
+def backtest(task: Task, made: Forecasts, naive: Mapping[str, NDArray[np.float64]]) -> tuple[list[Row], str]:
+    """The scores of forecasts at all origins, joined, in raw units as rows of scores.csv, and as aligned text."""
+    part, origins, guesses = "backtest", task.origins, {"model": made.values, **naive}
+    rows = list(_scores(origins, part, made, guesses, ["raw"]))
+    every = [row for row in rows if row["variable"] == "all"]
+    by_origin = list(_by_origin(origins, {part: made}, {part: guesses}))
+    return rows, "\n".join(_compared(every, by_origin, part)[1:])
 
 
 def yes_or_no(trained: bool | str) -> str:

@@ -29,10 +29,9 @@ def _joined(origins: Sequence[Forecasts]) -> Forecasts:
 
 def _forecasts(task: Task, systems: Sequence[int], progress: Counted) -> Forecasts:
     settings, dataset = task.settings, task.dataset
-    series = task.series[np.asarray(systems, int)].astype(np.float64)
-    context = series[:, : settings.points]
+    context = [task.raw(system, settings.points) for system in systems]
     found = {name: np.stack([rule(one, settings.horizon) for one in context]) for name, rule in RULES.items()}
-    if dataset.names == ("prey", "predator") and settings.points >= FEWEST_POINTS:
+    if not dataset.frame and dataset.names == ("prey", "predator") and settings.points >= FEWEST_POINTS:
         fits: list[NDArray[np.float64]] = []
         for one in context:
             progress(len(fits), len(context))

@@ -204,15 +204,15 @@ def compared(mse: float, other: float) -> tuple[str, str]:
     return f"{times} times {'worse' if mse > other else 'better'}", "than"
 
 
-def quantiles(samples: ArrayLike) -> Array:
-    """Return the QUANTILES of each step and variable over its parsed samples, (len(QUANTILES), N, h, V).
+def quantiles(samples: ArrayLike, levels: Sequence[float] = QUANTILES) -> Array:
+    """Return the quantiles of each step and variable over its parsed samples, (len(levels), N, h, V).
 
     `samples` (N, S, h, V). A sample's step with a NaN in any variable is left out whole; a step that no sample
     parsed is NaN. Between order statistics numpy's "linear" rule holds: position q (n - 1) of n.
     Source: Hyndman & Fan 1996, "Sample quantiles in statistical packages", definition 7."""
     parsed, count = _parsed(samples)
     none = (count == 0)[:, None]  # (N, 1, h, 1)
-    found = np.nanquantile(np.where(none, 0.0, parsed), QUANTILES, axis=1)  # numpy warns of a column of NaN
+    found = np.nanquantile(np.where(none, 0.0, parsed), levels, axis=1)  # numpy warns of a column of NaN
     return np.where(none[:, 0], np.nan, found)
 
 

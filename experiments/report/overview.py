@@ -11,6 +11,7 @@ from experiments.forecasting.scores import best_copy, the
 from experiments.report.accounting import spent_of_budget
 from experiments.report.document import Column, Facts, Figure, Inline, Number, Section, Table, Text, named
 from experiments.report.evaluation import MODEL, Evaluation
+from experiments.report.records import Fields
 from experiments.report.study import Study
 
 
@@ -104,13 +105,19 @@ def preprocessing(study: Study) -> Section:
         said = f"Example {i}: its token ids and their text."
         blocks += [
             Text([f"System {system}"], "heading"),
-            Text(["Divided by ", Number(one.number("alpha")), "."]),
+            Text(["Divided by ", *_divided(one), "."]),
             Table(f"preprocessing-{i}", caption, columns, rows, [file]),
             Text([one.text("text")], "pre"),
             Text([" ".join(map(str, ids))], "pre"),
             Table(f"tokens-example-{i}", said, named("position id piece", piece="text"), tokens, [file], folded=True),
         ]
     return Section("preprocessing", title, [*blocks, _round_trip(study), _check(study)])
+
+
+def _divided(one: Fields) -> Inline:
+    """By what an example was divided: a number, or one for each variable."""
+    each = one.numbers("alphas") if "alphas" in one.values else [one.number("alpha")]
+    return [part for i, alpha in enumerate(each) for part in (", " * (i > 0), Number(alpha))]
 
 
 def _round_trip(study: Study) -> Table:

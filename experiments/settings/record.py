@@ -12,6 +12,7 @@ from typing import Any, get_args, get_origin
 
 import torch
 
+from data.frames import FILLS
 from data.llmtime import SEPARATORS
 from experiments.accounting.ledger import BUDGET
 from experiments.run_folder.files import read_toml
@@ -25,7 +26,7 @@ PRESETS = {"reports": (1e-5, 5e-5, 1e-4), "pocket": (1e-3, 5e-3, 1e-2)}
 """Learning rates by name. The three reports' grid; and the same, a hundred times larger, for the pocket model: at
 1e-4 LoRA moves so small a model by less than .01 nats in the default run (measured)."""
 
-SPLITS = ("in order", "shuffled", "held out first")
+SPLITS = ("in order", "shuffled", "held out first", "time")
 SCALINGS = ("training maximum", "context percentile", "series percentile")
 """What a series is divided by: the training part's largest value / 9.99, for all; or the larger of its variables' 95th
 percentiles / 10, of the points that a forecast sees, or of all: the horizon that it is to forecast included."""
@@ -35,6 +36,7 @@ WINDOWS = ("strided", "anywhere")
 step: a window begins at any point of its series that leaves enough to fill it. Those of validation do not overlap."""
 
 SCRATCH = ("", "same", "small")  # a pretrained model with LoRA; the same shape; a small one with its tokenizer
+BEYOND = ("refuse", "clip")
 POINT_FORECASTS = ("median", "mean")
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MOST_VALIDATIONS = 12  # of a run of a shortened study
@@ -61,8 +63,14 @@ class Settings:
     budget: int = BUDGET  # FLOPs
 
     # the data as text
-    data: str = ""  # an HDF5 file; "" for the data set rebuilt by its law
-    split: str = "in order"  # of SPLITS
+    data: str = ""  # an HDF5, CSV or Parquet file; "" for the data set rebuilt by its law
+    id_column: str = ""  # of a table: see `frames.series_of`, as for the next four
+    time_column: str = ""
+    target: tuple[str, ...] = ()
+    wide: bool = False
+    fill: str = ""
+    beyond: str = "refuse"  # of BEYOND: a table's value that is wider than `task.WIDEST` digits before the point
+    split: str = "in order"  # of SPLITS: whole series, or each by time into its first, next and last part
     split_seed: int = 0
     fractions: tuple[float, float, float] = (0.7, 0.15, 0.15)  # of the systems: training, validation, test
     scaling: str = "training maximum"  # of SCALINGS: what series are divided by
@@ -128,6 +136,7 @@ class Settings:
     points: int = 80  # of a series that a forecast sees
     horizon: int = 20  # points that it forecasts
     origins: int = 1  # cut-offs of a series that forecasts start at, evenly spaced; see `Task.origins`
+    origin_step: int = 0  # points between those of a table, counted back from its end; 0 for the horizon
     forecast_series: int = 20  # of a part that are forecast; 0 for all
     forecast_cells: bool = True  # forecast with each cell and context too; of a protocol's, the shown series alone
     shown: tuple[int, ...] = ()  # systems drawn one by one; none for the first of each class
@@ -300,7 +309,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("steps default_steps context_steps final_steps points horizon origins", lambda v: v >= 1, "at least 1"),
     ("checkpoint_every default_rank", lambda v: v >= 1, "at least 1"),
     ("val_every val_series forecast_series shown_series keep_series patience", lambda v: v >= 0, "0 or more"),
-    ("best_rank best_context top_k", lambda v: v >= 0, "0 or more"),
+    ("best_rank best_context top_k origin_step", lambda v: v >= 0, "0 or more"),
     ("alpha temperature lora_alpha warmup decay", lambda v: 0 <= v < math.inf, "0 or more"),
     ("weight_decay clip number_loss", lambda v: 0 <= v < math.inf, "0 or more"),
     ("budget", lambda v: 1 <= v < 2**63, "at least 1, less than 2^63"),
@@ -314,9 +323,11 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("default_lr best_lr", lambda v: 0 <= v < 10, "0, or a positive number below 10"),
     ("rungs", lambda v: all(one < other for one, other in pairwise((0, *v))), "growing numbers of steps, from 1"),
     ("survivors", lambda v: 0 < v < 1, "a part of the cells, more than 0 and less than 1"),
-    ("lr ranks contexts shown targets", lambda v: len(set(v)) == len(v), "each once"),
+    ("lr ranks contexts shown targets target", lambda v: len(set(v)) == len(v), "each once"),
     ("preset", lambda v: v in ("", *PRESETS), f"one of {', '.join(PRESETS)}"),
     ("split", SPLITS.__contains__, f"one of {', '.join(SPLITS)}"),
+    ("fill", FILLS.__contains__, f"one of {', '.join(FILLS[1:])}"),
+    ("beyond", BEYOND.__contains__, f"one of {', '.join(BEYOND)}"),
     ("scaling", SCALINGS.__contains__, f"one of {', '.join(SCALINGS)}"),
     ("windows", WINDOWS.__contains__, f"one of {', '.join(WINDOWS)}"),
     ("pad_side", ("right", "left").__contains__, "one of right, left"),

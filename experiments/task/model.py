@@ -42,10 +42,12 @@ def load_model(settings: Settings) -> Qwen:
     return model.requires_grad_(False)
 
 
-def prepare(settings: Settings, adapter: str | Path | None, needs_split: bool = True) -> tuple[Task, Qwen]:
-    """The task and the model of a run, with an adapter if one is named; `needs_split` as in `Task.prepare`."""
+def prepare(
+    settings: Settings, adapter: str | Path | None, needs_split: bool = True, ahead: bool = False
+) -> tuple[Task, Qwen]:
+    """The task and the model of a run, with an adapter if one is named; the rest as in `Task.prepare`."""
     folder = resolve(settings.model, settings.revision or None, settings.offline)
-    task = Task.prepare(settings, Tokenizer(folder / "tokenizer.json"), needs_split)
+    task = Task.prepare(settings, Tokenizer(folder / "tokenizer.json"), needs_split, ahead)
     model = trained_model(settings, adapter)
     task.check_fits(model.config)
     return task, model

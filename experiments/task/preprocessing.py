@@ -26,14 +26,15 @@ def preprocessing(task: Task) -> dict[str, Any]:
 
 
 def _example(task: Task, system: int) -> dict[str, Any]:
-    text = task.text(system, POINTS_SHOWN)
+    text = task.codec.encode(task.scaled(system)[:POINTS_SHOWN])
     ids = task.encode(text)
     return {
         "system": system,
         "points": POINTS_SHOWN,
         "names": list(task.dataset.names),
-        "raw": task.dataset.series[system, :POINTS_SHOWN].astype(float).tolist(),
-        "alpha": float(task.alphas[system]),
+        "raw": task.raw(system)[:POINTS_SHOWN].tolist(),
+        "alpha": float(np.max(task.alphas[system])),
+        **({"alphas": task.alphas[system].tolist()} if np.ptp(task.alphas[system]) else {}),
         "scaled": task.scaled(system)[:POINTS_SHOWN].tolist(),
         "text": text,
         "ids": ids,
@@ -44,8 +45,9 @@ def _example(task: Task, system: int) -> dict[str, Any]:
 def _round_trip(task: Task) -> dict[str, Any]:
     """Encode and decode whole series of the validation part: the absolute error of what comes back."""
     systems = task.split.validation
-    scaled = np.stack([np.abs(_decoded(task, s) - task.scaled(s)) for s in systems.tolist()])  # (N, P, V)
-    raw = scaled * task.alphas[systems][:, None, None]
+    each = [np.abs(_decoded(task, s) - task.scaled(s)) for s in systems.tolist()]  # (P, V) of each
+    scaled = np.concatenate(each)
+    raw = np.concatenate([one * task.alphas[s] for one, s in zip(each, systems.tolist(), strict=True)])
     return {
         "series": len(systems),
         "values": scaled.size,
@@ -61,8 +63,8 @@ def _check(task: Task, system: int) -> dict[str, Any]:
     return {
         "system": system,
         "names": list(task.dataset.names),
-        "time": task.dataset.time.tolist(),
-        "raw": task.dataset.series[system].astype(float).tolist(),
+        "time": task.dataset.time[: len(task.raw(system))].tolist(),
+        "raw": task.raw(system).tolist(),
         "decoded": (_decoded(task, system) * task.alphas[system]).tolist(),
     }
 
@@ -70,4 +72,4 @@ def _check(task: Task, system: int) -> dict[str, Any]:
 def _decoded(task: Task, system: int) -> NDArray[np.float64]:
     """A whole series by way of its tokens and back, scaled, (P, V)."""
     text = task.tokenizer.decode(task.tokens(system))
-    return task.codec.decode(text, task.dataset.series.shape[2]).values
+    return task.codec.decode(text, len(task.dataset.names)).values

@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data import llmtime, lotka_volterra, splits
+from data import frames, llmtime, lotka_volterra, splits
+from data.frames import SeriesSet
 from data.grammar import Grammar
 from data.llmtime import Codec
 from data.lotka_volterra import Dataset
@@ -20,6 +22,8 @@ from experiments.task.constrain import symbol_tokens
 from experiments.task.shapes import FEWEST_POINTS, SHAPES, Shape, shape
 from qwen_min import QwenConfig, Tokenizer
 
+WIDEST = 3  # digits before the point of a number of a table: a hundred times the percentile that it is scaled by
+
 
 @dataclass(frozen=True)
 class Task:
@@ -27,40 +31,48 @@ class Task:
 
     series[i] / alphas[i], written by `codec`, is what the model sees; `split` says which systems train. Where
     series are too few to split, all are in its first part; scale and width come from the points that forecasts see.
+    Series of a table end together: one that is shorter than the points that a forecast sees is seen whole.
     """
 
     settings: Settings
     dataset: Dataset
     split: splits.Split
-    alphas: NDArray[np.float64]  # (S,)
+    alphas: NDArray[np.float64]  # (S,), or (S, V) where variables have their own
     codec: Codec
     tokenizer: Tokenizer
     start: int = 0  # the first point that a forecast sees
     _tokens: dict[tuple[int, int | None], list[int]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def prepare(cls, settings: Settings, tokenizer: Tokenizer, needs_split: bool = True) -> "Task":
-        """Read or rebuild the data, split it by systems, and scale it as the settings say.
+    def prepare(
+        cls,
+        settings: Settings,
+        tokenizer: Tokenizer,
+        needs_split: bool = True,
+        ahead: bool = False,
+        frame: SeriesSet | None = None,
+    ) -> "Task":
+        """Read or rebuild the data, split it by systems or time, and scale it as the settings say.
 
-        Without `needs_split` a few series will do, as nothing trains: see `_unsplit`.
+        Without `needs_split` a few series will do, as nothing trains: see `_unsplit`. `ahead`: forecasts begin where
+        the data ends. `frame`: the data, where it is no file's.
 
         Raises:
             ValueError: the data is bad, or a number in it cannot be written.
         """
-        dataset = lotka_volterra.load(Path(settings.data) if settings.data else None)
+        dataset = _dataset(settings, needs_split and settings.split == "time", frame)
         try:
-            try:
-                split = _split(settings, len(dataset.series))
-            except ValueError:
-                if needs_split:
-                    raise
-                split, settings = _unsplit(settings, len(dataset.series))
-            alphas = _alphas(settings, dataset.series, split.train)
+            found = _split(settings, dataset, needs_split) if needs_split or not dataset.frame else None
+            split, settings = (found, settings) if found else _unsplit(settings, len(dataset.series))
+            scored = 0 if ahead else settings.horizon
+            start = max(0, dataset.series.shape[1] - settings.points - scored) if ahead or dataset.frame else 0
+            alphas = _alphas(settings, dataset, split, start)
         except ValueError as e:
             raise ValueError(f"{dataset.path}: {e}") from None
         shortest, point, separator = not settings.trailing_zeros, settings.point, settings.separator
         codec = Codec(settings.decimals, shortest=shortest, point=point, separator=separator)
-        return cls(settings, dataset, split, alphas, codec, tokenizer)
+        task = cls(settings, dataset, split, alphas, codec, tokenizer, start)
+        return task._within() if dataset.frame else task
 
     @property
     def layout(self) -> str:
@@ -68,11 +80,39 @@ class Task:
         said = {"no point": not self.codec.point, "a space between digits": self.codec.separator}
         return ", ".join(words for words, holds in said.items() if holds)
 
+    def _within(self) -> "Task":
+        """A table's task whose numbers all have at most `WIDEST` digits before the point.
+
+        Raises ValueError for a wider one where the settings refuse it; clipped ones are counted in the data's source.
+        """
+        by, first = self.alphas.reshape(len(self.alphas), 1, -1), 0 if len(self.split.validation) else self.start
+        scaled = np.abs(self.dataset.series[:, first:] / by)
+        wide = np.argwhere(np.round(scaled, self.codec.decimals) >= 10**WIDEST) + [0, first, 0]
+        if not len(wide):
+            return self
+        system, point, variable = wide[0].tolist()
+        if self.settings.beyond == "refuse":
+            value, alpha = self.dataset.series[system, point, variable], by[system, 0, variable % by.shape[2]]
+            raise ValueError(
+                f"{self.dataset.path}: {self.dataset.names[variable]!r:.60} of series {self.called(system)!r:.60} at "
+                f"{self.when(system, point - self.start)} is {value:g}, over {10**WIDEST} times its alpha {alpha:.3g}: "
+                "expected smaller numbers, a larger --alpha, or --beyond clip"
+            )
+        source = f"{self.dataset.source}; {len(wide)} values clipped"
+        return replace(self, dataset=replace(self.dataset, source=source))
+
     @property
     def alpha_rule(self) -> str:
         """What series are divided by, in words."""
+        own = f"a variable has its own where they differ by more than {llmtime.APART:g} times"
+        if self.dataset.frame and not self.settings.alpha:
+            seen = "the points that its forecast sees" + ", in training of all" * bool(len(self.split.validation))
+            return f"alpha of each series = the 95th percentile of sizes / 10, of {seen}; {own}"
         if self.settings.alpha or self.settings.scaling == "training maximum":
             rule = "as given" if self.settings.alpha else "the training part's maximum / 9.99"
+            if self.alphas.ndim > 1:
+                each = ", ".join(f"{alpha:.6g}" for alpha in self.alphas[0])
+                return f"alpha = {each} for the variables of all series, {rule}; {own}"
             return f"alpha = {self.alphas[0]:.6g} for all series, {rule}"
         in_context = self.settings.scaling == "context percentile"
         seen = f"its first {self.settings.points} points" if in_context else "all its points, the horizon's too"
@@ -87,33 +127,62 @@ class Task:
     def origins(self) -> list["Task"]:
         """The task at each of N cut-offs, its start at 0, k, 2k, ...: k is the most with which all N forecasts have a
         truth, (P - points - horizon) // (N - 1). So the first is that of a single one, the last nearest to the end.
+        Those of a table are counted back from its end: the last is that of a single one.
 
         Raises:
             ValueError: fewer than N fit.
         """
         settings, held = self.settings, self.dataset.series.shape[1]
+        if self.dataset.frame:
+            back = [self.origin_step * i for i in reversed(range(1, settings.origins))]
+            return [*(self._from(self.start - points) for points in back), self]
         count, free = settings.origins, held - settings.points - settings.horizon
         if count > max(1, free + 1):
             window = f"{settings.points} + {settings.horizon} of {held} points"
             raise ValueError(f"origins is {count}: expected at most {max(1, free + 1)}, where {window} fit")
-        own = settings.scaling == "context percentile" and not settings.alpha  # of the points seen: each origin's
-        starts = [i * (free // (count - 1)) for i in range(1, count)]
-        return [self] + [
-            replace(self, start=start, alphas=self._alphas_from(start) if own else self.alphas, _tokens={})
-            for start in starts
-        ]
+        return [self] + [self._from(i * (free // (count - 1))) for i in range(1, count)]
 
-    def _alphas_from(self, start: int) -> NDArray[np.float64]:
-        return _alphas(self.settings, self.dataset.series[:, start:], self.split.train)
+    def _from(self, start: int) -> "Task":
+        """The task of a later or earlier cut-off, scaled anew where the scale is that of the points seen."""
+        settings = self.settings
+        own = (settings.scaling == "context percentile" or self.dataset.frame) and not settings.alpha
+        alphas = _alphas(settings, self.dataset, self.split, start) if own else self.alphas
+        return replace(self, start=start, alphas=alphas, _tokens={})
 
     @property
-    def series(self) -> NDArray[np.float32]:
+    def origin_step(self) -> int:
+        """Points between the origins of a table."""
+        return self.settings.origin_step or self.settings.horizon
+
+    @property
+    def cut_off(self) -> int:
+        """How many points of a series (a table's: of the longest) come before the forecast."""
+        empty = int(np.isnan(self.dataset.series[..., 0]).all(0).sum()) if self.dataset.frame else 0
+        return self.start + self.settings.points - empty
+
+    @property
+    def series(self) -> NDArray[np.floating[Any]]:
         """All series from the start on, (S, P - start, V)."""
         return self.dataset.series[:, self.start :]
 
+    def called(self, system: int) -> str:
+        """A series' name: of a table its own, else its number."""
+        return self.dataset.frame.ids[system] if self.dataset.frame else str(system)
+
+    def when(self, system: int, point: int) -> float | int | str:
+        """When a point of a forecast is, counted from the first that it sees: a table's time as text, or a number."""
+        if frame := self.dataset.frame:
+            begins = self.dataset.series.shape[1] - len(frame.values[system])
+            return frame.clocks[system].text(self.start + point - begins)
+        return float(self.time[point])
+
     @property
     def time(self) -> NDArray[np.float64]:
-        """When the points and the horizon of a forecast are, (points + horizon,): beyond the data in its last step."""
+        """When the points and the horizon of a forecast are, (points + horizon,): beyond the data in its last step; of
+        a table, whose series have times of their own, in steps after the last point seen.
+        """
+        if self.dataset.frame:
+            return np.arange(1.0 - self.settings.points, self.settings.horizon + 1)
         known, wanted = self.dataset.time[self.start :], self.settings.points + self.settings.horizon
         step = known[-1] - known[-2]
         return np.concatenate((known, known[-1] + step * np.arange(1, wanted - len(known) + 1)))[:wanted]
@@ -124,6 +193,8 @@ class Task:
         One that is `scored` ends with the data too.
         """
         last, points = len(self.dataset.series) - 1, self.dataset.series.shape[1]
+        if self.dataset.frame:
+            return self._check_frame(systems, scored)
         if self.settings.points + self.settings.horizon * scored > points:
             raise ValueError(
                 f"{self.dataset.path}: has {points} points: expected at least the {self.settings.points} "
@@ -135,6 +206,19 @@ class Task:
             if not 0 <= system <= last:
                 raise ValueError(f"{self.dataset.path}: has no system {system}: expected 0 to {last}")
 
+    def _check_frame(self, systems: Sequence[int], scored: bool) -> None:
+        frame = self.dataset.frame
+        assert frame
+        made = (self.settings.horizon + (self.settings.origins - 1) * self.origin_step) * scored
+        for system in systems:
+            if not 0 <= system < len(frame.ids):
+                raise ValueError(f"{self.dataset.path}: has no system {system}: expected 0 to {len(frame.ids) - 1}")
+            points, seen = len(frame.values[system]), frame.context[system]
+            if points - made < max(seen, FEWEST_POINTS):
+                of = f"{points - seen} of its {points} points in this part" if seen else f"{points} points"
+                rule = f"at least {max(FEWEST_POINTS - seen, 0) + made}" + f", {made} of which are forecast" * scored
+                raise ValueError(f"{self.dataset.path}: series {self.called(system)!r:.60} has {of}: expected {rule}")
+
     def check_fits(self, config: QwenConfig) -> None:
         """Raise ValueError for a window or a token that a model has no place for."""
         if self.settings.context > config.max_position_embeddings:
@@ -144,13 +228,22 @@ class Task:
             )
         self.tokenizer.check_fits(config.vocab_size)
 
-    def scaled(self, system: int) -> NDArray[np.float64]:
-        """Series `system` from the start on, divided by its alpha, (P - start, V)."""
-        return self.series[system].astype(np.float64) / self.alphas[system]
+    def raw(self, system: int, points: int | None = None) -> NDArray[np.float64]:
+        """`points` points of a series from the start on, or all of the series; those that a shorter one lacks left out.
+
+        (P, V)"""
+        whole = self.dataset.series[system] if points is None else self.series[system][:points]
+        return whole[~np.isnan(whole[:, 0])].astype(np.float64)
+
+    def scaled(self, system: int, points: int | None = None) -> NDArray[np.float64]:
+        """`raw` divided by its alpha, (P, V), a table's values clipped where that was asked for."""
+        values = self.raw(system, points) / self.alphas[system]
+        largest = 10**WIDEST - 10.0**-self.codec.decimals
+        return np.clip(values, -largest, largest) if self.dataset.frame else values
 
     def text(self, system: int, points: int | None = None) -> str:
-        """The LLMTIME text of `points` steps of a series from the start on (all by default)."""
-        return self.codec.encode(self.scaled(system)[:points])
+        """The LLMTIME text of `raw`."""
+        return self.codec.encode(self.scaled(system, points))
 
     def tokens(self, system: int, points: int | None = None) -> list[int]:
         """Their ids, kept: windows of several contexts are cut from the same."""
@@ -214,15 +307,17 @@ class Task:
 
     def shape_of(self, system: int) -> Shape:
         """The class of a system's whole course: "growing", "decaying", "oscillating" or "settled"."""
-        return shape(self.dataset.series[system])
+        return shape(self.raw(system))
 
     @cached_property
     def widest(self) -> int:
         """The most digits before the point in any number of the training part."""
-        seen = None if len(self.split.validation) else self.settings.points
-        series = self.dataset.series[self.split.train, :seen].astype(np.float64)
-        largest = np.round(np.abs(series / self.alphas[self.split.train, None, None]).max(), self.codec.decimals)
-        return len(str(int(largest)))
+        train = self.split.train
+        whole = len(self.split.validation)
+        series = (self.dataset.series if whole else self.series[:, : self.settings.points])[train].astype(np.float64)
+        by = self.alphas[train].reshape(len(train), 1, -1)
+        largest = np.round(np.nanmax(np.abs(series / by)), self.codec.decimals)
+        return min(len(str(int(largest))), WIDEST) if self.dataset.frame else len(str(int(largest)))
 
     @cached_property
     def grammar(self) -> Grammar:
@@ -263,7 +358,7 @@ class Task:
 
     def _windows(self, systems: NDArray[np.int64], cut: Callable[..., Windows], *how: int) -> Windows:
         settings, pad_id = self.settings, self.tokenizer.token_id("<|endoftext|>")
-        tokens = [self.tokens(system) for system in systems.tolist()]
+        tokens = [self.tokens(system)[self._seen(system) :] for system in systems.tolist()]
         windows = cut(tokens, settings.context, *how, pad_id, settings.pad_side)
         if settings.vocabulary == "symbols":
             windows = replace(
@@ -275,13 +370,19 @@ class Task:
             windows = replace(windows, digits=np.array(symbol_tokens(self.tokenizer, string.digits), np.int64))
         return windows
 
+    def _seen(self, system: int) -> int:
+        """How many tokens of a series belong to points that another part is for: no window is of these."""
+        points = self.dataset.frame.context[system] if self.dataset.frame else 0
+        ends = np.flatnonzero(np.asarray(self.tokens(system)) == self.step_end) if points else np.empty(0, int)
+        return int(ends[points - 1]) + 1 if points else 0
+
     def _places(self, system: int) -> NDArray[np.int64]:
-        """Of each token of a series: see `Codec.places`."""
+        """Of each token of a series' windows: see `Codec.places`."""
         text, tokens = self.text(system), self.tokens(system)
         if len(text) != len(tokens):
             wrong = f"{len(text)} symbols of a series are {len(tokens)} tokens"
             raise ValueError(f"{self.tokenizer.path}: {wrong}: expected a token for each symbol, to weigh digits")
-        return self.codec.places(text)
+        return self.codec.places(text)[self._seen(system) :]
 
     def _weights(self, systems: NDArray[np.int64], windows: Windows) -> NDArray[np.float32]:
         """What the loss of each target is multiplied by, (W, C); 1 where it is no digit, or padding."""
@@ -295,11 +396,44 @@ class Task:
         return weights
 
 
-def _split(settings: Settings, systems: int) -> splits.Split:
-    if settings.split == "in order":
-        return splits.in_order(systems, settings.fractions)
-    rule = splits.seeded if settings.split == "shuffled" else splits.held_out_first
-    return rule(systems, settings.fractions, settings.split_seed)
+def _dataset(settings: Settings, by_time: bool, frame: SeriesSet | None) -> Dataset:
+    """The data of a task; a table, or what is split by time, as a frame with room for all that forecasts see."""
+    if frame is None and settings.data and frames.reads(path := Path(settings.data)):
+        names = ("id_column", "time_column", "target", "wide", "fill")
+        frame = frames.read(path, **{name: getattr(settings, name) for name in names})
+    if frame is None:
+        dataset = lotka_volterra.load(Path(settings.data) if settings.data else None)
+        if not by_time:
+            return dataset
+        frame = replace(
+            frames.of_array(dataset.series.astype(np.float64)),
+            names=dataset.names,
+            name=str(dataset.path),
+            digest=dataset.digest,
+        )
+    if by_time:
+        try:
+            frame = frame.pieces(settings.fractions)
+        except ValueError as e:
+            raise ValueError(f"{frame.name}: {e}") from None
+    step = settings.origin_step or settings.horizon
+    return Dataset.of(frame, settings.points + settings.horizon + (settings.origins - 1) * step)
+
+
+def _split(settings: Settings, dataset: Dataset, needed: bool) -> splits.Split | None:
+    """None where the series are too few, unless the split is needed."""
+    systems = len(dataset.series)
+    if dataset.frame and any(dataset.frame.context):  # the pieces of a split by time
+        return splits.Split(*np.split(np.arange(systems), 3))
+    try:
+        if settings.split in ("in order", "time"):
+            return splits.in_order(systems, settings.fractions)
+        rule = splits.seeded if settings.split == "shuffled" else splits.held_out_first
+        return rule(systems, settings.fractions, settings.split_seed)
+    except ValueError as e:
+        if needed:
+            raise ValueError(f"{e}, or --split time" if dataset.frame else str(e)) from None
+        return None
 
 
 def _unsplit(settings: Settings, systems: int) -> tuple[splits.Split, Settings]:
@@ -310,14 +444,26 @@ def _unsplit(settings: Settings, systems: int) -> tuple[splits.Split, Settings]:
     return splits.Split(np.arange(systems), none, none), settings
 
 
-def _alphas(settings: Settings, series: NDArray[np.float32], train: NDArray[np.int64]) -> NDArray[np.float64]:
-    """What each series is divided by, (S,)."""
-    largest = float(np.abs(series).max())
+def _alphas(settings: Settings, dataset: Dataset, split: splits.Split, start: int) -> NDArray[np.float64]:
+    """What each series is divided by, (S,), or each variable of it, (S, V); forecasts see points from `start` on."""
+    series = dataset.series[:, start:]
+    largest = float(np.nanmax(np.abs(series)))
     if settings.alpha and largest and round(largest / settings.alpha, settings.decimals) == 0:
         most = 2 * largest * 10**settings.decimals
         raise ValueError(f"alpha is {settings.alpha:g}: expected less than {most:.3g}, or every value is written as 0")
-    if settings.alpha or settings.scaling == "training maximum":
-        return np.full(len(series), llmtime.fixed(settings.alpha or llmtime.training_maximum(series[train])))
+    if settings.alpha:
+        return np.full(len(series), llmtime.fixed(settings.alpha))
+    if dataset.frame:
+        whole = set(split.train.tolist()) if len(split.validation) else set()
+        seen = [dataset.series[i] if i in whole else one[: settings.points] for i, one in enumerate(series)]
+        sizes = [llmtime.sizes(one[~np.isnan(one[:, 0])]) for one in seen]
+        return np.array([np.maximum(llmtime.of_each(one) / 10, 1e-290) for one in sizes])
+    if settings.scaling == "training maximum":
+        series = dataset.series
+        each = llmtime.of_each(np.abs(series[split.train]).max((0, 1)))
+        if np.ptp(each):
+            return np.tile(each.astype(np.float64) / 9.99, (len(series), 1))
+        return np.full(len(series), llmtime.training_maximum(series[split.train]))
     if settings.scaling == "context percentile":
         return np.array([llmtime.context_percentile(one, settings.points) for one in series])
     return np.array([llmtime.whole_series_percentile(one) for one in series])

@@ -33,7 +33,8 @@ EXAMPLES = {
     "grid": "python -m experiments.run grid --model Qwen/Qwen2.5-0.5B-Instruct --steps 300 --dry-run",
     "train": "python -m experiments.run train --lr 5e-3 --rank 8 --steps 200 --out runs/one",
     "evaluate": "python -m experiments.run evaluate --adapter runs/grid/cells/lr0.01-r8/adapter",
-    "forecast": "python -m experiments.run forecast --system 906 --adapter runs/grid/cells/lr0.01-r8/adapter",
+    "forecast": "python -m experiments.run forecast --data sales.csv --horizon 12 --all",
+    "backtest": "python -m experiments.run backtest --data sales.csv --horizon 12 --origins 3",
     "data": "python -m experiments.run data --decimals 3",
     "flops": "python -m experiments.run flops --model Qwen2.5-7B --batch 4 --context 512 --rank 8 --train",
     "status": "python -m experiments.run status runs/grid",
@@ -134,11 +135,24 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", help=f"a folder: {tables} (nothing is written)")
     p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 
-    p = verb("forecast", "forecast one system and draw it, beyond the data's end too; a single series will do")
+    p = verb("backtest", "forecasts after several cut-offs of every series, counted back from its end, beside copies")
     _settings(p, "data", "forecast")
     p.add_argument("--adapter", help="an adapter folder, or forecaster (docs/best.md); none is the untrained model")
-    p.add_argument("--system", type=int, required=True, help="number of the series, from 0")
-    p.add_argument("--out", help="the PNG to write (forecast-SYSTEM.png)")
+    p.add_argument("--origins", type=int, default=3, metavar="N", help="cut-offs of each series (3)")
+    p.add_argument("--origin-step", type=int, help="points between them (the horizon)")
+    p.add_argument("--series", nargs="+", metavar="NAME", help="series by their names (all)")
+    p.add_argument("--out", help="a folder: backtest.csv, scores.csv, forecasts.png (backtest)")
+
+    p = verb("forecast", "forecast what comes after the data's end, as CSV and a figure; or one system from a point on")
+    _settings(p, "data", "forecast")
+    p.add_argument("--adapter", help="an adapter folder, or forecaster (docs/best.md); none is the untrained model")
+    one = p.add_mutually_exclusive_group()
+    one.add_argument("--all", action="store_true", help="every series (the first one alone)")
+    one.add_argument("--series", nargs="+", metavar="NAME", help="series of a table by their names")
+    from_first = "number of the series, from 0; of HDF5 forecast after its first --points points, and scored"
+    one.add_argument("--system", type=int, help=from_first)
+    beside = "its CSV has the same name"
+    p.add_argument("--out", help=f"the PNG to write; {beside} (forecast.png; with --system forecast-SYSTEM.png)")
     ahead = "guess ahead: a forward carries up to N tokens, verified; the same greedy forecast in fewer forwards (0: "
     ahead += "off; 12 suits a CPU). Reserved as if no guess came true, settled at what ran"
     p.add_argument("--draft", type=int, default=0, metavar="N", help=ahead)
@@ -282,8 +296,15 @@ def _settings(p: argparse.ArgumentParser, *groups: str) -> None:
     add("--plain", action="store_true", help="run the plain maths alone, without qwen_min.fast: slow, to find a fault")
     add = p.add_argument_group("the data as text").add_argument
     if "data" in groups or not groups:
-        add("--data", help="an HDF5 file with /trajectories (systems, points, variables); rebuilt by its law if absent")
+        add("--data", help="a CSV, Parquet or HDF5 file (docs/data.md); rebuilt by its law if absent")
+        add("--id-column", help="of a table: the column that names the series (unique_id, item_id or id)")
+        add("--time-column", help="the column of times (ds, timestamp, date or time)")
+        add("--target", nargs="+", help="the columns of values (all others)")
+        add("--wide", action="store_true", help="a row for each time, a column for each series")
+        add("--fill", help="what is missing by the previous value, or linear between two (refused)")
+        add("--beyond", help="a number a thousand times its alpha: refuse, or clip it, with a count (refuse)")
     if "data" in groups:
+        add("--split", help="series: in order, shuffled, held out first; time: each series' own first part (in order)")
         add("--decimals", type=int, help="digits after the point (2)")
         point = "write the point of a number (on); off: the last digits are the decimals, fewer tokens"
         add("--point", action=argparse.BooleanOptionalAction, help=point)

@@ -11,15 +11,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data import frames
 from experiments import plots
 from experiments.accounting.ledger import Ledger
-from experiments.forecasting import density, judge, naive, scores
+from experiments.forecasting import density, future, judge, naive, scores
 from experiments.forecasting.density import Density
 from experiments.forecasting.evaluate import evaluate as charged
 from experiments.forecasting.evaluate import priced
 from experiments.forecasting.forecast import Forecasts, check_draft
 from experiments.forecasting.scores import QUANTILES
 from experiments.run_folder import files
+from experiments.settings.record import Settings
 from experiments.task.model import prepare, trained
 from experiments.task.task import Task
 from experiments.training.progress import Report, counting
@@ -62,6 +64,12 @@ def evaluate(args: Namespace) -> None:
 
 def forecast(args: Namespace) -> None:
     settings, adapter = replace(gather(args), origins=1), adapter_of(args)
+    if not settings.data and not {"system", "series", "all"} & vars(args).keys():
+        raise ValueError(
+            "forecast has no data: expected --data FILE; or --system N, of the data set rebuilt by its law"
+        )
+    if not hasattr(args, "system") or frames.reads(Path(settings.data)):
+        return _ahead(args, settings, adapter)
     path = Path(getattr(args, "out", f"forecast-{args.system}.png"))
     files.check_file(path)
     task, model = prepare(settings, adapter, needs_split=False)
@@ -111,6 +119,90 @@ def forecast(args: Namespace) -> None:
     print(f"written: {path}{beside}; {flops:,} FLOPs (coursework) charged to {ledger_of(args)}")
 
 
+MOST_DRAWN = 12  # series of a figure
+
+
+def _ahead(args: Namespace, settings: Settings, adapter: Path | None) -> None:
+    """The future of series, after the last point of each, as a CSV and a figure."""
+    path = Path(getattr(args, "out", f"forecast-{args.system}.png" if hasattr(args, "system") else "forecast.png"))
+    table = path.with_suffix(".csv")
+    for one in (path, table):
+        files.check_file(one)
+    if hasattr(args, "density"):
+        raise ValueError("density of a forecast beyond the data: expected --system, of HDF5")
+    task, model = prepare(settings, adapter, needs_split=False, ahead=True)
+    systems = _chosen(args, task)
+    check_draft(task, args.draft)
+    task.check(systems, scored=False)
+    expected = priced(task, model, systems, draft=args.draft)
+    with closing(Report(1)) as report, Ledger(ledger_of(args), settings.budget) as ledger:
+        run, far = f"forecast {adapter or settings.model}", partial(counting, report, "forecast")
+        made, _, entry = charged(task, model, systems, expected, ledger, run, "ahead", draft=args.draft, progress=far)
+        ledger.settle(entry)
+    files.write_csv(table, rows := future.rows(task, made))
+    _draw(task, made.of(systems[:MOST_DRAWN]), path)
+    every = len(task.dataset.series)
+    print(
+        f"{settings.label + ': ' if settings.label else ''}{len(systems)} of {every} series of {task.dataset.path} "
+        f"({task.dataset.source}), up to {settings.points} points -> {settings.horizon}, {settings.judged}; "
+        f"{np.isnan(made.values).any(-1).sum()} steps did not parse; {task.alpha_rule}"
+    )
+    shown = rows[: settings.horizon * len(task.dataset.names)]
+    names = [name for name in shown[0] if shown[0][name] is not None]
+    print(" ".join(f"{name[:20]:>20}" for name in names))
+    for row in shown:
+        cells = (f"{cell:.6g}" if isinstance(cell, float) else str(cell)[:20] for cell in map(row.get, names))
+        print(" ".join(f"{cell:>20}" for cell in cells))
+    if len(rows) > len(shown):
+        print(f"... and {len(rows) - len(shown)} rows more")
+    some = f" (of {MOST_DRAWN} series)" * (len(systems) > MOST_DRAWN)
+    some += "; --all forecasts every series" * (len(systems) < every and not hasattr(args, "series"))
+    flops = f"{sum(made.flops.values()):,} FLOPs (coursework) charged to {ledger_of(args)}"
+    print(f"written: {table}, {path}{some}; {flops}")
+
+
+def backtest(args: Namespace) -> None:
+    """Forecasts after several cut-offs of every series, counted back from its end, beside copies, scored."""
+    settings, adapter = gather(args), adapter_of(args)
+    out = Path(getattr(args, "out", "backtest"))
+    for name in ("backtest.csv", "scores.csv", "forecasts.png"):
+        files.check_file(out / name)
+    task, model = prepare(settings, adapter, needs_split=False)
+    systems = _chosen(args, task) if hasattr(args, "series") else list(range(len(task.dataset.series)))
+    task.check(systems)
+    expected = priced(task, model, systems)
+    with closing(Report(1)) as report, Ledger(ledger_of(args), settings.budget) as ledger:
+        run, far = f"backtest {adapter or settings.model}", partial(counting, report, "backtest")
+        made, _, entry = charged(task, model, systems, expected, ledger, run, "backtest", progress=far)
+        ledger.settle(entry)
+        plain = naive.forecasts(task, systems, far("law fits"))
+    rows, text = judge.backtest(task, made, plain)
+    files.write_csv(out / "backtest.csv", future.windows(task, made, plain, (50, 80)))
+    files.write_csv(out / "scores.csv", rows)
+    _draw(task, made.at(settings.origins - 1, settings.origins).of(systems[:MOST_DRAWN]), out / "forecasts.png")
+    print(
+        f"{settings.label + ': ' if settings.label else ''}{len(systems)} series of {task.dataset.path} "
+        f"({task.dataset.source}), {settings.origins} origins, up to {settings.points} points -> {settings.horizon}, "
+        f"raw units, {settings.judged}; {np.isnan(made.values).any(-1).sum()} steps did not parse; {task.alpha_rule}\n"
+    )
+    print(text)
+    print(f"FLOPs (coursework): {sum(made.flops.values()):,}")
+    wrote(out, "backtest.csv", "scores.csv", "forecasts.png", ledger=ledger_of(args))
+
+
+def _chosen(args: Namespace, task: Task) -> list[int]:
+    """The series that were asked for, by number."""
+    if hasattr(args, "all"):
+        return list(range(len(task.dataset.series)))
+    if not hasattr(args, "series"):
+        return [getattr(args, "system", 0)]
+    known = {task.called(i): i for i in range(len(task.dataset.series))}
+    if missing := [name for name in args.series if name not in known]:
+        some = ", ".join(f"{name!r:.60}" for name in [*known][:5])
+        raise ValueError(f"{task.dataset.path}: has no series {missing[0]!r:.60}: expected such as {some}")
+    return list(dict.fromkeys(known[name] for name in args.series))
+
+
 def _written(task: Task, made: Forecasts, values: NDArray[np.float64]) -> str:
     """The text of the first step of values (1, h, V) of the one system that was forecast."""
     return task.codec.encode(values[0, :1] / task.alphas[made.systems[0]])
@@ -133,7 +225,7 @@ def _draw(task: Task, made: Forecasts, path: Path, found: Sequence[Density] = ()
     settings, bands = task.settings, made.quantiles
     systems = [
         {
-            "title": f"system {system} ({task.shape_of(system)})",
+            "title": f"{'' if task.dataset.frame else 'system '}{task.called(system)} ({task.shape_of(system)})",
             "time": task.time,
             "context": made.context[i],
             "truth": made.truth[i],

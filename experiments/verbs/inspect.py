@@ -31,7 +31,11 @@ def data(args: Namespace) -> None:
     tokenizer = Tokenizer.from_pretrained(settings.model, settings.revision or None, settings.offline)
     task = Task.prepare(settings, tokenizer)
     dataset, worked = task.dataset, preprocessing(task)
-    print(f"{dataset.path}: {dataset.source}; series {dataset.series.shape}; sha256 {dataset.digest}")
+    shape: tuple[int | str, ...] = dataset.series.shape
+    if dataset.frame:
+        lengths = [*map(len, dataset.frame.values)]
+        shape = len(lengths), f"{min(lengths)}-{max(lengths)}", len(dataset.names)
+    print(f"{dataset.path}: {dataset.source}; series ({', '.join(map(str, shape))}); sha256 {dataset.digest}")
     print(
         f"train {len(task.split.train)} / validation {len(task.split.validation)} / test {len(task.split.test)} "
         f"systems, {settings.split}; {worked['alpha_rule']}; {settings.decimals} decimals"
@@ -39,7 +43,7 @@ def data(args: Namespace) -> None:
     )
     for example in worked["examples"]:
         print(
-            f"\nsystem {example['system']}, first {example['points']} of {dataset.series.shape[1]} points "
+            f"\nsystem {example['system']}, first {example['points']} of {len(task.raw(example['system']))} points "
             f"({', '.join(example['names'])})"
         )
         for name in ("raw", "scaled"):
