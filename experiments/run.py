@@ -101,7 +101,8 @@ VERBS = {
     **dict.fromkeys(("baseline", "default", "context", "final"), "study.stage"),
     **{"grid": "grid.grid", "train": "grid.train"},
     **{"evaluate": "evaluate.evaluate", "forecast": "evaluate.forecast"},
-    **{"data": "inspect.data", "flops": "inspect.flops", "explain": "inspect.explain", "doctor": "inspect.doctor"},
+    **{"data": "inspect.data", "doctor": "inspect.doctor"},
+    **{"flops": "flops.flops", "explain": "flops.explain"},
     **{"verify": "verify.verify", "docs": "book.docs", "exercise": "book.exercise"},
     **{"status": "records.status", "budget": "records.budget"},
     **{

@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 
+from experiments.accounting.clock import TOGETHER, Seconds
 from experiments.accounting.predict import predict
 from lora.layer import TARGETS
 from qwen_min import QwenConfig
 from qwen_min.config import SIZES
+from qwen_min.fast.product import product as multiplied
 from qwen_min.prices import CONVENTIONS, PRIMITIVES, Price
 
 MOST = 10**6
@@ -80,12 +82,19 @@ def _forms(dims) -> list[Any]:
     return [[form(n) for n in dim] if isinstance(dim, tuple) else form(dim) for dim in dims]
 
 
-def page(name: str, config: QwenConfig, start: dict[str, Any], machines: Sequence[Sequence[Any]] = ()) -> str:
+def page(
+    name: str,
+    config: QwenConfig,
+    start: dict[str, Any],
+    machines: Sequence[Sequence[Any]] = (),
+    seconds: Seconds | None = None,
+) -> str:
     """The page, opened at the settings `start`: batch, context, cache, rank, targets, phase, convention, x, w.
 
     Args:
         name, config: the model that it opens with; the seven released sizes can be chosen beside it.
         machines: (name, FLOP/s, bytes/s) beside the known ones.
+        seconds: what each op took in the forward that `start` describes, as `clock.clocked` has them.
 
     Raises:
         ValueError: the page is larger than `MOST` bytes, or a target of LoRA is of one layer alone.
@@ -104,6 +113,8 @@ def page(name: str, config: QwenConfig, start: dict[str, Any], machines: Sequenc
         "machines": [*machines, *MACHINES],
         "prices": [_price(p) for p in prices],
         "programs": charged,
+        "together": TOGETHER,
+        "seconds": {f"{module} {op}": float(f"{took:.4g}") for (module, op), took in (seconds or {}).items()},
     }
     text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     template = files("experiments.accounting").joinpath("templates/explorer.html").read_text(encoding="utf-8")
@@ -128,7 +139,7 @@ def _price(price: Price) -> dict[str, Any]:
 
 
 def calibrated(seconds: float = 1.0) -> tuple[str, float, float]:
-    """This machine as torch uses it now: FLOP/s of a float32 product of 1024 x 1024, bytes/s of a copy of 64 MB."""
+    """This machine as it runs now: FLOP/s of the model's float32 product, 1024 x 1024, bytes/s of a copy of 64 MB."""
     a, big = torch.randn(1024, 1024), torch.zeros(2**24)
     copy = torch.empty_like(big)
 
@@ -141,7 +152,7 @@ def calibrated(seconds: float = 1.0) -> tuple[str, float, float]:
         return best
 
     with torch.no_grad():
-        flops = 2 * 1024**3 / fastest(lambda: a @ a)
+        flops = 2 * 1024**3 / fastest(lambda: multiplied(a, a))
         moved = 2 * 4 * big.numel() / fastest(lambda: copy.copy_(big))
     name = f"this machine, float32, {torch.get_num_threads()} threads (measured)"
     return name, float(f"{flops:.3g}"), float(f"{moved:.3g}")
