@@ -51,7 +51,8 @@ class Clocked(FlopMeter):
 def clocked(model: Qwen, ids: Tensor, cached: int = 0, repeats: int = 3) -> Seconds:
     """The fewest seconds of every op in `repeats` forwards of (B, T) ids after `cached` tokens, after one more forward.
 
-    In that one libraries make their plans. Others may take the processor meanwhile: hence of every op, not of the whole.
+    In that one libraries make their plans. Others may take the processor meanwhile: so the fewest of each op, not the
+    fastest forward.
     """
     found = []
     for _ in range(1 + repeats):
