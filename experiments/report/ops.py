@@ -26,8 +26,10 @@ class Step(NamedTuple):
 
 def step(study: Study) -> Step | None:
     """None where the manifest, of an earlier version, has no shape of the model, or LoRA is on one layer's targets."""
+    if "model_config" not in study.manifest.values:
+        return None
     settings = Settings.from_toml(study.root / "config.toml")
-    if "model_config" not in study.manifest.values or any(re.search(r"\d", target) for target in settings.targets):
+    if any(re.search(r"\d", target) for target in settings.targets):
         return None
     shape = study.manifest.fields("model_config")
     try:
