@@ -23,6 +23,11 @@ TOGETHER = {"bias": "linear", "scale": "scores", "softmax": "scores", "values": 
 Seconds = dict[tuple[str, str], float]
 
 
+def now() -> tuple[float, float]:
+    """Seconds that went by, and those that this process had the processor, of all its threads."""
+    return time.perf_counter(), time.process_time()
+
+
 class Clocked(FlopMeter):
     """A meter that looks at the clock: `seconds` of a forward by (module, op); those of `TOGETHER` with the other's."""
 
@@ -30,12 +35,12 @@ class Clocked(FlopMeter):
         super().__init__()
         self.seconds: Seconds = defaultdict(float)
         self._op: tuple[str, str] | None = None
-        self._since = 0.0
+        self._since = now()
 
     def see(self, module: str, price: Price, dims: Dims, times: int = 1) -> None:
         super().see(module, price, dims, times)
         self._stop()
-        self._op, self._since = (module, TOGETHER.get(price.name, price.name)), time.perf_counter()
+        self._op, self._since = (module, TOGETHER.get(price.name, price.name)), now()
 
     def __exit__(self, *_: object) -> None:
         self._stop()
@@ -43,7 +48,8 @@ class Clocked(FlopMeter):
 
     def _stop(self) -> None:
         if self._op:
-            self.seconds[self._op] += time.perf_counter() - self._since
+            # The fewer of both: a process that waits for the processor does not work at the op.
+            self.seconds[self._op] += min(end - since for end, since in zip(now(), self._since, strict=True))
         self._op = None
 
 
@@ -61,7 +67,8 @@ def clocked(model: Qwen, ids: Tensor, cached: int = 0, repeats: int = 3) -> Seco
             cache = KVCache(model.config, len(ids), cached + ids.shape[1], model.compute_dtype, model.device)
             cache.store.zero_()
             cache.advance(cached)
-        with Clocked() as meter:
+        meter = Clocked()
+        with meter:
             model(ids, cache)
         found.append(meter.seconds)
     return {place: min(seconds[place] for seconds in found[1:]) for place in found[0]}
