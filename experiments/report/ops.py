@@ -67,6 +67,12 @@ def page(study: Study) -> str | None:
     """The explorer, opened at the step."""
     if not (found := step(study)):
         return None
-    start = {"batch": found.batch, "context": found.context, "cache": 0, "rank": found.rank, "guesses": 13}
+    start: dict[str, Any] = {
+        "batch": found.batch,
+        "context": found.context,
+        "cache": 0,
+        "rank": found.rank,
+        "guesses": 13,
+    }
     start |= {"targets": found.targets, "phase": "training", "convention": "coursework", "x": 4, "w": 4}
     return explorer.page(str(study.manifest.values.get("model", "the model")), found.config, start)
