@@ -57,7 +57,8 @@ def _priced(args: Namespace, name: str, config: QwenConfig, size: dict[str, int]
     machines = [explorer.calibrated()] if measure or hasattr(args, "calibrate") else []
     if hasattr(args, "html"):
         start = size | {"guesses": 13, "targets": targets, "phase": "training" if training else "forward"}
-        start |= {"convention": convention, "x": activation, "w": weight}
+        shown_as = getattr(args, "convention", "exact") if measure else convention  # what was executed is measured
+        start |= {"convention": shown_as, "x": activation, "w": weight}
         files.write_text(args.html, explorer.page(name, config, start, machines, seconds))
         written["html"] = args.html
     rows = []
