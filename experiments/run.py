@@ -102,7 +102,8 @@ VERBS = {
     **{"grid": "grid.grid", "train": "grid.train"},
     **{"evaluate": "evaluate.evaluate", "forecast": "evaluate.forecast"},
     "backtest": "evaluate.backtest",
-    **{"data": "inspect.data", "flops": "inspect.flops", "explain": "inspect.explain", "doctor": "inspect.doctor"},
+    **{"data": "inspect.data", "doctor": "inspect.doctor"},
+    **{"flops": "flops.flops", "explain": "flops.explain"},
     **{"verify": "verify.verify", "docs": "book.docs", "exercise": "book.exercise"},
     **{"status": "records.status", "budget": "records.budget"},
     **{

@@ -99,8 +99,8 @@ def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, cours
     y may be overwritten.
     """
     n, (r, i), o = tokens_of(x), a.shape, b.shape[0]
-    low = F.linear(x.to(a.dtype), a)  # (..., R)
     charge(LOW_RANK, n, i, r, *wanted(x, a))
+    low = F.linear(x.to(a.dtype), a)  # (..., R)
     charge(LOW_RANK_OUT, n, r, Dim.of(o, coursework_out), *wanted(low, b))
     return _plus(y, F.linear(low, b), scale)
 

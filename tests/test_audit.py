@@ -95,7 +95,7 @@ def test_on_the_command_line_what_is_absent_is_listed_as_such(monkeypatch, capsy
         (["--audit", "--convention", "matmul"], "--convention is 'matmul' with --audit: expected exact, which it uses"),
         (["--audit", "--rank", "-1"], "--rank is -1: expected at least 0"),
         (["--audit", "--model", "Qwen2.5-9B"], "'Qwen2.5-9B' is not a known size: expected one of Qwen2.5-0.5B"),
-        (["--markdown", "x"], "--markdown without --audit: expected both, as it is the audit's table"),
+        (["--markdown", "x"], "--markdown without --audit: expected both"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -165,3 +165,20 @@ def test_a_browser_zooms_by_click_and_by_keyboard_finds_sorts_and_switches(tab):
         assert tab.locator("#totals b").inner_text() == f"{forward:,}"
     tab.locator("#copy").click()
     assert tab.locator("#copy").inner_text() == "copied"
+
+
+def test_measured_seconds_stand_in_the_table_until_the_setting_is_another(browser, tmp_path):
+    config = QwenConfig.from_file(POCKET / "config.json")
+    start = {"batch": 2, "context": 9, "cache": 0, "rank": 0, "guesses": 1, "targets": QV, "phase": "forward"}
+    start |= {"convention": "exact", "x": 4, "w": 4}
+    seconds = {(f"model.layers.{i}.self_attn", "scores"): 0.001 for i in range(LAYERS)}
+    (tmp_path / "page.html").write_text(explorer.page("pocket", config, start, seconds=seconds))
+    tab = browser.new_page()
+    tab.goto((tmp_path / "page.html").as_uri())
+    shown = {row.split("\t")[0].split(".")[-1]: row for row in tab.locator("#rows tr").all_inner_texts()}
+    assert f"\t{LAYERS}.00 ms\t" in shown["self_attn scores"] and "\twith scores\t" in shown["self_attn values"]
+    assert tab.locator("#roofline circle[style*='fill:none']").count() == 1
+    assert f"Measured (rings): {LAYERS}.00 ms." in tab.locator("#bound").inner_text()
+    tab.locator("[name=batch]").fill("3")
+    assert "measured" not in tab.locator("#heads").inner_text() and tab.locator("#roofline circle").count() > 9
+    tab.close()

@@ -89,7 +89,10 @@ def test_a_grid_counts_each_cell_once_says_what_it_wrote_and_its_page_draws_each
     drawn = {path.name: path.read_bytes() for path in Path("grid/figures").iterdir()}
     assert sorted(drawn) == ["forecasts.png", "grid.png", "loss-cells-by-flops.png", "loss-cells-by-step.png"]
     assert run.main(["report", "grid"]) == 0
-    assert capsys.readouterr().out == "grid/report.html\nwritten to grid: report.html, report.md, figures/, tables/\n"
+    assert (
+        capsys.readouterr().out
+        == "grid/report.html\nwritten to grid: report.html, report.md, flops.html, figures/, tables/\n"
+    )
     again = {path.name: path.read_bytes() for path in Path("grid/figures").iterdir()}
     assert drawn.items() < again.items() and len(set(again.values())) == len(again)
 

@@ -20,11 +20,13 @@ import study_folder
 from PIL import Image
 
 from experiments import plots, report
+from experiments.accounting.predict import predict
 from experiments.forecasting.scores import verdict as verdict_of
 from experiments.report.document import Column, Facts, Figure, Table, Text, shown
 from experiments.report.study import Study
 from experiments.report.training import verdict
 from experiments.run_folder import files
+from qwen_min import QwenConfig
 
 Change = Callable[[Path], Any]
 Calls = list[tuple[str, str]]
@@ -779,3 +781,27 @@ def test_a_folder_that_is_none_is_refused(tmp_path):
 def test_tables_and_figures_have_names_of_their_own(sampled):
     for kind in (Table, Figure):
         assert all(re.fullmatch(r"[\w-]+", name) for name in named(sampled.folder, kind))
+
+
+def test_the_step_of_the_run_stands_by_module_and_in_the_explorer_beside_the_page(study):
+    manifest = json.loads((study / "manifest.json").read_text())
+    config = QwenConfig.named("Qwen2.5-0.5B")
+    files.write_json(study / "manifest.json", manifest | {"model": "M", "model_config": config.to_dict()})
+    made = build(study)
+    run, _ = Study(study).answer
+    meter = predict(config, 4, run.row["context"], rank=run.row["rank"], training=True)
+    rows = made.table("flops-by-module")
+    assert [int(rows[0][name]) for name in ("forward", "backward", "both")] == [
+        *(meter.total, meter.backward, meter.training)
+    ]
+    both = {row["part"]: int(row["both"]) for row in rows}
+    assert both["model"] + both["lm_head"] == both["the model"] and both["model.layers"] == both["model.layers.0-23"]
+    assert {"href": "flops.html"} in made.page.all("a") and "[flops.html](flops.html)" in (
+        study / "report.md"
+    ).read_text()
+    start = json.loads(re.search(r'"start":({.*?})', (study / "flops.html").read_text())[1])
+    asked = {"model": "M", "phase": "training", "batch": 4, "context": run.row["context"], "rank": run.row["rank"]}
+    assert start == start | asked
+    files.write_json(study / "manifest.json", manifest | {"model_config": config.to_dict() | {"hidden_size": -1}})
+    with pytest.raises(ValueError, match=r"manifest.json: model_config: hidden_size is -1: expected a positive whole"):
+        report.build(study)

@@ -170,14 +170,22 @@ def formulas(
     weights: dict[str, int],
     scores: dict[str, int],
 ) -> list[Row]:
-    """What was published, each formula computed from the sizes as its source has it, of a training step."""
+    """What was published, each formula computed from the sizes as its source has it, of a training step.
+
+    - Kaplan et al. 2020, section 2.1 and table 1: a token's forward is 2N + 2·n_layer·n_ctx·d_attn, the second term the
+      half of attention that a causal mask leaves; N are the matrices of the layers, without embeddings, biases and
+      norms; the backward is twice that; C = 6N leaves attention out.
+    - PaLM, Chowdhery et al. 2022, appendix B: 6N + 12·L·H·Q·T, N all parameters (with them it gives the 46.2 % of the
+      peak that the paper states).
+    - Chinchilla, Hoffmann et al. 2022, appendix F: products at 2mnp, the table's among them; the softmax at 3 a score;
+      two matrices d_model x ffw_size; the backward is twice that.
+    """
     c, n, step = config, batch * tokens, PHASES[1]
     e, f, v, layers = c.hidden_size, c.intermediate_size, c.vocab_size, c.num_hidden_layers
     wide, narrow = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     done = work(meter, 0)
-    parameters = layers * (e * (2 * wide + 2 * narrow) + 3 * e * f) + sum(weights.values()) // (2 * n)
-    parameters += done.multiplies["lora"] // n
-    everything = parameters + (1 if c.tie_word_embeddings else 2) * v * e
+    matrices = layers * (e * (2 * wide + 2 * narrow) + 3 * e * f) + done.multiplies["lora"] // n
+    everything = matrices + sum(weights.values()) // (2 * n) + (1 if c.tie_word_embeddings else 2) * v * e
     table = {} if c.tie_word_embeddings else {"the embedding table as a product": 6 * n * v * e}
     attention = 4 * layers * wide * tokens  # scores and values of a token, at 2n
     repeated = {GQA: 3 * 2 * n * e * 2 * (wide - narrow) * layers}
@@ -190,19 +198,12 @@ def formulas(
 
     found = [
         row("6N", 6 * n * everything, "N: all parameters", but=("attention",), own=weights, extra=table),
-        row(
-            "6N without embeddings",
-            6 * n * parameters,
-            "N: all but the table and the head",
-            but=("attention", "head"),
-            own=weights,
-        ),
+        row("6N without embeddings", 6 * n * matrices, "Kaplan et al. 2020, section 2.1", but=("attention", "head")),
         row(
             "6N + 6·L·T·H·Q",
-            n * (6 * parameters + 3 * attention // 2),
+            n * (6 * matrices + 3 * attention // 2),
             "Kaplan et al. 2020, table 1",
             but=("head",),
-            own=weights,
             extra=half,
         ),
         row(

@@ -6,12 +6,11 @@ Each takes a model and (B, T) ids, and returns its own figure. They are imported
 import io
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from functools import partial
 from importlib import metadata
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -74,8 +73,9 @@ def _ptflops(model: Asked, ids: Tensor, backend: str) -> int:
 
     options = {"as_strings": False, "print_per_layer_stat": False, "backend": backend}
     # On meta torch makes a product with a bias of torch.mm, which would be counted a second time.
-    with mock.patch.object(nn.Linear, "forward", _bias_apart) if ids.is_meta else nullcontext():
-        return get_model_complexity_info(model, (1,), input_constructor=lambda _: {"input_ids": ids}, **options)[0]
+    for layer in (module for module in model.modules() if ids.is_meta and isinstance(module, nn.Linear)):
+        layer.forward = partial(_bias_apart, layer)  # type: ignore[method-assign]
+    return get_model_complexity_info(model, (1,), input_constructor=lambda _: {"input_ids": ids}, **options)[0]
 
 
 def _bias_apart(layer: nn.Linear, x: Tensor) -> Tensor:

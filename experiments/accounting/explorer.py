@@ -7,17 +7,20 @@ evaluates them for any size, batch, context, cache and rank.
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from importlib.resources import files
-from itertools import product
+from itertools import cycle, product
 from typing import Any
 
 import torch
 
+from experiments.accounting.clock import TOGETHER, Seconds
 from experiments.accounting.predict import predict
 from lora.layer import TARGETS
 from qwen_min import QwenConfig
 from qwen_min.config import SIZES
+from qwen_min.fast.product import product as multiplied
 from qwen_min.prices import CONVENTIONS, PRIMITIVES, Price
 
 MOST = 10**6
@@ -80,12 +83,19 @@ def _forms(dims) -> list[Any]:
     return [[form(n) for n in dim] if isinstance(dim, tuple) else form(dim) for dim in dims]
 
 
-def page(name: str, config: QwenConfig, start: dict[str, Any], machines: Sequence[Sequence[Any]] = ()) -> str:
+def page(
+    name: str,
+    config: QwenConfig,
+    start: dict[str, Any],
+    machines: Sequence[Sequence[Any]] = (),
+    seconds: Seconds | None = None,
+) -> str:
     """The page, opened at the settings `start`: batch, context, cache, rank, targets, phase, convention, x, w.
 
     Args:
         name, config: the model that it opens with; the seven released sizes can be chosen beside it.
         machines: (name, FLOP/s, bytes/s) beside the known ones.
+        seconds: what each op took in the forward that `start` describes, as `clock.clocked` has them.
 
     Raises:
         ValueError: the page is larger than `MOST` bytes, or a target of LoRA is of one layer alone.
@@ -104,6 +114,8 @@ def page(name: str, config: QwenConfig, start: dict[str, Any], machines: Sequenc
         "machines": [*machines, *MACHINES],
         "prices": [_price(p) for p in prices],
         "programs": charged,
+        "together": TOGETHER,
+        "seconds": {f"{module} {op}": float(f"{took:.4g}") for (module, op), took in (seconds or {}).items()},
     }
     text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     template = files("experiments.accounting").joinpath("templates/explorer.html").read_text(encoding="utf-8")
@@ -127,21 +139,26 @@ def _price(price: Price) -> dict[str, Any]:
     return shown | {"formulas": {convention: price.formula(convention) for convention in CONVENTIONS}}
 
 
-def calibrated(seconds: float = 1.0) -> tuple[str, float, float]:
-    """This machine as torch uses it now: FLOP/s of a float32 product of 1024 x 1024, bytes/s of a copy of 64 MB."""
-    a, big = torch.randn(1024, 1024), torch.zeros(2**24)
-    copy = torch.empty_like(big)
+def calibrated(seconds: float = 2.0) -> tuple[str, float, float]:
+    """This machine as it runs now: FLOP/s of the model's float32 product of 512 x 512, bytes/s of a copy of 4 MB of 64.
 
-    def fastest(job) -> float:
+    The fastest of many short jobs, which others that share the machine interrupt less often than one long job.
+    """
+    a, big = torch.randn(512, 512), torch.zeros(2**24)
+    parts = list(zip(big.split(2**20), torch.zeros_like(big).split(2**20), strict=True))
+
+    def fastest(jobs: Iterable[Callable[[], Any]]) -> float:
         best, end = float("inf"), time.perf_counter() + seconds / 2
-        while time.perf_counter() < end:
+        for job in cycle(jobs):
             begin = time.perf_counter()
+            if begin > end:
+                return best
             job()
             best = min(best, time.perf_counter() - begin)
         return best
 
     with torch.no_grad():
-        flops = 2 * 1024**3 / fastest(lambda: a @ a)
-        moved = 2 * 4 * big.numel() / fastest(lambda: copy.copy_(big))
+        flops = 2 * 512**3 / fastest([lambda: multiplied(a, a)])
+        moved = 2 * 4 * 2**20 / fastest([partial(into.copy_, part) for part, into in parts])
     name = f"this machine, float32, {torch.get_num_threads()} threads (measured)"
     return name, float(f"{flops:.3g}"), float(f"{moved:.3g}")

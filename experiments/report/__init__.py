@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from experiments.report import accounting, answer, cells, claims, forecasts, overview, sampling, scoring, training
+from experiments.report import accounting, answer, cells, claims, forecasts, ops, overview, sampling, scoring, training
 from experiments.report.document import Block, Figure, Inline, Section, Table
 from experiments.report.records import Fields
 from experiments.report.study import Study
@@ -46,7 +46,7 @@ NARROW = 4
 
 
 def build(run: Path, progress: Counted = lambda done, of: None) -> Path:
-    """Write report.html, report.md, figures/*.png and tables/*.csv into a run's folder; return the HTML file.
+    """Write report.html, report.md, flops.html, figures/*.png and tables/*.csv into a run's folder; return the first.
 
     Nothing but the records in the folder is read. Each file is written atomically, and none before all are made.
     `progress` takes how many figures are drawn, which takes a while, and of how many.
@@ -62,10 +62,13 @@ def build(run: Path, progress: Counted = lambda done, of: None) -> Path:
     sections = annotated(study)
     images = drawn(sections, progress)
     html, markdown = rendered(study, sections, images)
+    explorer = ops.page(study)
     for name, (png, _) in images.items():
         files.write_bytes(run / "figures" / f"{name}.png", png)
     for table in blocks(sections, Table):
         files.write_text(run / "tables" / f"{table.name}.csv", table.csv(study.label if table.model else ""))
+    if explorer:
+        files.write_text(run / ops.FILE, explorer)
     files.write_text(run / "report.md", markdown)
     files.write_text(run / "report.html", html)
     return run / "report.html"

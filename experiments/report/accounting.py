@@ -4,6 +4,7 @@ from collections import defaultdict
 from functools import partial
 
 from experiments import plots
+from experiments.report import ops
 from experiments.report.document import Block, Figure, Inline, Items, Number, Section, Table, Text, named
 from experiments.report.records import Row
 from experiments.report.study import PARTS, Study
@@ -14,7 +15,7 @@ def accounting(study: Study) -> Section:
     blocks: list[Block] = [_spent(study)] if study.runs else []
     if study.plan and "prices" in study.plan.values:
         blocks.append(_prices(study))
-    blocks += _claimed(study)
+    blocks += ops.by_module(study) + _claimed(study)
     return Section("accounting", "FLOPs and the budget", [*blocks, *([_budget_bar(study)] if study.runs else [])])
 
 

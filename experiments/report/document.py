@@ -156,10 +156,10 @@ class Figure:
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph, a line of code ("pre"), a warning, a sub-heading, or what the page says first."""
+    """A paragraph, a line of code ("pre"), a warning, a sub-heading, a file beside the page, or what it says first."""
 
     parts: Inline
-    style: Literal["paragraph", "pre", "warning", "heading", "verdict"] = "paragraph"
+    style: Literal["paragraph", "pre", "warning", "heading", "link", "verdict"] = "paragraph"
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ NAME = ".owner"
 _KINDS = {"process": int, "host": str, "started": str, "runs": list, "flops": int}
 RECORDS = (
     *("config.toml", "protocol.toml", "plan.json", "study.json", "preprocessing.json", "results.csv", "results.md"),
-    *("flops.csv", "accounting.csv", "accounting.json", "report.html", "report.md"),
+    *("flops.csv", "accounting.csv", "accounting.json", "report.html", "report.md", "flops.html"),
 )
 """What a run writes into its folder, besides manifest.json: where neither that nor a lock is, it is somebody else's."""
 NAMELESS = 200  # tries for a lock whose holder has no name, of a twentieth of a second

@@ -16,7 +16,7 @@ from experiments.settings import protocols
 from experiments.settings.record import Settings
 from experiments.task.task import Task
 from experiments.training import parallel
-from qwen_min import fast
+from qwen_min import QwenConfig, fast
 from qwen_min.config import how_to_fetch
 from qwen_min.fast import product
 from qwen_min.load import resolve, weight_files
@@ -166,6 +166,7 @@ def manifest(task: Task) -> dict[str, Any]:
         "model": settings.model,
         "model_folder": folder.name,
         "model_sha256": {path.name: model_digest(path) for path in weight_files(folder)},
+        "model_config": QwenConfig.from_file(folder / "config.json").to_dict(),
         "config_sha256": model_digest(folder / "config.json"),
         "tokenizer_sha256": model_digest(folder / "tokenizer.json"),
         "data": str(task.dataset.path),

@@ -176,7 +176,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--markdown", help="with --audit: write its tables into this file, too")
     p.add_argument("--memory", action="store_true", help="bytes of a training step, a forward and a decoded token")
     p.add_argument("--fit", type=float, metavar="GB", help="with --memory: the largest batch that fits")
-    p.add_argument("--measure", action="store_true", help="with --memory and a folder's weights: run each, and measure")
+    p.add_argument("--measure", action="store_true", help="run it with a folder's weights: each op's time; or --memory")
     p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     p.add_argument("--plot", help="draw the components' shares into this PNG")
     p.add_argument("--html", help="write a page to look through all of it, for any setting, into this file")

@@ -16,7 +16,7 @@ from experiments.training import board, speed
 from experiments.training.progress import Report, counting
 from experiments.verbs.common import RECORDS, gather, ledger_of, logs, print_json, watched, wrote
 
-PAGE = ("report.html", "report.md", "figures/", "tables/")
+PAGE = ("report.html", "report.md", "flops.html", "figures/", "tables/")
 
 
 def study(args: Namespace) -> None:
