@@ -170,6 +170,32 @@ def test_a_heat_map_is_drawn(draw, table):
     assert [t for t in texts if t.endswith("\nlowest")] == [f"{loss:.4f}\nlowest" for loss in sorted(losses)[:1]]
 
 
+@pytest.mark.parametrize(
+    ("apart", "dashed"), [(0.01, ["0.5100\n0.5000 to 0.5200"]), (0.1, [])], ids=["chance", "more than that"]
+)
+def test_a_heat_map_over_seeds_shows_means_and_ends_and_frames_what_chance_parts_from_the_lowest(draw, apart, dashed):
+    seeds = {(1e-4, 2): [0.49, 0.51], (1e-4, 4): [0.50 + apart - 0.01, 0.52 + apart - 0.01], (1e-4, 8): [0.9, 0.88]}
+    axes, bar = draw(plots.heat_map, seeds).axes
+    texts = {text.get_position()[0]: text.get_text() for text in axes.texts}
+    assert texts[0] == "0.5000\n0.4900 to 0.5100" and texts[2] == "0.8900\n0.8800 to 0.9000"
+    framed = {round(box.get_x() + 0.46): box.get_linestyle() for box in axes.patches}
+    assert framed.pop(0) == "-" and [texts[at] for at, line in framed.items() if line == "--"] == dashed
+    assert bar.get_ylabel().endswith("mean of 2 seeds (dashed: as low);\na difference below 0.07 is noise")
+    assert (
+        draw(plots.heat_map, {cell: some[:1] for cell, some in seeds.items()})
+        .axes[1]
+        .get_ylabel()
+        .endswith("one seed: noise not known")
+    )
+    close = (
+        draw(plots.heat_map, {cell: [0.5 + ends for ends in some] for cell, some in CLOSE.items()}).axes[0].images[0]
+    )
+    assert close.norm.vmax - close.norm.vmin > 10 * (close.get_array().max() - close.get_array().min())
+
+
+CLOSE = {(1e-4, 2): (0.0, 0.02), (1e-4, 4): (0.02, 0.001)}
+
+
 def test_the_numbers_of_a_heat_map_stand_out_from_their_cells(draw):
     figure = draw(plots.heat_map, TABLE)
     axes = figure.axes[0]

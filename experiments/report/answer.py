@@ -6,11 +6,12 @@ from functools import partial
 from experiments import plots
 from experiments.forecasting.scores import best_copy, compared, paired_interval
 from experiments.report.accounting import spent_of_budget, total
-from experiments.report.document import Block, Facts, Figure, Inline, Number, Section, Text
+from experiments.report.document import Block, Facts, Figure, Inline, Number, Section, Text, over_seeds
 from experiments.report.evaluation import LAW, MODEL, Evaluation
 from experiments.report.forecasts import drawn
 from experiments.report.records import Row
 from experiments.report.study import CONTROLS, STAGES, TITLES, Run, Study
+from experiments.run_folder.cells import spread
 from experiments.settings.record import FEWEST_SERIES
 
 TERMS = {"baseline": "untrained", "default": "default run", "final": "final", "grid": "best cell"}
@@ -106,11 +107,12 @@ def _losses(study: Study) -> Inline:
     untrained = study.untrained
     if lowest is None:
         return [*after, "no trained run has ended, and no forecast has been judged."]
-    ours: Inline = [f"the validation loss of {lowest.title} is ", Number(lowest.row["validation_loss"])]
+    losses = study.losses(lowest)
+    ours: Inline = [f"the validation loss of {lowest.title} is ", *over_seeds(losses)]
     if untrained is None:
         return [*after, *ours, " nats per token. No forecast was judged."]
     theirs = untrained.row["validation_loss"]
-    said = "lower than" if lowest.row["validation_loss"] < theirs else "not lower than"
+    said = "lower than" if spread(losses)[0] < theirs else "not lower than"
     beside: Inline = [f" nats per token, {said} the untrained model's ", Number(theirs), ". No forecast was judged."]
     return [*after, *ours, *beside]
 

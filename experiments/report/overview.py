@@ -9,7 +9,7 @@ import numpy as np
 from experiments import plots
 from experiments.forecasting.scores import best_copy, the
 from experiments.report.accounting import spent_of_budget
-from experiments.report.document import Column, Facts, Figure, Inline, Number, Section, Table, Text, named
+from experiments.report.document import Column, Facts, Figure, Inline, Number, Section, Table, Text, named, over_seeds
 from experiments.report.evaluation import MODEL, Evaluation
 from experiments.report.study import Study
 
@@ -73,7 +73,7 @@ def _best(study: Study) -> Inline:
             parts += [", context ", Number(best.count("context"), "integer")]
         return [*parts, " (set by hand)" if best.flag("overridden") else f" ({best.text('rule')})"]
     if run := study.best:
-        return [run.row["name"], ": validation loss ", Number(run.row["validation_loss"]), " nats per real token"]
+        return [run.row["name"], ": validation loss ", *over_seeds(study.losses(run)), " nats per real token"]
     return []
 
 

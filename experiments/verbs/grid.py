@@ -10,6 +10,7 @@ from typing import Any
 from experiments.accounting.ledger import STAGES
 from experiments.report.forecasts import draw_shown
 from experiments.run_folder import table
+from experiments.run_folder.cells import lowest
 from experiments.settings.record import Settings
 from experiments.study.grid import write_results
 from experiments.study.plan import Plan
@@ -29,7 +30,7 @@ def grid(args: Namespace) -> None:
         args.config = out / "config.toml"
     settings = gather(args)
     if results := _run(args, settings, out):
-        best = min(results[1:], key=lambda row: float(row["validation_loss"]))["cell"]
+        best = lowest(results[1:])["cell"]
         if (out / "cells" / best / "evaluation").is_dir():
             draw_shown(out, f"cells/{best}", out / "figures" / "forecasts.png", settings.label)
         print((out / "results.md").read_text("utf-8"))
@@ -39,7 +40,7 @@ def grid(args: Namespace) -> None:
 def train(args: Namespace) -> None:
     given, out = gather(args), Path(getattr(args, "out", "runs/train"))
     one = {"lr": given.learning_rates[-1:], "ranks": given.ranks[-1:]}
-    alone = {"over": (), "rungs": (), "forecast_cells": getattr(args, "forecast_cells", False)}
+    alone = {"over": (), "rungs": (), "seeds": 1, "forecast_cells": getattr(args, "forecast_cells", False)}
     results = _run(args, given.updated(one | alone), out)
     if results and hasattr(args, "json"):
         print_json(results[1] | {"untrained_validation_loss": results[0]["validation_loss"], "out": str(out)})
