@@ -1,5 +1,6 @@
 """The first screen of the page: what training did, four numbers, one picture, and what to do next."""
 
+import shlex
 from dataclasses import dataclass
 from functools import partial
 
@@ -120,9 +121,12 @@ def _losses(study: Study) -> Inline:
 def _next(study: Study) -> Inline:
     """What one would do next, and its command."""
     start = "python -m experiments.run"
-    verb = "study" if study.plan else "grid"
+    verb = "train" if study.alone else "study" if study.plan else "grid"
     protocol = f" --protocol {study.settings['protocol']}" if study.settings.get("protocol") else ""
-    if study.plan:
+    if (run := study.alone) and not study.evaluation(run):
+        here = ["--config", f"{study.root}/config.toml", "--adapter", f"{study.root}/{run.folder}/adapter"]
+        return ["Next: forecasts with this adapter, scored: ", Number(f"{start} evaluate {shlex.join(here)}", "code")]
+    if study.plan and not study.alone:
         planned = {one.text("stage") for one in study.plan.objects("stages")} | {"final"}
         missing = [stage for stage in STAGES if stage in planned and not study.of(stage) and stage not in CONTROLS]
         if missing:
@@ -131,6 +135,9 @@ def _next(study: Study) -> Inline:
     if study.label.startswith("toy"):
         said = "Next: the same on real weights, of which a toy's numbers say nothing: "
         return [said, Number(f"{start} {verb}{protocol} {REAL}", "code")]
+    if study.alone:
+        said = "Next: other learning rates and ranks beside it: "
+        return [said, Number(f"{start} {'study' if study.plan else 'grid'}{protocol}", "code")]
     if not study.plan:
         said = "Next: a default run, this grid, contexts and a final run, each judged: "
         return [said, Number(f"{start} study", "code")]

@@ -139,6 +139,16 @@ class Study:
         return max((len(some) for some in by_cell(run.row for run in self.of("grid")).values()), default=1)
 
     @property
+    def alone(self) -> Run | None:
+        """The one run that was trained here, as by `train`: no grid, and no stage of a study."""
+        trained = {run.folder: run for run in self.runs if run.row["rank"]}
+        first = next(iter(trained.values()), None)
+        if not first or len(trained) > 1 or not first.folder.startswith("cells/"):
+            return None
+        judged = self.plan and self.untrained and self.evaluation(self.untrained)  # by a study's first stage
+        return None if judged else first
+
+    @property
     def best_cell(self) -> tuple[Run, Evaluation] | None:
         """The grid's best cell where its forecasts are judged too, and it is none of `main`."""
         if not self.best or self.best.folder in {run.folder for run, _ in self.main()}:

@@ -145,18 +145,22 @@ def _shown(values: Sequence[float]) -> str:
     return f"{mean:.4f}" + (f" ({low:.4f} to {high:.4f})" if len(values) > 1 else "")
 
 
+def evaluating(out: Path, cell: str) -> str:
+    """The command that scores the forecasts of a cell."""
+    start = ["python", "-m", "experiments.run", "evaluate", "--config", str(out / "config.toml")]
+    return shlex.join([*start, "--adapter", str(out / "cells" / cell / "adapter")])
+
+
 def _ending(settings: Settings, out: Path, spent: Mapping[str, int], best: str) -> list[str]:
     """What was spent, by stage, and the command that judges the best cell."""
     total = sum(spent[stage] for stage in STAGES)
-    evaluate = ["python", "-m", "experiments.run", "evaluate", "--config", str(out / "config.toml")]
-    evaluate += ["--adapter", str(out / "cells" / best / "adapter")]
     return [
         f"FLOPs (coursework): {', '.join(f'{stage} {spent[stage]:,}' for stage in STAGES)}, "
         f"together {total:,}, {100 * total / settings.budget:.2g} % of the budget of {settings.budget:.3g}.",
         "",
         "Forecasts of the best cell, with their scores:",
         "",
-        f"    {shlex.join(evaluate)}",
+        f"    {evaluating(out, best)}",
         "",
     ]
 

@@ -99,6 +99,8 @@ def parser() -> argparse.ArgumentParser:
 
     p = verb("report", "the page of a run folder: report.html, report.md, figures, tables")
     p.add_argument("run", metavar="RUN", help="the run's folder")
+    beside = "instead: RUN beside these, differences first: compare.html and compare.md, in RUN"
+    p.add_argument("--compare", nargs="+", metavar="OTHER", help=beside)
 
     p = verb("grid", "train every learning rate x rank, then the table and figures; a study's third stage")
     _settings(p, "data", "train", "forecast", "grid")
