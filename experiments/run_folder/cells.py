@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.special import stdtrit
 
 Row = Mapping[str, Any]
@@ -42,7 +43,7 @@ def lowest(rows: Iterable[Row]) -> Row:
     return min(by_cell(rows).values(), key=lambda some: spread(losses(some))[0])[0]
 
 
-def noise(cells: Iterable[Sequence[float]]) -> float | None:
+def noise(cells: Iterable[Sequence[float] | NDArray[np.float64]]) -> float | None:
     """The difference that the means of two cells need, to be more than chance of the seeds in 19 of 20 cases.
 
     Fisher's least significant difference where each seed is a block: t s sqrt(2 / seeds), s the standard deviation of

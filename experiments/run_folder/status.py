@@ -136,7 +136,7 @@ class _Records:
 
     def row(self, current: bool) -> Row:
         holds = {"done": self.done, "running": current, "failed": self.failure.there}
-        holds |= {"paused": self.paused, "interrupted": self.written}
+        holds |= {"paused": self.paused, "interrupted": self.written > 0}
         state = next((name for name, held in holds.items() if held), "waiting")
         return Row(
             **{name: self.run[name] for name in ("name", "stage", "folder", "steps")},
