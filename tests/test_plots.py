@@ -189,7 +189,7 @@ def test_the_scale_of_a_heat_map_says_that_one_seed_leaves_the_noise_unknown(dra
 
 def test_the_colours_of_a_heat_map_span_no_less_than_the_noise_of_its_seeds(draw):
     image = draw(plots.heat_map, {(1e-4, 2): [0.5, 0.52], (1e-4, 4): [0.52, 0.501]}).axes[0].images[0]
-    assert image.norm.vmax - image.norm.vmin == pytest.approx(0.2477702524)  # t(.975, 1) * .0195; the means: .0005
+    assert image.norm.vmax - image.norm.vmin == pytest.approx(0.247770992)  # t(.975, 1) * .0195; the means: .0005
 
 
 def test_the_numbers_of_a_heat_map_stand_out_from_their_cells(draw):

@@ -34,7 +34,7 @@ def grid(args: Namespace) -> None:
         if (out / "cells" / best / "evaluation").is_dir():
             draw_shown(out, f"cells/{best}", out / "figures" / "forecasts.png", settings.label)
         print((out / "results.md").read_text("utf-8"))
-        wrote(out, *CELLS, ledger=ledger_of(args))
+        wrote(out, *CELLS, *(["cells.csv"] if settings.seeds > 1 else []), ledger=ledger_of(args))
 
 
 def train(args: Namespace) -> None:
