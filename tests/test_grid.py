@@ -120,6 +120,9 @@ def test_a_run_whose_model_has_another_config_now_is_refused(here, capsys):
     shutil.copytree(POCKET, "model")
     argv = ["train", *SMALL, "--steps", "1", "--model", "model", "--out", "t"]
     assert run.main(argv) == 0
+    lines, adapter = capsys.readouterr().out.splitlines(), "t/cells/lr0.0001-r8/adapter"
+    then = f"python -m experiments.run evaluate --config t/config.toml --adapter {adapter}"
+    assert lines[-2] == f"its forecasts, scored: {then}" and Path(adapter).is_dir()
     config = files.read_json("model/config.json")
     config["rope_theta"] = config["rope_parameters"]["rope_theta"] = 2e4
     files.write_json("model/config.json", config)

@@ -205,6 +205,28 @@ def test_a_heat_map_is_drawn(draw, table):
     assert [t for t in texts if t.endswith("\nlowest")] == [f"{loss:.4f}\nlowest" for loss in sorted(losses)[:1]]
 
 
+@pytest.mark.parametrize(
+    ("apart", "dashed"), [(0.01, ["0.5100\n0.5000 to 0.5200"]), (0.1, [])], ids=["chance", "more than that"]
+)
+def test_a_heat_map_over_seeds_shows_means_and_ends_and_frames_what_chance_parts_from_the_lowest(draw, apart, dashed):
+    seeds = {(1e-4, 2): [0.49, 0.51], (1e-4, 4): [0.50 + apart - 0.01, 0.52 + apart - 0.01], (1e-4, 8): [0.9, 0.88]}
+    axes, bar = draw(plots.heat_map, seeds).axes
+    texts = {text.get_position()[0]: text.get_text() for text in axes.texts}
+    assert texts[0] == "0.5000\n0.4900 to 0.5100" and texts[2] == "0.8900\n0.8800 to 0.9000"
+    framed = {round(box.get_x() + 0.46): box.get_linestyle() for box in axes.patches}
+    assert framed.pop(0) == "-" and [texts[at] for at, line in framed.items() if line == "--"] == dashed
+    assert bar.get_ylabel().endswith("mean of 2 seeds (dashed: as low);\na difference below 0.07 is noise")
+
+
+def test_the_scale_of_a_heat_map_says_that_one_seed_leaves_the_noise_unknown(draw):
+    assert draw(plots.heat_map, TABLE).axes[1].get_ylabel().endswith("\none seed: noise not known")
+
+
+def test_the_colours_of_a_heat_map_span_no_less_than_the_noise_of_its_seeds(draw):
+    image = draw(plots.heat_map, {(1e-4, 2): [0.5, 0.52], (1e-4, 4): [0.52, 0.501]}).axes[0].images[0]
+    assert image.norm.vmax - image.norm.vmin == pytest.approx(0.247770992)  # t(.975, 1) * .0195; the means: .0005
+
+
 def test_the_numbers_of_a_heat_map_stand_out_from_their_cells(draw):
     figure = draw(plots.heat_map, TABLE)
     axes = figure.axes[0]

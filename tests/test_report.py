@@ -585,6 +585,17 @@ def test_a_stage_that_did_not_run_is_left_out_and_is_what_comes_next(made, study
     assert not [text for where, text in after.items() if where != "summary" and "not run" in text]
 
 
+@pytest.mark.parametrize("write", [study_folder.write, study_folder.write_grid], ids=["of a protocol", "alone"])
+def test_what_comes_after_the_one_run_of_train_is_its_forecasts_and_no_stage_of_a_study(tmp_path, write):
+    """Bug: of a protocol's run it was the default run."""
+    folder = write(tmp_path / "t")
+    cells = [row for row in rows_of(folder / "results.csv") if row["name"].startswith("lr")]
+    files.write_csv(folder / "results.csv", [rows_of(folder / "results.csv")[0], cells[-1]])
+    shutil.rmtree(folder / "untrained/evaluation", ignore_errors=True)
+    then = f"evaluate --config {folder}/config.toml --adapter {folder}/cells/{cells[-1]['name']}/adapter"
+    assert f"Next: forecasts with this adapter, scored: python -m experiments.run {then}" in texts(folder)["summary"]
+
+
 def test_a_study_of_which_nothing_has_run_has_a_page(study):
     for name in ("results.csv", "flops.csv", "preprocessing.json"):
         (study / name).unlink()

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from experiments.accounting.ledger import STAGES, Ledger
 from experiments.plots import training
 from experiments.run_folder import files
 from experiments.run_folder.errors import RunFailed
+from experiments.run_folder.owner import owner_of
 from experiments.run_folder.status import status
 from experiments.training import cell as train
 
@@ -136,6 +138,29 @@ def test_a_search_is_priced_at_what_it_costs_and_refused_one_flop_below_that_bef
     assert run.main([*SEARCH, *recipe, "--budget", str(total)]) == 0
     assert spent() == total
     assert run.main([*SEARCH, *recipe, "--budget", "1"]) == 0  # nothing is left to do
+
+
+def test_of_a_search_that_runs_status_has_cells_that_wait_at_a_rung_as_paused_and_counts_to_the_end_of_each(
+    monkeypatch,
+):
+    """Bug: they were interrupted, and each was counted as if it went on to the last rung."""
+    true, seen = train.training_step, []
+
+    def watched(*arguments):
+        seen.append((status(Path("search")), owner_of(Path("search")), spent(), time.time()))
+        return true(*arguments)
+
+    monkeypatch.setattr(train, "training_step", watched)
+    start = time.time()
+    assert run.main([*SEARCH, "--schedule", "warmup-stable-decay"]) == 0
+    at = next(at for at, (found, *_) in enumerate(seen) if found.runs[2].step == 1)
+    found, owner, _, now = seen[at]  # the second cell has made a step
+    assert [row.state for row in found.runs] == ["done", "paused", "running", "waiting"]
+    began = next(cost for later, _, cost, _ in seen if later.runs[2].state == "running")
+    assert owner.left == spent() - began  # the price of all that was run after that
+    flops = found.runs[2].flops
+    assert flops > 0 and found.seconds_left is not None
+    assert 0 < found.seconds_left * flops / (owner.left - flops) < now - start
 
 
 def test_of_cells_at_other_prices_the_dearest_are_reckoned_to_go_on_and_here_they_do(capsys):

@@ -12,6 +12,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, MaxNLocator, SymmetricalLogLocator
 
 from experiments.plots import base
+from experiments.run_folder.cells import cell_of, noise
 
 MOST_NAMED = 12  # runs whose names fit into a figure
 MOST_RAW = 3  # runs whose training losses are not one braid
@@ -128,23 +129,33 @@ def search(cells: Sequence[Mapping[str, Any]], path: str | Path, label: str = ""
     base.save(figure, path, "Search" if len(cells) > 1 else "Search of one run", label)
 
 
-def heat_map(table: Mapping[tuple[float, int], float | None], path: str | Path, label: str = "") -> None:
+def heat_map(
+    table: Mapping[tuple[float, int], float | Sequence[float] | None], path: str | Path, label: str = ""
+) -> None:
     """Draw the validation loss over learning rate and rank, each value printed in its cell, the lowest
-    framed.
+    framed, and say with the scale which differences are chance of the seeds.
 
-    `table` maps (learning rate, rank) to a loss in nats per token, or None for a cell without a result."""
+    `table` maps (learning rate, rank) to a loss in nats per token, or one for each seed, of which the mean and the ends
+    are drawn; None for a cell without a result. Cells that chance alone may part from the lowest have a dashed frame,
+    and the colours span no less than that."""
     base.not_empty(table, "a heat map")
     rates, ranks = sorted({lr for lr, _ in table}), sorted({rank for _, rank in table})
-    found = [[table.get((lr, rank)) for rank in ranks] for lr in rates]
-    losses = np.array(found, np.float64)  # (rates, ranks), None becomes NaN
+    seeds = {cell: np.atleast_1d(np.array(values, np.float64)) for cell, values in table.items()}  # None becomes NaN
+    found = [[seeds[lr, rank].mean() if (lr, rank) in seeds else np.nan for rank in ranks] for lr in rates]
+    losses = np.array(found, np.float64)  # (rates, ranks)
     finite = losses[np.isfinite(losses)]
-    figure, (axes,) = base.new_figure(1, 1.3 + 0.6 * len(rates))
+    several, least = max(map(len, seeds.values())), noise([one for one in seeds.values() if np.isfinite(one).all()])
+    figure, (axes,) = base.new_figure(1, max(1.3 + 0.6 * len(rates), 3.1 if several > 1 else 0))
     low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
     if high == low:  # one shade for all
         low, high = low - 0.5, high + 0.5
-    norm = LogNorm(low, high) if base.is_wide(finite) else Normalize(low, high)
+    wide = base.is_wide(finite) and high - low >= (least or 0)
+    if least and high - low < least:
+        low, high = (low + high - least) / 2, (low + high + least) / 2
+    norm = LogNorm(low, high) if wide else Normalize(low, high)
     colours = colormaps["cividis_r"].with_extremes(bad="white")
     image = axes.imshow(np.ma.masked_invalid(losses), cmap=colours, norm=norm, aspect="auto")
+    between = " " if len(ranks) < 5 else "\n"
     for (row, column), loss in np.ndenumerate(losses):
         if not np.isfinite(loss):
             box: base.Style = {"fill": False, "hatch": "///", "edgecolor": "0.75", "linewidth": 0}
@@ -154,18 +165,27 @@ def heat_map(table: Mapping[tuple[float, int], float | None], path: str | Path, 
         best = loss == finite.min()
         red, green, blue, _ = colours(norm(loss))
         ink = "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
-        text = f"{loss:.4f}\nlowest" if best else f"{loss:.4f}"
-        axes.text(column, row, text, ha="center", va="center", color=ink, fontweight="bold" if best else None)
-        if best:
-            box = {"fill": False, "edgecolor": base.COLOURS[1], "linewidth": 3, "zorder": 3}
+        text, each = f"{loss:.4f}", seeds[rates[row], ranks[column]]
+        if several > 1:
+            text += f"\n{each.min():.4f}{between}to {each.max():.4f}"
+        elif best:
+            text += "\nlowest"
+        bold, size = "bold" if best else None, 9 if several > 1 else None
+        axes.text(column, row, text, ha="center", va="center", color=ink, fontweight=bold, fontsize=size)
+        if best or (least and loss - finite.min() < least):
+            box = {"fill": False, "edgecolor": base.COLOURS[1], "linewidth": 3 if best else 1.5, "zorder": 3}
+            box["linestyle"] = "-" if best else "--"
             axes.add_patch(Rectangle((column - 0.46, row - 0.46), 0.92, 0.92, **box))
     axes.set_xticks(range(len(ranks)), [str(rank) for rank in ranks])
     axes.set_yticks(range(len(rates)), [base.number(lr) for lr in rates])
     axes.set_xlabel("LoRA rank")
     axes.set_ylabel("learning rate")
     if finite.size and finite.max() > finite.min():
-        bar = figure.colorbar(image, ax=axes, label="validation loss (nats per token)")
-        if base.is_wide(finite):
+        said = "one seed: noise not known" if several == 1 else f"mean of {several} seeds"
+        if least:
+            said += f" (dashed: as low);\na difference below {least:.2g} is noise"
+        bar = figure.colorbar(image, ax=axes, label=f"validation loss (nats per token)\n{said}")
+        if wide:
             base.log_ticks(bar.ax.yaxis, finite)
     base.save(figure, path, "Validation loss after training", label)
 
@@ -176,10 +196,11 @@ def _styles(cells: Sequence[Mapping[str, Any]]) -> tuple[list[tuple[Any, Any, st
     for i, cell in enumerate(cells):
         groups.setdefault(cell.get("group") or "", []).append(i)
     rates_of = {group: sorted({cells[i]["lr"] for i in members}) for group, members in groups.items()}
-    crossed = {
-        group: len(members) > 1 and len({(cells[i]["lr"], cells[i]["rank"]) for i in members}) == len(members)
-        for group, members in groups.items()
-    }
+    crossed = {}
+    for group, members in groups.items():
+        firsts = [i for i in members if cells[i]["name"] == cell_of(cells[i]["name"])]  # of several seeds
+        choices = {(cells[i]["lr"], cells[i]["rank"]) for i in members}
+        crossed[group] = len(members) > 1 and len(choices) == len(firsts)
     slots = sum(len(rates_of[group]) if crossed[group] else len(members) for group, members in groups.items())
     styles: dict[int, tuple[Any, Any, str, str]] = {}
     handles: list[Line2D] = []

@@ -5,6 +5,7 @@
 """
 
 import re
+import shlex
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,7 +16,19 @@ from typing import Any, TypeVar
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from experiments.report import accounting, answer, cells, claims, forecasts, ops, overview, sampling, scoring, training
+from experiments.report import (
+    accounting,
+    answer,
+    cells,
+    claims,
+    compare,
+    forecasts,
+    ops,
+    overview,
+    sampling,
+    scoring,
+    training,
+)
 from experiments.report.document import Block, Figure, Inline, Section, Table
 from experiments.report.records import Fields
 from experiments.report.study import Study
@@ -61,17 +74,32 @@ def build(run: Path, progress: Counted = lambda done, of: None) -> Path:
     study = Study(run)
     sections = annotated(study)
     images = drawn(sections, progress)
-    html, markdown = rendered(study, sections, images)
-    explorer = ops.page(study)
+    html, markdown = rendered(study.title, study.label, study.commands["report"], sections, images)
+    if explorer := ops.page(study):
+        files.write_text(run / ops.FILE, explorer)
     for name, (png, _) in images.items():
         files.write_bytes(run / "figures" / f"{name}.png", png)
+    return _write(run, "report", sections, study.label, html, markdown)
+
+
+def build_comparison(run: Path, others: Sequence[Path]) -> Path:
+    """Write compare.html, compare.md and their tables/*.csv into the folder of the first of several runs.
+
+    Each folder is read as by `build`, and times of its files. Raises as it does, and for a folder that is there twice.
+    """
+    sections, label = compare.sections([run, *others])
+    command = shlex.join(["python", "-m", "experiments.run", "report", str(run), "--compare", *map(str, others)])
+    html, markdown = rendered("Runs side by side", label, command, sections, {})
+    return _write(run, "compare", sections, label, html, markdown)
+
+
+def _write(run: Path, name: str, sections: list[Section], label: str, html: str, markdown: str) -> Path:
+    """Write the tables of a page, and its two forms."""
     for table in blocks(sections, Table):
-        files.write_text(run / "tables" / f"{table.name}.csv", table.csv(study.label if table.model else ""))
-    if explorer:
-        files.write_text(run / ops.FILE, explorer)
-    files.write_text(run / "report.md", markdown)
-    files.write_text(run / "report.html", html)
-    return run / "report.html"
+        files.write_text(run / "tables" / f"{table.name}.csv", table.csv(label if table.model else ""))
+    files.write_text(run / f"{name}.md", markdown)
+    files.write_text(run / f"{name}.html", html)
+    return run / f"{name}.html"
 
 
 def annotated(study: Study) -> list[Section]:
@@ -132,13 +160,15 @@ def opened(svg: str) -> tuple[float, float, str]:
     return float(found[1]), float(found[2]), found[3]
 
 
-def rendered(study: Study, sections: list[Section], images: dict[str, tuple[bytes, str]]) -> tuple[str, str]:
-    """The page as HTML, with its figures inside, and as Markdown, with links to them."""
+def rendered(
+    title: str, label: str, command: str, sections: list[Section], images: dict[str, tuple[bytes, str]]
+) -> tuple[str, str]:
+    """The page that a command makes as HTML, with its figures inside, and as Markdown, with links to them."""
 
     values: dict[str, Any] = {
-        "title": study.title,
-        "label": study.label,
-        "report": study.commands["report"],
+        "title": title,
+        "label": label,
+        "report": command,
         "first": sections[0],
         "stacked": [table for table in blocks(sections, Table) if len(table.columns) > NARROW],
         "groups": [(group, list(of)) for group, of in groupby(sections[1:], key=lambda section: section.group)],

@@ -1,16 +1,18 @@
 """The first screen of the page: what training did, four numbers, one picture, and what to do next."""
 
+import shlex
 from dataclasses import dataclass
 from functools import partial
 
 from experiments import plots
 from experiments.forecasting.scores import best_copy, compared, paired_interval
 from experiments.report.accounting import spent_of_budget, total
-from experiments.report.document import Block, Facts, Figure, Inline, Number, Section, Text
+from experiments.report.document import Block, Facts, Figure, Inline, Number, Section, Text, over_seeds
 from experiments.report.evaluation import LAW, MODEL, Evaluation
 from experiments.report.forecasts import drawn
 from experiments.report.records import Row
 from experiments.report.study import CONTROLS, STAGES, TITLES, Run, Study
+from experiments.run_folder.cells import spread
 from experiments.settings.record import FEWEST_SERIES
 
 TERMS = {"baseline": "untrained", "default": "default run", "final": "final", "grid": "best cell"}
@@ -106,11 +108,12 @@ def _losses(study: Study) -> Inline:
     untrained = study.untrained
     if lowest is None:
         return [*after, "no trained run has ended, and no forecast has been judged."]
-    ours: Inline = [f"the validation loss of {lowest.title} is ", Number(lowest.row["validation_loss"])]
+    losses = study.losses(lowest)
+    ours: Inline = [f"the validation loss of {lowest.title} is ", *over_seeds(losses)]
     if untrained is None:
         return [*after, *ours, " nats per token. No forecast was judged."]
     theirs = untrained.row["validation_loss"]
-    said = "lower than" if lowest.row["validation_loss"] < theirs else "not lower than"
+    said = "lower than" if spread(losses)[0] < theirs else "not lower than"
     beside: Inline = [f" nats per token, {said} the untrained model's ", Number(theirs), ". No forecast was judged."]
     return [*after, *ours, *beside]
 
@@ -118,9 +121,12 @@ def _losses(study: Study) -> Inline:
 def _next(study: Study) -> Inline:
     """What one would do next, and its command."""
     start = "python -m experiments.run"
-    verb = "study" if study.plan else "grid"
+    verb = "train" if study.alone else "study" if study.plan else "grid"
     protocol = f" --protocol {study.settings['protocol']}" if study.settings.get("protocol") else ""
-    if study.plan:
+    if (run := study.alone) and not study.evaluation(run):
+        here = ["--config", f"{study.root}/config.toml", "--adapter", f"{study.root}/{run.folder}/adapter"]
+        return ["Next: forecasts with this adapter, scored: ", Number(f"{start} evaluate {shlex.join(here)}", "code")]
+    if study.plan and not study.alone:
         planned = {one.text("stage") for one in study.plan.objects("stages")} | {"final"}
         missing = [stage for stage in STAGES if stage in planned and not study.of(stage) and stage not in CONTROLS]
         if missing:
@@ -129,6 +135,9 @@ def _next(study: Study) -> Inline:
     if study.label.startswith("toy"):
         said = "Next: the same on real weights, of which a toy's numbers say nothing: "
         return [said, Number(f"{start} {verb}{protocol} {REAL}", "code")]
+    if study.alone:
+        said = "Next: other learning rates and ranks beside it: "
+        return [said, Number(f"{start} {'study' if study.plan else 'grid'}{protocol}", "code")]
     if not study.plan:
         said = "Next: a default run, this grid, contexts and a final run, each judged: "
         return [said, Number(f"{start} study", "code")]

@@ -5,11 +5,12 @@ from functools import partial
 
 from experiments import plots
 from experiments.report.claims import sweep
-from experiments.report.document import Block, Column, Figure, Section, Table, named
+from experiments.report.document import Block, Column, Figure, Kind, Section, Table, named
 from experiments.report.evaluation import MODEL
 from experiments.report.scoring import SQUARED, with_interval
 from experiments.report.study import Run, Study
 from experiments.report.training import curve_of, metrics
+from experiments.run_folder.cells import at_rungs, by_cell, losses, spread
 
 
 def grid(study: Study) -> Section:
@@ -19,22 +20,35 @@ def grid(study: Study) -> Section:
         return Section("grid", "Learning rate and rank", [])
     if study.settings.get("rungs") or study.settings.get("over"):
         return Section("grid", "Search", [*_search(study, runs), _runs("grid", "Every cell of the grid.", runs)])
-    losses = {(run.row["lr"], run.row["rank"]): run.row["validation_loss"] for run in runs}
-    caption = "Validation loss (nats per real token) by learning rate and LoRA rank."
-    matrix = _matrix("grid", caption, losses, ["results.csv"])
-    caption, draw = "Validation loss over learning rate and rank, the lowest framed.", partial(plots.heat_map, losses)
+    cells = by_cell(run.row for run in runs).values()
+    found = {(some[0]["lr"], some[0]["rank"]): losses(some) for some in cells}
+    caption = f"Validation loss (nats per real token) by learning rate and LoRA rank{_over(study)}."
+    matrix = _matrix("grid", caption, found, ["results.csv"])
+    caption, draw = "Validation loss over learning rate and rank, the lowest framed.", partial(plots.heat_map, found)
     heat = Figure("grid", caption, partial(draw, label=study.label), ["results.csv"], ["grid"])
     blocks: list[Block] = [matrix, heat, *_judged(study, runs), *sweep(study, "grid")]
     blocks += [_runs("grid", "Every cell of the grid.", runs), *_errors(study, runs, "grid")]
     return Section("grid", "Learning rate and rank", blocks)
 
 
-def _matrix(name: str, caption: str, values: Mapping[tuple[float, int], float], files: Sequence[str]) -> Table:
-    """Values by learning rate (rows) and rank (columns), the lowest marked."""
+def _over(study: Study) -> str:
+    """What a caption says of several seeds."""
+    return f", the mean of {study.seeds} seeds (the lowest to the highest)" if study.seeds > 1 else ""
+
+
+def _matrix(
+    name: str, caption: str, values: Mapping[tuple[float, int], Sequence[float]], files: Sequence[str]
+) -> Table:
+    """Values, one for each seed, by learning rate (rows) and rank (columns), the lowest mean marked."""
     rates, ranks = sorted({lr for lr, _ in values}), sorted({rank for _, rank in values})
-    lr, rank = min(values, key=lambda cell: values[cell])
-    columns = [*named("lr"), *(Column(f"rank_{rank}", f"rank {rank}") for rank in ranks)]
-    rows = [[lr, *(values.get((lr, rank)) for rank in ranks)] for lr in rates]
+    spreads = {cell: spread(some) for cell, some in values.items()}
+    several = any(len(some) > 1 for some in values.values())
+    lr, rank = min(spreads, key=lambda cell: spreads[cell][0])
+    kind: Kind = "interval" if several else "number"
+    columns = [*named("lr"), *(Column(f"rank_{rank}", f"rank {rank}", kind) for rank in ranks)]
+    shown = spreads if several else {cell: mean for cell, (mean, _, _) in spreads.items()}
+    nothing = (None, None, None) if several else None
+    rows = [[lr, *(shown.get((lr, rank), nothing) for rank in ranks)] for lr in rates]
     marks = {(rates.index(lr), 1 + ranks.index(rank)): "lowest"}
     return Table(name, caption, columns, rows, files, ["grid"], marks)
 
@@ -47,8 +61,10 @@ def _judged(study: Study, runs: Sequence[Run]) -> list[Block]:
     if not found:
         return []
     files = [evaluation.file("scores.csv") for _, evaluation in found]
-    mse = {(run.row["lr"], run.row["rank"]): evaluation.mse("validation")[MODEL] for run, evaluation in found}
-    caption = "MSE of the forecasts of the validation series, raw units, by learning rate and LoRA rank."
+    mse: dict[tuple[float, int], list[float]] = {}
+    for run, evaluation in found:
+        mse.setdefault((run.row["lr"], run.row["rank"]), []).append(evaluation.mse("validation")[MODEL])
+    caption = f"MSE of the forecasts of the validation series, raw units, by learning rate and LoRA rank{_over(study)}."
     matrix = _matrix("grid-mse", caption, mse, files)
     bars = {run.title: with_interval(evaluation.by_forecaster("validation")[MODEL]) for run, evaluation in found}
     last = found[-1][1]
@@ -62,17 +78,10 @@ def _judged(study: Study, runs: Sequence[Run]) -> list[Block]:
     return [matrix, Figure("mse-cells", caption, draw, files, ["grid"])]
 
 
-def _at_rungs(study: Study, run: Run) -> list[tuple[int, int, float]]:
-    """Step, FLOPs and loss of a run of a search at the rungs that it was judged at."""
-    losses = {rung: run.row[f"loss_at_{rung}"] for rung in study.rungs}
-    each = run.row["training_flops"] // run.row["steps"]
-    return [(rung, rung * each, loss) for rung, loss in losses.items() if loss is not None]
-
-
 def _search(study: Study, runs: Sequence[Run]) -> list[Block]:
     """The loss of every cell at each rung, and over FLOPs."""
     caption = "Validation loss of every run over training FLOPs, the best of the longest marked."
-    curves = [curve_of(study, run) | {"judged": _at_rungs(study, run)} for run in runs]
+    curves = [curve_of(study, run) | {"judged": at_rungs(run.row, study.rungs)} for run in runs]
     draw = partial(plots.search, curves, label=study.label)
     figure = Figure("search", caption, draw, [metrics(run) for run in runs], ["grid"])
     if not study.rungs:
@@ -103,9 +112,9 @@ def _runs(name: str, caption: str, runs: Sequence[Run]) -> Table:
     titles |= {"last_losses_mean": "training loss, last 10"}
     columns = named(f"{names} last_losses_mean training_flops", **titles)
     rows = [[run.title, *(run.row.get(column.name) for column in columns[1:])] for run in runs]
-    losses = [run.row["validation_loss"] for run in runs]
+    found = losses(run.row for run in runs)
     caption += " Losses in nats per real token."
-    marks = {(losses.index(min(losses)), names.split().index("validation_loss")): "lowest"}
+    marks = {(found.index(min(found)), names.split().index("validation_loss")): "lowest"}
     return Table(f"{name}-runs", caption, columns, rows, ["results.csv"], [name], marks).without_empty()
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from experiments.plots import base
+from experiments.run_folder.cells import spread
 
 Kind = Literal["text", "code", "number", "integer", "flops", "share", "rate", "interval"]
 NOTHING = "–"
@@ -201,6 +202,12 @@ def shown(value: Any, kind: Kind = "number") -> str:
         ends = "" if low is None or high is None else f" ({shown(low)} to {shown(high)})"
         return shown(mean) + ends
     return NOTHING if value is None or value == "" else _SHOWN[kind](value)
+
+
+def over_seeds(values: Sequence[float]) -> Inline:
+    """A value, or the mean of one for each seed, with the lowest and the highest."""
+    mean, low, high = map(Number, spread(values))
+    return [mean, f" (mean of {len(values)} seeds, ", low, " to ", high, ")"] if len(values) > 1 else [mean]
 
 
 def plain(value: Any) -> str:

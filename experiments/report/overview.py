@@ -9,7 +9,7 @@ import numpy as np
 from experiments import plots
 from experiments.forecasting.scores import best_copy, the
 from experiments.report.accounting import spent_of_budget
-from experiments.report.document import Column, Facts, Figure, Inline, Number, Section, Table, Text, named
+from experiments.report.document import Column, Facts, Figure, Inline, Number, Section, Table, Text, named, over_seeds
 from experiments.report.evaluation import MODEL, Evaluation
 from experiments.report.records import Fields
 from experiments.report.study import Study
@@ -74,7 +74,7 @@ def _best(study: Study) -> Inline:
             parts += [", context ", Number(best.count("context"), "integer")]
         return [*parts, " (set by hand)" if best.flag("overridden") else f" ({best.text('rule')})"]
     if run := study.best:
-        return [run.row["name"], ": validation loss ", Number(run.row["validation_loss"]), " nats per real token"]
+        return [run.row["name"], ": validation loss ", *over_seeds(study.losses(run)), " nats per real token"]
     return []
 
 
@@ -147,8 +147,8 @@ def _check(study: Study) -> Figure:
 def settings(study: Study) -> Section:
     """Every setting, version and digest, and the command of every stage."""
     columns = [Column("name", "name", "code"), Column("value", "value", "text")]
-    rows = [[name, _text(value)] for name, value in study.settings.items()]
-    made = [[name, _text(value)] for name, value in _flat(study.manifest.values) if not name.startswith("commands.")]
+    rows = [[name, text(value)] for name, value in study.settings.items()]
+    made = [[name, text(value)] for name, value in flat(study.manifest.values) if not name.startswith("commands.")]
     commands = [[stage, command] for stage, command in study.commands.items()]
     return Section(
         "settings",
@@ -185,14 +185,16 @@ def records_read(study: Study) -> Table:
     return Table("records", "Every record that this page was made from.", columns, rows, [], folded=True)
 
 
-def _flat(values: Mapping[str, Any], above: str = "") -> list[tuple[str, Any]]:
+def flat(values: Mapping[str, Any], above: str = "") -> list[tuple[str, Any]]:
+    """The values of an object and of those in it, each with its way down: "flops.training"."""
     found = []
     for name, value in values.items():
-        found += _flat(value, f"{above}{name}.") if isinstance(value, dict) else [(above + name, value)]
+        found += flat(value, f"{above}{name}.") if isinstance(value, dict) else [(above + name, value)]
     return found
 
 
-def _text(value: Any) -> str:
+def text(value: Any) -> str:
+    """A setting as the page shows it."""
     if isinstance(value, bool):
         return str(value).lower()
-    return ", ".join(map(_text, value)) if isinstance(value, list) else str(value)
+    return ", ".join(map(text, value)) if isinstance(value, list) else str(value)

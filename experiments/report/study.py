@@ -8,6 +8,7 @@ from typing import Any
 
 from experiments.report.evaluation import MODEL, Evaluation
 from experiments.report.records import Fields, Records, Row
+from experiments.run_folder.cells import by_cell, losses, lowest
 
 CONTROLS = {"scratch": "same model from random weights", "small": "small model from random weights"}
 STAGES = ("baseline", "default", "grid", "context", "final", *CONTROLS)
@@ -124,7 +125,28 @@ class Study:
         if self.plan and self.plan.values.get("best"):
             return next((run for run in cells if run.row["name"] == self.plan.text("best.cell")), None)
         ended = [run for run in cells if run.folder.startswith("cells/")]  # a search has others, left out on the way
-        return min(ended or cells, key=lambda run: run.row["validation_loss"], default=None)
+        row = lowest([run.row for run in ended or cells]) if cells else None
+        return next((run for run in cells if run.row is row), None)
+
+    def losses(self, run: Run) -> list[float]:
+        """The validation loss of a run, or of a cell of the grid one for each seed."""
+        every = by_cell(one.row for one in self.of("grid")) if run.stage == "grid" else {}
+        return losses(every.get(run.row["name"], [run.row]))
+
+    @property
+    def seeds(self) -> int:
+        """How many seeds each cell of the grid was trained with."""
+        return max((len(some) for some in by_cell(run.row for run in self.of("grid")).values()), default=1)
+
+    @property
+    def alone(self) -> Run | None:
+        """The one run that was trained here, as by `train`: no grid, and no stage of a study."""
+        trained = {run.folder: run for run in self.runs if run.row["rank"]}
+        first = next(iter(trained.values()), None)
+        if not first or len(trained) > 1 or not first.folder.startswith("cells/"):
+            return None
+        judged = self.plan and self.untrained and self.evaluation(self.untrained)  # by a study's first stage
+        return None if judged else first
 
     @property
     def best_cell(self) -> tuple[Run, Evaluation] | None:

@@ -30,7 +30,8 @@ NAMELESS = 200  # tries for a lock whose holder has no name, of a twentieth of a
 class Owner:
     """What `.owner` says. The file is written when a process comes, and when its work begins; it goes with it.
 
-    runs: the folders of the runs that it works at, in their order. flops: how many those stood at when it began.
+    runs: the folders of the runs that it works at, in their order. flops: how many those stood at when it began, and
+    left: how many it had at most still to spend; -1 where that is what is predicted of the runs.
     """
 
     process: int
@@ -38,6 +39,7 @@ class Owner:
     started: str
     runs: tuple[str, ...] = ()
     flops: int = 0
+    left: int = -1
 
     def __str__(self) -> str:
         return f"process {self.process} on {self.host}"
@@ -60,7 +62,7 @@ def owner_of(out: Path) -> Owner | None:
     record = Record(out / NAME)
     if not record.there:
         return None
-    files.check(record.path, record.held, _KINDS, {})
+    files.check(record.path, record.held, _KINDS, {"left": int})
     runs = {f"run {number}": run for number, run in enumerate(record.held["runs"], 1)}
     files.check(record.path, runs, dict.fromkeys(runs, str))
     return Owner(**record.held | {"runs": tuple(runs.values())})
@@ -73,10 +75,10 @@ class Claim:
         self.out = out
         self.begins((), 0)
 
-    def begins(self, runs: Sequence[str], flops: int) -> None:
-        """Say at which runs the work begins now, and how many FLOPs they stand at."""
+    def begins(self, runs: Sequence[str], flops: int, left: int = -1) -> None:
+        """Say at which runs the work begins now, how many FLOPs they stand at, and how many are left (see `Owner`)."""
         me = os.getpid()
-        Owner(me, platform.node(), start_marker(me), tuple(runs), flops).write(self.out)
+        Owner(me, platform.node(), start_marker(me), tuple(runs), flops, left).write(self.out)
 
 
 @contextmanager

@@ -23,7 +23,8 @@ _SECONDS_IN = {"days": 86400, "hours": 3600, "minutes": 60, "seconds": 1}
 class Row:
     """A run: `step` of `steps`, its last losses in nats per token, FLOPs of those predicted, and why it failed.
 
-    state: done; running; failed; interrupted, which the same command takes up; or waiting, not begun.
+    state: done; running; failed; paused, judged at a rung of a search and waiting for other cells; interrupted, which
+    the same command takes up; or waiting, not begun.
     """
 
     name: str
@@ -74,7 +75,7 @@ def status(out: Path) -> Status:
     planned = _planned(out)
     claims = [out, *sorted(path.parent for path in (out / "shards").glob(f"*-of-*/{NAME}"))]
     held = {claim: owner for claim in claims if (owner := owner_of(claim)) and owner.alive is not False}
-    runs = {run["folder"]: _Records(RunFolder(out / run["folder"]), run) for run in planned}
+    runs = {run["folder"]: _Records(out, run) for run in planned}
     current, times = set(), []
     for claim, owner in held.items():
         mine = [runs[folder] for folder in owner.runs if folder in runs]
@@ -119,7 +120,8 @@ def duration(seconds: float, smallest: str = "seconds") -> str:
 class _Records:
     """What the files of one run say."""
 
-    def __init__(self, folder: RunFolder, run: dict[str, Any]):
+    def __init__(self, out: Path, run: dict[str, Any]):
+        folder = RunFolder(out / run["folder"])
         self.run, self.folder, self.metrics = run, run["folder"], folder.metrics
         evaluation, self.failure = folder.evaluated, Record(folder.failure)
         self.lines = files.read_jsonl(self.metrics) if self.metrics.is_file() else []
@@ -129,10 +131,12 @@ class _Records:
         self.flops += sum(evaluation.flops.values())
         self.predicted = sum(run["predicted"].values())
         self.left = 0 if self.done else max(0, self.predicted - self.flops)
+        self.paused = RunFolder(out / "rungs" / str(self._last("step", int)) / run["name"]).finished
         self.written = max(_written(self.metrics), _written(evaluation.path))
 
     def row(self, current: bool) -> Row:
-        holds = {"done": self.done, "running": current, "failed": self.failure.there, "interrupted": self.written}
+        holds = {"done": self.done, "running": current, "failed": self.failure.there}
+        holds |= {"paused": self.paused, "interrupted": self.written > 0}
         state = next((name for name, held in holds.items() if held), "waiting")
         return Row(
             **{name: self.run[name] for name in ("name", "stage", "folder", "steps")},
@@ -184,7 +188,8 @@ def _planned(out: Path) -> list[dict[str, Any]]:
 def _seconds_left(owner: Owner, began: float, mine: list[_Records]) -> float | None:
     seconds = max((run.written for run in mine), default=0.0) - began
     flops = sum(run.flops for run in mine) - owner.flops
-    return sum(run.left for run in mine) * seconds / flops if seconds > 0 and flops > 0 else None
+    left = sum(run.left for run in mine) if owner.left < 0 else max(0, owner.left - flops)
+    return left * seconds / flops if seconds > 0 and flops > 0 else None
 
 
 def _written(path: Path) -> float:

@@ -95,6 +95,7 @@ class Settings:
     ranks: tuple[int, ...] = (2, 4, 8)
     skip: tuple[str, ...] = ()  # cells of the grid that are left out, by name
     over: tuple[str, ...] = ()  # NAME=VALUE|VALUE: the grid has a cell for each value of another setting too
+    seeds: int = 1  # the grid trains every cell with so many, from `seed` on, and goes by their mean
     rungs: tuple[int, ...] = ()  # steps after which the grid's worst cells go no further; the last is `steps`
     survivors: float = 1 / 3  # part of the cells that goes on after a rung
     steps: int = 40
@@ -162,6 +163,7 @@ class Settings:
         _require(
             not (self.patience and self.rungs), "patience", self.patience, "0 with rungs, which end runs themselves"
         )
+        _require(self.seeds == 1 or not self.rungs, "seeds", self.seeds, "1 with rungs, where most cells never end")
         by_loss = not self.rungs or self.keep != "horizon"
         _require(by_loss, "keep", self.keep, "last or best with rungs, judged by their loss")
         last = self.rungs[-1] if self.rungs else self.steps
@@ -313,6 +315,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("alpha temperature lora_alpha warmup decay", lambda v: 0 <= v < math.inf, "0 or more"),
     ("weight_decay clip number_loss", lambda v: 0 <= v < math.inf, "0 or more"),
     ("budget", lambda v: 1 <= v < 2**63, "at least 1, less than 2^63"),
+    ("seeds", lambda v: 1 <= v <= 1000, "1 to 1000"),
     ("batch_size", lambda v: 1 <= v <= _LARGEST, f"1 to {_LARGEST}"),
     ("num_samples", lambda v: 1 <= v <= 10_000, "1 to 10000"),
     ("context", lambda v: 2 <= v <= _LARGEST, f"2 to {_LARGEST} tokens"),

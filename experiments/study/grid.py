@@ -13,6 +13,7 @@ from experiments.accounting.ledger import STAGES
 from experiments.forecasting.baselines import RULES
 from experiments.forecasting.scores import verdict
 from experiments.run_folder import files, table
+from experiments.run_folder.cells import at_rungs, by_cell, losses, lowest, noise, spread
 from experiments.run_folder.folder import RunFolder
 from experiments.run_folder.status import status
 from experiments.settings.record import Settings
@@ -35,8 +36,7 @@ def write_results(settings: Settings, out: Path) -> list[dict[str, Any]]:
     curves = [curve | {"untrained": results[0]["validation_loss"]} for curve in curves]
     for x in ("step", "flops"):
         plots.loss_curves(curves, figures / f"loss-cells-by-{x}.png", x=x, label=settings.label)
-    losses = {(r["lr"], r["rank"]): r["validation_loss"] for r in results[1:]}
-    plots.heat_map(losses, figures / "grid.png", label=settings.label)
+    plots.heat_map(_losses(results[1:]), figures / "grid.png", label=settings.label)
     return results
 
 
@@ -53,12 +53,7 @@ def _write_search(settings: Settings, out: Path) -> list[dict[str, Any]]:
     text, curves = _searched(settings, rows, out), []
     for row in rows[1:]:
         of = {"cell": row["cell"], "lr": float(row["lr"]), "rank": int(row["rank"])}
-        judged = [
-            (rung, int(row["training_flops"]) * rung // int(row["steps"]), float(row[f"loss_at_{rung}"]))
-            for rung in settings.rungs
-            if row[f"loss_at_{rung}"]
-        ]
-        curves.append(_curve(RunFolder(out / row["folder"]), of) | {"judged": judged})
+        curves.append(_curve(RunFolder(out / row["folder"]), of) | {"judged": at_rungs(row, settings.rungs)})
     (out / "figures").mkdir(exist_ok=True)
     plots.search(curves, out / "figures" / "search.png", label=settings.label)
     files.write_text(out / "results.md", text)
@@ -70,11 +65,12 @@ def _searched(settings: Settings, rows: Sequence[dict[str, str]], out: Path) -> 
     untrained, *cells = rows
     rungs = settings.rungs or (settings.steps,)
     ended = [row for row in cells if row["folder"].startswith("cells/")]
-    best = min(ended, key=lambda row: float(row["validation_loss"]))
+    best = lowest(ended)
     lines = [["cell", *(f"step {rung}" for rung in rungs), "FLOPs of its run"]]
     for row in cells:
-        losses = [row[f"loss_at_{rung}"] for rung in rungs] if settings.rungs else [row["validation_loss"]]
-        shown = [f"{float(loss):.4f}" if loss else "-" for loss in losses]
+        at = {rung: loss for rung, _, loss in at_rungs(row, settings.rungs)}
+        at = at if settings.rungs else {settings.steps: float(row["validation_loss"])}
+        shown = [f"{at[rung]:.4f}" if rung in at else "-" for rung in rungs]
         shown[-1] = f"**{shown[-1]}**" if row is best else shown[-1]
         lines.append([f"`{row['cell']}`", *shown, f"{int(row['training_flops']) + int(row['validation_flops']):,}"])
     spent = {row["part"]: int(row["flops"]) for row in files.read_csv(out / "flops.csv")[1] if row["stage"] == "all"}
@@ -89,8 +85,7 @@ def _searched(settings: Settings, rows: Sequence[dict[str, str]], out: Path) -> 
             *table.markdown(lines),
             "",
             *([*failed, ""] if failed else []),
-            f"Best: `{best['cell']}`, {float(best['validation_loss']):.4f}.",
-            "",
+            *_best(settings, ended),
             *_ending(settings, out, spent, best["cell"]),
         ]
     )
@@ -99,7 +94,7 @@ def _searched(settings: Settings, rows: Sequence[dict[str, str]], out: Path) -> 
 def markdown(settings: Settings, results: Sequence[dict[str, Any]], out: Path) -> str:
     """`results.md`: validation loss and forecasts by learning rate and rank, the best cell, the FLOPs by stage."""
     untrained, *cells = results
-    best = min(cells, key=lambda r: r["validation_loss"])
+    best = lowest(cells)
     at = best["lr"], best["rank"]
     most = "at most " if settings.patience else ""
     early = [f"`{r['cell']}` after {r['stopped_early']}" for r in cells if r.get("stopped_early")]
@@ -116,8 +111,7 @@ def markdown(settings: Settings, results: Sequence[dict[str, Any]], out: Path) -
         lines += [f"Learning rates: the preset `{settings.preset_name}`{of_pocket}.", ""]
     if early:
         lines += [f"Stopped early (patience {settings.patience}): {', '.join(early)} steps.", ""]
-    lines += _by_cell(settings, {(r["lr"], r["rank"]): r["validation_loss"] for r in cells}, at)
-    lines += ["", f"Best: `{best['cell']}`, {best['validation_loss']:.4f}.", ""]
+    lines += [*_by_cell(settings, _losses(cells), at), "", *_best(settings, cells)]
     runs = runs_of(settings, "grid")
     folders = [RunFolder(out / run.folder) for run in runs]
     spent = [r["flops"] for r in results] + [folder.evaluated.flops for folder in folders]
@@ -127,18 +121,46 @@ def markdown(settings: Settings, results: Sequence[dict[str, Any]], out: Path) -
     return "\n".join([*lines, *_ending(settings, out, stages, best["cell"])])
 
 
+def _losses(results: Sequence[Mapping[str, Any]]) -> dict[tuple[float, int], list[float]]:
+    """The validation losses of each learning rate and rank, one for each seed."""
+    return {(some[0]["lr"], some[0]["rank"]): losses(some) for some in by_cell(results).values()}
+
+
+def _best(settings: Settings, results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The best cell, and where there are several seeds what of the differences is their noise."""
+    best, found = lowest(results)["cell"], by_cell(results)
+    lines = [f"Best: `{best}`, {_shown(losses(found[best]))}.", ""]
+    if settings.seeds == 1:
+        return lines
+    least = noise(losses(some) for some in found.values())
+    lines[0] += f" Means of {settings.seeds} seeds, with the lowest and the highest; the adapter below is of the first."
+    if least:
+        lines[0] += f" Of two means less than {least:.2g} apart it is not known which is lower (95 %)."
+    return lines
+
+
+def _shown(values: Sequence[float]) -> str:
+    """A mean over seeds, with its ends where there are several."""
+    mean, low, high = spread(values)
+    return f"{mean:.4f}" + (f" ({low:.4f} to {high:.4f})" if len(values) > 1 else "")
+
+
+def evaluating(out: Path, cell: str) -> str:
+    """The command that scores the forecasts of a cell."""
+    start = ["python", "-m", "experiments.run", "evaluate", "--config", str(out / "config.toml")]
+    return shlex.join([*start, "--adapter", str(out / "cells" / cell / "adapter")])
+
+
 def _ending(settings: Settings, out: Path, spent: Mapping[str, int], best: str) -> list[str]:
     """What was spent, by stage, and the command that judges the best cell."""
     total = sum(spent[stage] for stage in STAGES)
-    evaluate = ["python", "-m", "experiments.run", "evaluate", "--config", str(out / "config.toml")]
-    evaluate += ["--adapter", str(out / "cells" / best / "adapter")]
     return [
         f"FLOPs (coursework): {', '.join(f'{stage} {spent[stage]:,}' for stage in STAGES)}, "
         f"together {total:,}, {100 * total / settings.budget:.2g} % of the budget of {settings.budget:.3g}.",
         "",
         "Forecasts of the best cell, with their scores:",
         "",
-        f"    {shlex.join(evaluate)}",
+        f"    {evaluating(out, best)}",
         "",
     ]
 
@@ -146,14 +168,16 @@ def _ending(settings: Settings, out: Path, spent: Mapping[str, int], best: str) 
 def _forecasts(settings: Settings, folders: Sequence[RunFolder], results, best: tuple[float, int]) -> list[str]:
     """The MSE of every cell's forecasts of the validation series, beside the untrained model's and the copies'."""
     judged = [_mse(folder) for folder in folders]
-    by_cell = {(r["lr"], r["rank"]): mse["model"] for r, mse in zip(results, judged, strict=True)}
-    of_best, series = judged[[*by_cell].index(best)], len(folders[0].evaluated.held["parts"]["validation"])
+    mse: dict[tuple[float, int], list[float]] = {}
+    for result, scores in zip(results, judged, strict=True):
+        mse.setdefault((result["lr"], result["rank"]), []).append(scores["model"])
+    of_best, series = judged[[*mse].index(best)], len(folders[0].evaluated.held["parts"]["validation"])
     copies = ", ".join(f"{name} {of_best[name]:.4f}" for name in RULES)
     return [
         f"MSE of the forecasts of {series} validation series, {settings.points} points -> {settings.horizon}, raw "
         f"units; untrained {judged[0]['model']:.4f}, {copies}.",
         "",
-        *_by_cell(settings, by_cell, best),
+        *_by_cell(settings, mse, best),
         "",
         verdict(of_best, series, judged[0]["model"]),
         "",
@@ -167,11 +191,13 @@ def _mse(folder: RunFolder) -> dict[str, float]:
     return {row["forecaster"]: float(row["mse"]) for row in rows if asked.items() <= row.items()}
 
 
-def _by_cell(settings: Settings, values: Mapping[tuple[float, int], float], best: tuple[float, int]) -> list[str]:
-    """A table of learning rates and ranks, the best cell's number bold."""
+def _by_cell(
+    settings: Settings, values: Mapping[tuple[float, int], Sequence[float]], best: tuple[float, int]
+) -> list[str]:
+    """A table of learning rates and ranks, a value for each seed, the best cell's number bold."""
     rows = [["learning rate", *(f"rank {r}" for r in settings.ranks)]]
     for lr in settings.learning_rates:
-        shown = {r: f"{values[lr, r]:.4f}" if (lr, r) in values else "left out" for r in settings.ranks}
+        shown = {r: _shown(values[lr, r]) if (lr, r) in values else "left out" for r in settings.ranks}
         if lr == best[0]:
             shown[best[1]] = f"**{shown[best[1]]}**"
         rows.append([f"{lr:g}", *shown.values()])

@@ -4,7 +4,7 @@ Stages: the untrained baseline, a default run, the grid, a context sweep, a fina
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from experiments.accounting.predict import predict
 from experiments.forecasting import horizon
 from experiments.forecasting.forecast import predicted as predicted_forecasts
 from experiments.run_folder import files
+from experiments.run_folder.cells import lowest
 from experiments.run_folder.folder import RunFolder
 from experiments.settings.over import variants
 from experiments.settings.record import Settings
@@ -138,7 +139,8 @@ class Best:
 
 
 def cells_of(settings: Settings) -> dict[Cell, Settings]:
-    """Every learning rate with every rank, rank by rank, and with every variant, less those that are left out.
+    """Every learning rate with every rank, rank by rank, and with every variant, less those that are left out; then the
+    same with each further seed.
 
     Raises:
         ValueError: none is left, or `over` is wrong.
@@ -149,9 +151,14 @@ def cells_of(settings: Settings) -> dict[Cell, Settings]:
         for rank in settings.ranks
         for lr in settings.learning_rates
     }
-    if left := {cell: own for cell, own in cells.items() if cell.name not in settings.skip}:
-        return left
-    raise ValueError("skip leaves no cell of the grid: expected at least one")
+    left = {cell: own for cell, own in cells.items() if cell.name not in settings.skip}
+    if not left:
+        raise ValueError("skip leaves no cell of the grid: expected at least one")
+    return left | {
+        replace(cell, called=f"{cell.name}-seed{seed}"): own.updated({"seed": seed})
+        for seed in range(settings.seed + 1, settings.seed + settings.seeds)
+        for cell, own in left.items()
+    }
 
 
 def runs_of(settings: Settings, stage: str, best: Best | None = None) -> list[Run]:
@@ -204,12 +211,14 @@ def _update(settings: Settings, rank: int) -> int:
 def carried(settings: Settings, out: Path, stage: str) -> Best:
     """What goes forward to `stage` ("context", "final"): the lowest validation loss per real token, or as set.
 
+    Of a grid over seeds the cell of the lowest mean; the stages after it train with the first seed alone.
+
     Raises:
         ValueError: a run that has to be compared is not there.
     """
     lr, rank, context = settings.best_lr, settings.best_rank, settings.best_context or None
     if not (lr and rank):
-        cell = min(_results(out, runs_of(settings, "grid")[1:], "grid"), key=lambda r: r["validation_loss"])
+        cell = lowest(_results(out, runs_of(settings, "grid")[1:], "grid"))
         lr, rank = lr or cell["lr"], rank or cell["rank"]
     overridden = bool(settings.best_lr or settings.best_rank or context)
     if stage != "context" and not context:

@@ -1,9 +1,10 @@
 """The records of a study as a whole, from the folders of its runs.
 
 RUN/study.json  preprocessing.json  results.csv  flops.csv  accounting.csv  accounting.json
+RUN/cells.csv, of a grid over several seeds
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from experiments.accounting import three_reports
 from experiments.accounting.ledger import STAGES as LEDGER_STAGES
 from experiments.run_folder import files
+from experiments.run_folder.cells import by_cell, losses, spread
 from experiments.run_folder.folder import RunFolder
 from experiments.settings.record import Settings
 from experiments.study.plan import CONTROLS, Best, Plan, Run, carried, runs_of
@@ -64,12 +66,26 @@ def write_records(plan: Plan, out: Path) -> None:
             | {key: value for key, value in results[folder].items() if not isinstance(value, dict)}
             | {f"{part}_flops": flops for part, flops in results[folder]["flops"].items()}
             | (search.record(out, run) if search else {})
+            | ({"seed": run.settings.seed} if settings.seeds > 1 else {})
             for folder, run in finished.items()
         ],
     )
+    cells = [result for folder, result in results.items() if folder.startswith("cells/")]
+    if settings.seeds > 1 and cells:
+        files.write_csv(out / "cells.csv", _cells(cells))
     files.write_csv(out / "flops.csv", _flops(settings, finished, results, out, search.copies(out) if search else []))
     if settings.protocol in three_reports.DRAFTS and not (out / "accounting.csv").is_file():
         _write_accounting(settings.protocol, out)
+
+
+def _cells(results: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The validation loss of each cell of a grid over its seeds."""
+    rows = []
+    for name, some in by_cell(results).items():
+        mean, low, high = spread(losses(some))
+        row = {"cell": name, "lr": some[0]["lr"], "rank": some[0]["rank"], "seeds": len(some)}
+        rows.append(row | {"validation_loss": mean, "lowest": low, "highest": high})
+    return rows
 
 
 def _write_accounting(protocol: str, out: Path) -> None:
@@ -85,6 +101,7 @@ def _write_accounting(protocol: str, out: Path) -> None:
 
 def _study(plan: Plan, runs: list[Run], best: Best | None) -> dict[str, Any]:
     settings = plan.settings
+    of_seeds = f", the mean of {settings.seeds} seeds" if settings.seeds > 1 else ""
     return {
         "protocol": settings.protocol,
         "label": settings.label,
@@ -93,7 +110,7 @@ def _study(plan: Plan, runs: list[Run], best: Best | None) -> dict[str, Any]:
         "sampling": settings.judged,
         "prices": PRIMITIVES,
         "stages": [one.row for one in plan.of(dict.fromkeys(runs))],
-        "best": best and asdict(best) | {"rule": RULE, "cell": Cell(best.lr, best.rank).name},
+        "best": best and asdict(best) | {"rule": RULE + of_seeds, "cell": Cell(best.lr, best.rank).name},
     }
 
 

@@ -139,13 +139,17 @@ def run_rungs(
     are done.
     """
     left = list(range(len(search.cells)))
+
+    def begins(folders: Sequence[str]) -> None:
+        claim.begins(folders, sum(RunFolder(out / folder).spent() for folder in folders), search.needed(out, mine))
+
     if mine is None or 0 in mine:
+        group.tell(begins, [search.untrained.run.folder])
         run_all([search.untrained], out, ledger, name, progress, group)
     for rung in range(len(search.rungs)):
         own = [cell for cell in left if mine is None or cell in mine]
         for place, cell in enumerate(own):
-            folders = [search.cells[other].run.folder for other in own[place:]]
-            group.tell(claim.begins, folders, sum(RunFolder(out / folder).spent() for folder in folders))
+            group.tell(begins, [search.cells[other].run.folder for other in own[place:]])
             with suppress(RunFailed):
                 _run_to(search, rung, cell, out, ledger, name, progress, group)
         if group.tell(lambda rung=rung: search.standing(out)[0]) <= rung:

@@ -100,6 +100,8 @@ def parser() -> argparse.ArgumentParser:
 
     p = verb("report", "the page of a run folder: report.html, report.md, figures, tables")
     p.add_argument("run", metavar="RUN", help="the run's folder")
+    beside = "instead: RUN beside these, differences first: compare.html and compare.md, in RUN"
+    p.add_argument("--compare", nargs="+", metavar="OTHER", help=beside)
 
     p = verb("grid", "train every learning rate x rank, then the table and figures; a study's third stage")
     _settings(p, "data", "train", "forecast", "grid")
@@ -358,6 +360,8 @@ def _settings(p: argparse.ArgumentParser, *groups: str) -> None:
         add("--scale", type=float, help="shorten every stage to this part of its steps and series, 1 and 20 at least")
         add("--lr", type=float, nargs="+", help="learning rates (1e-5 5e-5 1e-4; pocket's are 1e-3 5e-3 1e-2)")
         add("--ranks", type=int, nargs="+", help="LoRA ranks (2 4 8)")
+        seeds = "train each cell with so many seeds, from --seed on; the best is that of the lowest mean (1)"
+        add("--seeds", type=int, metavar="N", help=seeds)
     if "best" in groups:
         add("--best-lr", type=float, help="carry this learning rate forward, not that of the lowest validation loss")
         add("--best-rank", type=int, help="carry this rank forward")

@@ -11,8 +11,9 @@ from typing import Any
 from experiments.accounting.ledger import STAGES
 from experiments.report.forecasts import draw_shown
 from experiments.run_folder import table
+from experiments.run_folder.cells import lowest
 from experiments.settings.record import Settings
-from experiments.study.grid import write_results
+from experiments.study.grid import evaluating, write_results
 from experiments.study.plan import Plan
 from experiments.study.run import run_stages
 from experiments.study.search import Search
@@ -29,18 +30,18 @@ def grid(args: Namespace) -> None:
         args.config = out / "config.toml"
     settings = gather(args)
     if results := _run(args, settings, out):
-        best = min(results[1:], key=lambda row: float(row["validation_loss"]))["cell"]
+        best = lowest(results[1:])["cell"]
         if (out / "cells" / best / "evaluation").is_dir():
             draw_shown(out, f"cells/{best}", out / "figures" / "forecasts.png", settings.label)
         _logged(args, out)
         print((out / "results.md").read_text("utf-8"))
-        wrote(out, *CELLS, ledger=ledger_of(args))
+        wrote(out, *CELLS, *(["cells.csv"] if settings.seeds > 1 else []), ledger=ledger_of(args))
 
 
 def train(args: Namespace) -> None:
     given, out = gather(args), Path(getattr(args, "out", "runs/train"))
     one = {"lr": given.learning_rates[-1:], "ranks": given.ranks[-1:]}
-    alone = {"over": (), "rungs": (), "forecast_cells": getattr(args, "forecast_cells", False)}
+    alone = {"over": (), "rungs": (), "seeds": 1, "forecast_cells": getattr(args, "forecast_cells", False)}
     if results := _run(args, given.updated(one | alone), out):
         _logged(args, out)
     if results and hasattr(args, "json"):
@@ -52,6 +53,9 @@ def train(args: Namespace) -> None:
             f"per token after {r['steps']} steps (untrained {results[0]['validation_loss']:.4f}); "
             f"FLOPs {sum(r['flops'].values()):,}; adapter in {out / 'cells' / r['cell'] / 'adapter'}"
         )
+        judged = (out / "cells" / r["cell"] / "evaluation").is_dir()
+        page = f"its page: python -m experiments.run report {shlex.quote(str(out))}"
+        print(page if judged else f"its forecasts, scored: {evaluating(out, r['cell'])}")
         wrote(out, *CELLS, ledger=ledger_of(args))
 
 
