@@ -32,7 +32,7 @@ def test_two_runs_stand_side_by_side_with_their_differences_scores_flops_and_tim
     Path("grid/config.toml").write_text(Path("grid/config.toml").read_text() + "seed = 3\n")
     os.utime("study/final/evaluation/evaluation.json", (4_102_444_800, 4_102_444_800))
     assert run.main(["report", "study", "--compare", "grid"]) == 0
-    said = "written to study: compare.html, compare.md, tables/compare-*.csv"
+    said = "written to study: compare.html, compare.md, tables/"
     assert capsys.readouterr().out == f"study/compare.html\n{said}\n"
     toy = "grid (toy: the pocket model)"  # only one of the two
     assert {name: (row["study"], row[toy]) for name, row in table("settings").items()} == {

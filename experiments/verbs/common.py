@@ -66,8 +66,9 @@ def logs(args: Namespace) -> bool:
 
 
 def wrote(out: Path, *names: str, ledger: Path | None = None) -> None:
-    """Say what was written into a folder, and where its FLOPs were charged."""
-    print(f"written to {out}: {', '.join(names)}" + (f"; FLOPs charged to {ledger}" if ledger else ""))
+    """Say what was written into a folder, of what may be, and where its FLOPs were charged."""
+    there = ", ".join(name for name in names if (out / name).exists())
+    print(f"written to {out}: {there}" + (f"; FLOPs charged to {ledger}" if ledger else ""))
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -33,7 +33,7 @@ def report(args: Namespace) -> None:
         raise ValueError(f"{out}: has no config.toml: expected the folder of a study or a grid")
     if hasattr(args, "compare"):
         print(page.build_comparison(out, [Path(other).expanduser() for other in args.compare]))
-        wrote(out, "compare.html", "compare.md", "tables/compare-*.csv")
+        wrote(out, "compare.html", "compare.md", "tables/")
         return
     with closing(Report(1)) as progress:
         print(page.build(out, counting(progress, "page", "figures")))
