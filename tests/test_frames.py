@@ -197,6 +197,7 @@ def test_a_bad_file_is_one_line_with_its_row_its_fault_and_what_was_expected(cas
         (["--data", "none.csv"], "none.csv: no such file: expected a CSV file"),
         (["--data", "d.parquet"], "d.parquet: is not Parquet: expected Parquet"),
         ([], "d.csv: series 'a' has 3 points: expected at least 4"),
+        (["--out", "d.png"], "d.csv: is the data, and would be written over: expected another --out"),
     ],
 )
 def test_a_command_on_a_bad_table_is_one_line_and_exit_code_2(flags, said, capsys):

@@ -126,8 +126,7 @@ def _ahead(args: Namespace, settings: Settings, adapter: Path | None) -> None:
     """The future of series, after the last point of each, as a CSV and a figure."""
     path = Path(getattr(args, "out", f"forecast-{args.system}.png" if hasattr(args, "system") else "forecast.png"))
     table = path.with_suffix(".csv")
-    for one in (path, table):
-        files.check_file(one)
+    _check_free(settings, path, table)
     if hasattr(args, "density"):
         raise ValueError("density of a forecast beyond the data: expected --system, of HDF5")
     task, model = prepare(settings, adapter, needs_split=False, ahead=True)
@@ -165,8 +164,7 @@ def backtest(args: Namespace) -> None:
     """Forecasts after several cut-offs of every series, counted back from its end, beside copies, scored."""
     settings, adapter = gather(args), adapter_of(args)
     out = Path(getattr(args, "out", "backtest"))
-    for name in ("backtest.csv", "scores.csv", "forecasts.png"):
-        files.check_file(out / name)
+    _check_free(settings, *(out / name for name in ("backtest.csv", "scores.csv", "forecasts.png")))
     task, model = prepare(settings, adapter, needs_split=False)
     systems = _chosen(args, task) if hasattr(args, "series") else list(range(len(task.dataset.series)))
     task.check(systems)
@@ -188,6 +186,14 @@ def backtest(args: Namespace) -> None:
     print(text)
     print(f"FLOPs (coursework): {sum(made.flops.values()):,}")
     wrote(out, "backtest.csv", "scores.csv", "forecasts.png", ledger=ledger_of(args))
+
+
+def _check_free(settings: Settings, *paths: Path) -> None:
+    """Raise ValueError for a place that cannot be written to, or is the data's."""
+    for path in paths:
+        files.check_file(path)
+        if settings.data and path.resolve() == Path(settings.data).resolve():
+            raise ValueError(f"{path}: is the data, and would be written over: expected another --out")
 
 
 def _chosen(args: Namespace, task: Task) -> list[int]:
