@@ -157,7 +157,7 @@ def test_types_by_name_folders_with_a_tilde_and_what_is_printed(monkeypatch):
     model = Qwen.from_pretrained("~/pocket", dtype="bfloat16")
     assert model.device.type == "cpu" and {p.dtype for p in model.parameters()} == {torch.bfloat16}
     lines = repr(model).splitlines()
-    assert "      (0-4): 5 x Block(" in lines and "          (k_proj): Linear(weight [64, 128], bias [64])" in lines
+    assert "      (0-5): 6 x Block(" in lines and "          (k_proj): Linear(weight [96, 192], bias [96])" in lines
     with FlopMeter("matmul") as meter:
         model(torch.tensor([[1, 2]]))
     assert (

@@ -74,7 +74,7 @@ def test_the_largest_batch_that_fits_is_that_of_trying_each(slope):
 def test_the_command_shows_each_phase_and_the_largest_batch(capsys, monkeypatch):
     monkeypatch.setattr(resident, "measured", lambda phase, folder, holes, **job: 12_345 + holes)
     flags = ["flops", "--memory", "--model", POCKET, "--batch", "3", "--context", "8", "--rank", "2"]
-    assert run.main([*flags, "--json", "--fit", "0.0045", "--measure"]) == 0
+    assert run.main([*flags, "--json", "--fit", "0.012", "--measure"]) == 0
     shown = json.loads(capsys.readouterr().out)
     config = memory.QwenConfig.from_file(Path(POCKET) / "config.json")
     for phase, fits in shown["largest_batch"].items():
@@ -84,10 +84,10 @@ def test_the_command_shows_each_phase_and_the_largest_batch(capsys, monkeypatch)
             "with holes": 12_346,
         }
         sizes = [memory.predict(phase, config, n, 8, **options)["total"] for n in (fits, fits + 1)]
-        assert sizes[0] <= 4.5 * 10**6 < sizes[1]
-    assert run.main([*flags, "--fit", "0.0045"]) == 0
+        assert sizes[0] <= 12 * 10**6 < sizes[1]
+    assert run.main([*flags, "--fit", "0.012"]) == 0
     said = capsys.readouterr().out
-    assert f"{shown['bytes']['forward']['total']:,}" in said and "most sequences at once in 0.0045 GB" in said
+    assert f"{shown['bytes']['forward']['total']:,}" in said and "most sequences at once in 0.012 GB" in said
 
 
 @pytest.mark.parametrize("phase", memory.PHASES)

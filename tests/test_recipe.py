@@ -210,13 +210,13 @@ def test_an_update_is_adamws_at_the_steps_rate_with_a_gradient_cut_to_the_clip()
 )
 def test_the_update_is_scaled_by_alpha_over_the_rank_or_its_root(changes, scale):
     _, ours = begun(8, **changes)
-    assert [layer.scale for _, layer in lora_layers(ours.model)] == pytest.approx([scale] * 10)
+    assert [layer.scale for _, layer in lora_layers(ours.model)] == pytest.approx([scale] * 12)
 
 
 def test_lora_sits_on_the_targets_and_the_prices_are_those_of_what_runs(capsys):
     assert main([*RUN, "--targets", "all-linear", "--lora-alpha", "4", "--out", "all"]) == 0
     _, ours = begun(targets=("all-linear",))
-    assert len(list(lora_layers(ours.model))) == 7 * 5
+    assert len(list(lora_layers(ours.model))) == 7 * 6
     result = json.loads(Path("all/cells/lr0.01-r2/result.json").read_text())
     assert result["flops"] == result["predicted_flops"]
     config = json.loads(Path("all/cells/lr0.01-r2/adapter/adapter_config.json").read_text())

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import study_folder
-from PIL import Image
+from waves import dot
 
 from experiments import plots, report
 from experiments.accounting.predict import predict
@@ -39,9 +39,7 @@ def sketching(but: Sequence[str] = ()) -> Iterator[Calls]:
 
     def sketch(name: str) -> Callable[..., None]:
         def draw(*arguments: Any, **options: Any) -> None:
-            path = Path(options.pop("path"))
-            Image.new("L", (1, 1)).save(path.with_suffix(".png"))
-            path.write_text('<svg viewBox="0 0 1 1"></svg>')
+            dot(Path(options.pop("path")))
             asked.append((name, re.sub(r"\s+", " ", repr((arguments, options)))))
 
         return draw

@@ -222,6 +222,8 @@ CHANGED = {
     **{"schedule": "cosine", "warmup": 1.0, "decay": 0.5, "final_lr": 0.1, "betas": (0.8, 0.9), "weight_decay": 0.1},
     **{"clip": 1.0, "keep": "best", "point_forecast": "mean", "patience": 2, "scratch": "small", "control_lr": 1e-2},
     **{"origins": 2, "rungs": (2, 4), "survivors": 0.5, "over": ("clip=0|1",), "keep_series": 2},
+    **{"seeds": 2, "origin_step": 3, "id_column": "lake", "time_column": "day", "target": ("level",), "wide": True},
+    **{"fill": "linear", "beyond": "clip"},
     **{"model": "model", "offline": True, "device": "cuda", "dtype": "float32", "budget": 10**16, "data": "data.h5"},
     **{"best_lr": 1e-3, "best_rank": 4, "best_context": 64, "compile": True, "compute_dtype": "bfloat16"},
 }

@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
-from waves import contents, damped_waves
+from waves import contents, damped_waves, dot
 
 from experiments import plots, run
 from experiments.accounting.ledger import Ledger
@@ -158,7 +157,7 @@ def test_a_study_that_does_not_fit_says_how_many_steps_would(place, capsys):
 @pytest.mark.parametrize("name", ["fung", "liu", "rai"])
 def test_the_study_of_every_report_runs_and_shows_its_claims(place, name, monkeypatch):
     """With empty pictures: those of a study are drawn by the test of every stage."""
-    monkeypatch.setattr(plots.base, "save", lambda figure, path, *_: Image.new("L", (8, 8)).save(path))
+    monkeypatch.setattr(plots.base, "save", lambda figure, path, *_: dot(path))
     small = ["--scale", "0.001", "--protocol", name, "--context", "64", "--ranks", "2"]
     short = "contexts = [32, 64]\nfinal_steps = 4000\ndefault_steps = 2\nshown = [18, 19]\nshown_series = 0\n"
     short += "skip = []\ncontext_steps = 2\nsteps = 2\npoints = 16\nhorizon = 4\n"
