@@ -26,7 +26,7 @@ from experiments.forecasting import future, horizon, naive
 from experiments.forecasting.evaluate import evaluate, priced
 from experiments.forecasting.forecast import Forecasts
 from experiments.run_folder.folder import RunFolder
-from experiments.settings.record import POCKET, Settings
+from experiments.settings.record import FORECASTER, Settings
 from experiments.task.model import trained_model
 from experiments.task.task import Task
 from experiments.training.cell import Cell, predicted, run_cell
@@ -34,8 +34,6 @@ from experiments.training.progress import Report, counting
 from lora import load_adapter
 from qwen_min import Qwen, Tokenizer
 from qwen_min.load import resolve
-
-NAMED = POCKET.with_name("forecaster")  # what is left of the run whose adapter is called "forecaster"
 
 
 class Forecaster:
@@ -54,7 +52,7 @@ class Forecaster:
     @classmethod
     def from_pretrained(
         cls,
-        model: str | Path = POCKET,
+        model: str | Path | None = None,
         adapter: str | Path | None = None,
         ledger: str | Path | None = None,
         **settings: Any,
@@ -62,14 +60,15 @@ class Forecaster:
         """A forecaster from a folder or a hub id.
 
         Args:
-            adapter: a folder, or "forecaster" (docs/best.md), whose base model is then the default.
+            model: by default the pocket model, or the base model of the adapter "forecaster".
+            adapter: a folder, or "forecaster" (docs/best.md), which brings its settings.
             ledger: where FLOPs are charged; by default a file that goes with the forecaster.
             settings: any field of `Settings`, such as points (most that a forecast sees), decimals, num_samples.
         """
-        base = Settings(model=str(model))
+        base, given = Settings(), {"model": str(model)} if model else {}
         if adapter == "forecaster":
-            base, adapter = Settings.from_toml(NAMED / "config.toml"), NAMED / "adapter"
-        chosen = base.updated({"num_samples": 20, "origins": 1} | settings)
+            base, adapter = Settings.from_toml(FORECASTER / "config.toml"), FORECASTER / "adapter"
+        chosen = base.updated({"num_samples": 20, "origins": 1} | given | settings)
         folder = resolve(chosen.model, chosen.revision or None, chosen.offline)
         held = Path(ledger) if ledger else None
         return cls(chosen, trained_model(chosen, adapter), Tokenizer(folder / "tokenizer.json"), held)

@@ -3,12 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from experiments.accounting.ledger import STAGES as PARTS
-from experiments.accounting.predict import predict
 from experiments.forecasting.scores import best_copy, paired_interval
 from experiments.report.accounting import total
 from experiments.report.document import Block, Column, Inline, Items, Section, Table, Text, named
@@ -17,8 +15,7 @@ from experiments.report.overview import flat, records_read, text
 from experiments.report.study import Run, Study
 from experiments.run_folder.cells import spread
 from experiments.settings.record import Settings
-from experiments.study.plan import CONTROLS
-from experiments.task.model import shape_of
+from experiments.study.plan import CONTROLS, update
 from qwen_min.prices import CONVENTIONS
 
 UNCOMPARED = ("begun", "commands.", "validation_systems", "test_systems", "best.")
@@ -32,12 +29,10 @@ def sections(runs: Sequence[Path]) -> tuple[list[Section], str]:
     Raises:
         ValueError: a folder is no run's, or there twice, or a record is broken.
     """
+    studies = [Study(run) for run in runs]
     for at, run in enumerate(runs):
-        if not (run / "config.toml").is_file():
-            raise ValueError(f"{run}: has no config.toml: expected the folder of a study or a grid")
         if any(run.resolve() == other.resolve() for other in runs[:at]):
             raise ValueError(f"{run}: is there twice: expected other runs to compare with")
-    studies = [Study(run) for run in runs]
     labels = {study.label for study in studies}
     label = labels.pop() if len(labels) == 1 else ""
     made = {f"{s.root} ({s.label})" if s.label != label else str(s.root): s for s in studies}
@@ -156,16 +151,8 @@ def _training(study: Study, convention: str) -> int | None:
 
 
 def _update(settings: Settings, run: Run, convention: str) -> int:
-    own = settings.updated({"scratch": CONTROLS[run.stage]} if run.stage in CONTROLS else {})
-    trained = tuple(own.trained(run.row["rank"]).items())
-    symbols = 13 * (own.vocabulary == "symbols")
-    return _priced(shape_of(own), own.batch_size, run.row["context"], symbols, convention, trained)
-
-
-@cache
-def _priced(config, batch: int, context: int, symbols: int, convention: str, trained: tuple[Any, ...]) -> int:
-    options: dict[str, Any] = {"symbols": symbols, "convention": convention, **dict(trained)}
-    return predict(config, batch, context, training=True, **options).training
+    control = {"scratch": CONTROLS[run.stage]} if run.stage in CONTROLS else {}
+    return update(settings.updated({"context": run.row["context"]} | control), run.row["rank"], convention)
 
 
 def _times(made: Made) -> Table:

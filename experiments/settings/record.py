@@ -21,6 +21,8 @@ from lora.layer import TARGETS
 from qwen_min.fast import compiled
 
 POCKET = Path(__file__).parents[2] / "weights" / "pocket"
+FORECASTER = POCKET.with_name("forecaster")
+"""What is left of the run whose adapter is named "forecaster": it, its settings and its result."""
 
 PRESETS = {"reports": (1e-5, 5e-5, 1e-4), "pocket": (1e-3, 5e-3, 1e-2)}
 """Learning rates by name. The three reports' grid; and the same, a hundred times larger, for the pocket model: at

@@ -5,6 +5,7 @@ Stages: the untrained baseline, a default run, the grid, a context sweep, a fina
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -195,16 +196,17 @@ def runs_of(settings: Settings, stage: str, best: Best | None = None) -> list[Ru
     if stage == "final":
         return [final]
     own = final.settings.updated({"scratch": CONTROLS[stage]})
-    steps = _update(final.settings, best.rank) * final.settings.steps // _update(own, best.rank)
+    steps = update(final.settings, best.rank) * final.settings.steps // update(own, best.rank)
     if not steps:
         raise ValueError(f"controls: a step of '{stage}' costs more than the final run: expected more final steps")
     return [Run(stage, stage, Cell(settings.control_lr, best.rank, stage), own.updated({"steps": steps}), final.parts)]
 
 
-def _update(settings: Settings, rank: int) -> int:
-    """FLOPs of a training step as `exact` counts them: `coursework` charges gradients of frozen weights too."""
+@cache
+def update(settings: Settings, rank: int, convention: str = "exact") -> int:
+    """FLOPs of a training step; `coursework`, unlike `exact`, charges gradients of frozen weights too."""
     batch, context, symbols = settings.batch_size, settings.context, 13 * (settings.vocabulary == "symbols")
-    how: dict[str, Any] = {"symbols": symbols, "convention": "exact"} | settings.trained(rank)
+    how: dict[str, Any] = {"symbols": symbols, "convention": convention} | settings.trained(rank)
     return predict(shape_of(settings), batch, context, training=True, **how).training
 
 

@@ -234,7 +234,9 @@ def byte_tokenizer() -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def draw_series(rng: np.random.RandomState, points: int = 126, patterns: float = PATTERNS[1], loose=True) -> Series:
+def draw_series(
+    rng: np.random.RandomState, points: int = 126, patterns: float = PATTERNS[1], loose: bool = True
+) -> Series:
     """One bivariate series (P, 2) in 0..9.99, one in ten in 0..14.99: a shape, perhaps a second one, noise, a range.
 
     The share `patterns` is of random values that repeat. If `loose`, most are stretched in time, so that a period is

@@ -14,14 +14,12 @@ if TYPE_CHECKING:
     from experiments.training.progress import Report
 
 RECORDS = ("results.csv", "flops.csv")
-FORECASTER = Path(__file__).parents[2] / "weights" / "forecaster"
-"""What is left of the run whose adapter `--adapter forecaster` names: it, its settings and its result."""
 
 
 def gather(args: Namespace) -> "Settings":
     """The settings of a command line: the protocol's, a named adapter's, those of --config, then the flags."""
     from experiments.settings import protocols
-    from experiments.settings.record import Settings
+    from experiments.settings.record import FORECASTER, Settings
 
     given = vars(args)
     settings = protocols.load(given["protocol"]).settings if "protocol" in given else Settings()
@@ -38,6 +36,8 @@ def gather(args: Namespace) -> "Settings":
 
 def adapter_of(args: Namespace) -> Path | None:
     """The folder of --adapter, which may be a name."""
+    from experiments.settings.record import FORECASTER
+
     named = getattr(args, "adapter", None)
     return FORECASTER / "adapter" if named == "forecaster" else Path(named) if named else None
 

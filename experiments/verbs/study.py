@@ -29,8 +29,6 @@ def stage(args: Namespace) -> None:
 
 def report(args: Namespace) -> None:
     out = Path(args.run)
-    if not (out / "config.toml").is_file():
-        raise ValueError(f"{out}: has no config.toml: expected the folder of a study or a grid")
     if hasattr(args, "compare"):
         print(page.build_comparison(out, [Path(other).expanduser() for other in args.compare]))
         wrote(out, "compare.html", "compare.md", "tables/")
