@@ -37,8 +37,6 @@ class Study:
     """A run's folder: of a study, or of a grid alone."""
 
     def __init__(self, root: Path):
-        if not (root / "config.toml").exists():
-            raise ValueError(f"{root}: has no config.toml: expected the folder of a study or a grid")
         self.root = root
         self.records = records = Records(root)
         self.settings = records.toml("config.toml")

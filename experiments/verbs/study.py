@@ -28,9 +28,12 @@ def stage(args: Namespace) -> None:
 
 
 def report(args: Namespace) -> None:
-    out = Path(args.run)
-    if hasattr(args, "compare"):
-        print(page.build_comparison(out, [Path(other).expanduser() for other in args.compare]))
+    out, others = Path(args.run), [Path(other).expanduser() for other in getattr(args, "compare", ())]
+    for run in (out, *others):
+        if not (run / "config.toml").is_file():
+            raise ValueError(f"{run}: has no config.toml: expected the folder of a study or a grid")
+    if others:
+        print(page.build_comparison(out, others))
         wrote(out, "compare.html", "compare.md", "tables/")
         return
     with closing(Report(1)) as progress:
