@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.llmtime import Codec
+from experiments.run import main
 from experiments.settings.record import POCKET
 from experiments.training import pocket
 from qwen_min import Qwen, Tokenizer
@@ -222,3 +223,10 @@ def test_a_folder_of_other_files_is_not_replaced(tiny, tmp_path):
 def test_steps_and_seed_out_of_range_are_refused(steps, seed, tmp_path):
     with pytest.raises(ValueError, match=f"steps is {steps}, seed {seed}: expected"):
         pocket.pretrain(tmp_path / "out", steps=steps, seed=seed)
+
+
+def test_the_command_leaves_the_process_its_smallest_numbers(tmp_path, capsys):
+    """Bug: later sums of the process took numbers below 2.2e-308 for 0."""
+    smallest = np.finfo(np.float64).tiny
+    assert main(["pretrain-pocket", "--steps", "0", "--out", str(tmp_path / "out")]) == 2
+    assert smallest / 2 > 0

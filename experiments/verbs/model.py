@@ -150,4 +150,7 @@ def pretrain_pocket(args: Namespace) -> None:
     # Trained attention makes numbers so small that a step takes three times as long (measured). Threads that have begun
     # keep their way: so before all else.
     torch.set_flush_denormal(True)
-    pretrain(out, progress=lambda line: print(line, file=sys.stderr, flush=True), **options)
+    try:
+        pretrain(out, progress=lambda line: print(line, file=sys.stderr, flush=True), **options)
+    finally:
+        torch.set_flush_denormal(False)
