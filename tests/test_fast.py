@@ -43,6 +43,7 @@ CASES = {
     "rotate": (lambda x: ops.rotate(x, ANGLES.cos(), ANGLES.sin()), (2, 5, 3, 8)),
     "attend": (attend, (2, 6, 5, 8), (2, 3, 9, 8), (2, 3, 9, 8)),
     "attend, one token": (lambda *qkv: ops.attend(*qkv, None), (2, 6, 1, 8), (2, 3, 9, 8), (2, 3, 9, 8)),
+    "attend, tokens after a cache": (lambda *qkv: ops.attend(*qkv, None), (2, 6, 5, 8), (2, 3, 9, 8), (2, 3, 9, 8)),
     "swiglu": (ops.swiglu, (2, 5, 8), (2, 5, 8)),
     "cross_entropy": (loss, (2, 7, 20), (301, 20), (301,)),
 }

@@ -105,11 +105,12 @@ none does so under a mask or in float32: torch would write all scores into memor
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q kᵀ / sqrt(D)) v by torch's fused kernel; without a mask T is 1 or S.
+    """softmax(q kᵀ / sqrt(D)) v by torch's fused kernel, whose `is_causal` serves where T is S alone.
 
-    For any other T the kernel's `is_causal` would be wrong: it aligns the triangle to the top left.
+    Else it would be wrong: it aligns the triangle to the top left.
     """
-    assert mask is not None or q.shape[2] in (1, k.shape[2])
+    if mask is None and q.shape[2] not in (1, k.shape[2]):
+        mask = q.new_ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
     if q.shape[2] == 1:  # the queries that share a head as its tokens, so that it is read once
         grouped = q.unflatten(1, (k.shape[1], -1)).squeeze(3)  # (B, K, H/K, D)
         return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).view(q.shape)
