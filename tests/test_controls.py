@@ -3,14 +3,18 @@
 from pathlib import Path
 
 import pytest
+import torch
 from waves import contents, damped_waves, refused
 
 from experiments.accounting.predict import predict
 from experiments.run import main
 from experiments.run_folder import files
-from experiments.settings.record import POCKET
+from experiments.settings.record import POCKET, Settings
+from experiments.study.plan import Plan, update
+from experiments.task.model import load_model
 from experiments.training import cell
-from qwen_min import Qwen, QwenConfig
+from lora import add_lora
+from qwen_min import FlopMeter, Qwen, QwenConfig
 
 SIZES = """
 steps = 2
@@ -87,3 +91,27 @@ def test_a_study_without_controls_has_none_and_controls_beyond_the_budget_are_re
     assert not list(Path().rglob("result.json"))
     Path("sizes.toml").write_text(SIZES.replace("final_steps = 12", "final_steps = 1"))
     assert "a step of 'scratch' costs more than the final run" in refused(capsys, *STUDY)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"vocabulary": "symbols", "point": False},
+        {"vocabulary": "symbols", "separator": " "},
+        {"number_loss": 0.3, "digit_weights": (1.0, 0.5)},
+        {"vocabulary": "symbols", "number_loss": 0.3, "scratch": "same"},
+    ],
+    ids=str,
+)
+def test_a_step_costs_what_it_was_priced_at_whatever_the_text_and_the_loss_are(changes):
+    """It was priced with 13 symbols, and without the losses of numbers."""
+    settings = Settings(data="waves.h5", points=5, horizon=3, context=32, batch_size=2, **changes)
+    task, model = Plan(settings).task, load_model(settings)
+    if not settings.scratch:
+        add_lora(model, 2)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad])
+    with FlopMeter() as meter:
+        cell.training_step(model, task.train_batch(0), range(2), optimizer, number_loss=settings.number_loss)
+    for meter.convention in ("exact", "matmul", "coursework"):
+        assert update(settings, 2, task.symbols, meter.convention) == meter.training

@@ -23,6 +23,8 @@ def predict(
     convention: str = "coursework",
     last_only: bool = False,
     symbols: int = 0,
+    weights: bool = False,
+    digits: bool = False,
     **trained: Any,
 ) -> FlopMeter:
     """A meter that has seen one forward of (batch, tokens) after `cached` tokens, without weights or memory.
@@ -32,13 +34,15 @@ def predict(
         training: record the gradients that a LoRA step would need (all parameters' where rank is 0), and the loss.
         last_only: run the head for the last token alone, as generation does.
         symbols: logits of so many tokens alone; 0 for the whole vocabulary.
+        weights, digits: whether the loss has a weight for each target, and the loss of numbers.
         trained: rank, targets and logit_bias, as in `on_meta`.
     """
     model, ids, cache = on_meta(config, batch, tokens, cached=cached, **trained)
     some = torch.empty(symbols, dtype=torch.int64, device="meta") if symbols else None
     with unmetered(), FlopMeter(convention) as meter, torch.set_grad_enabled(training):
         if training and not cached:
-            model.loss(ids, ids, vocabulary=some)
+            more = {"weights": ids.float() if weights else None, "digits": ids.new_empty(10) if digits else None}
+            model.loss(ids, ids, vocabulary=some, **more)
         else:
             model.head(model.model(ids, cache)[:, -1 if last_only else 0 :], some)
     return meter

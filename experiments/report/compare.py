@@ -137,22 +137,24 @@ def _flops(made: Made) -> Table:
 
 def _training(study: Study, convention: str) -> int | None:
     """FLOPs of all training steps; None where the count of a run is not that of its settings, or no model is here."""
-    found = 0
+    runs = list({run.folder: run for run in study.runs if run.row["rank"]}.values())
+    counted = [run.row["training_flops"] for run in runs]
     try:
         settings = Settings().updated(dict(study.settings) | {"offline": True})
-        for run in {run.folder: run for run in study.runs if run.row["rank"]}.values():
-            usual, other = (_update(settings, run, name) for name in (CONVENTIONS[0], convention))
-            if usual * run.row["steps"] != run.row["training_flops"]:
-                return None
-            found += other * run.row["steps"]
+        without_minus = 12 + settings.point + bool(settings.separator)
+        for symbols in (0,) if settings.vocabulary == "full" else (without_minus, without_minus + 1):
+            if [_steps(settings, run, symbols, CONVENTIONS[0]) for run in runs] == counted:
+                return sum(_steps(settings, run, symbols, convention) for run in runs)
     except ValueError:
-        return None
-    return found
+        pass
+    return None
 
 
-def _update(settings: Settings, run: Run, convention: str) -> int:
+def _steps(settings: Settings, run: Run, symbols: int, convention: str) -> int:
+    """FLOPs of a run's training, whose loss is over so many symbols."""
     control = {"scratch": CONTROLS[run.stage]} if run.stage in CONTROLS else {}
-    return update(settings.updated({"context": run.row["context"]} | control), run.row["rank"], convention)
+    own = settings.updated({"context": run.row["context"]} | control)
+    return update(own, run.row["rank"], symbols, convention) * run.row["steps"]
 
 
 def _times(made: Made) -> Table:

@@ -109,7 +109,7 @@ class Plan:
 
     def stage(self, stage: str, best: "Best | None" = None) -> list[Planned]:
         """Those of a stage: see `runs_of`; by default with the choice that costs most carried forward."""
-        return self.of(runs_of(self.settings, stage, best or dearest(self.settings)))
+        return self.of(runs_of(self.settings, stage, best or dearest(self.settings), self.task.symbols))
 
     def _plan(self, run: Run) -> Planned:
         task, config = self.task.under(run.settings), shape_of(run.settings, self.config)
@@ -162,8 +162,10 @@ def cells_of(settings: Settings) -> dict[Cell, Settings]:
     }
 
 
-def runs_of(settings: Settings, stage: str, best: Best | None = None) -> list[Run]:
-    """The runs of a stage, in order; `context` and `final` need to know what is carried forward.
+def runs_of(settings: Settings, stage: str, best: Best | None = None, symbols: int = 0) -> list[Run]:
+    """The runs of a stage, in order; `context` and those after it need to know what is carried forward.
+
+    The controls take as many steps as the final run pays for, of a loss over so many `symbols`, see `update`.
 
     A run that would train what a cell of the grid trains is that cell: it is trained once, in the cell's folder.
     """
@@ -196,18 +198,21 @@ def runs_of(settings: Settings, stage: str, best: Best | None = None) -> list[Ru
     if stage == "final":
         return [final]
     own = final.settings.updated({"scratch": CONTROLS[stage]})
-    steps = update(final.settings, best.rank) * final.settings.steps // update(own, best.rank)
+    steps = update(final.settings, best.rank, symbols) * final.settings.steps // update(own, best.rank, symbols)
     if not steps:
         raise ValueError(f"controls: a step of '{stage}' costs more than the final run: expected more final steps")
     return [Run(stage, stage, Cell(settings.control_lr, best.rank, stage), own.updated({"steps": steps}), final.parts)]
 
 
 @cache
-def update(settings: Settings, rank: int, convention: str = "exact") -> int:
-    """FLOPs of a training step; `coursework`, unlike `exact`, charges gradients of frozen weights too."""
-    batch, context, symbols = settings.batch_size, settings.context, 13 * (settings.vocabulary == "symbols")
-    how: dict[str, Any] = {"symbols": symbols, "convention": convention} | settings.trained(rank)
-    return predict(shape_of(settings), batch, context, training=True, **how).training
+def update(settings: Settings, rank: int, symbols: int, convention: str = "exact") -> int:
+    """FLOPs of a training step whose loss is over so many `symbols`, 0 for all tokens (see `Task.symbols`).
+
+    `coursework`, unlike `exact`, charges gradients of frozen weights too.
+    """
+    how: dict[str, Any] = {"weights": bool(settings.digit_weights), "digits": bool(settings.number_loss)}
+    how |= {"symbols": symbols, "convention": convention} | settings.trained(rank)
+    return predict(shape_of(settings), settings.batch_size, settings.context, training=True, **how).training
 
 
 def carried(settings: Settings, out: Path, stage: str) -> Best:

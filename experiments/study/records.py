@@ -24,10 +24,11 @@ from qwen_min.prices import PRIMITIVES
 RULE = "lowest validation loss per real token"
 
 
-def all_runs(settings: Settings, out: Path) -> tuple[list[Run], Best | None]:
+def all_runs(plan: Plan, out: Path) -> tuple[list[Run], Best | None]:
     """The runs of every stage, as far as it is known what is carried forward, and that.
 
     Without a protocol they are the grid's."""
+    settings = plan.settings
     if not settings.protocol:
         return runs_of(settings, "grid"), None
     runs, best = [run for stage in ("baseline", "default", "grid") for run in runs_of(settings, stage)], None
@@ -36,14 +37,14 @@ def all_runs(settings: Settings, out: Path) -> tuple[list[Run], Best | None]:
             best = carried(settings, out, stage)
         except ValueError:  # the stage before it has not run
             break
-        runs += runs_of(settings, stage, best)
+        runs += runs_of(settings, stage, best, plan.task.symbols)
     return runs, best
 
 
 def write_records(plan: Plan, out: Path) -> None:
     """Write all of them."""
     settings = plan.settings
-    runs, best = all_runs(settings, out)
+    runs, best = all_runs(plan, out)
     search = Search(plan) if settings.rungs else None
     if search:
         runs = search.runs(out)
