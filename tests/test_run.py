@@ -318,7 +318,8 @@ def test_generate_reads_a_conversation_or_a_prompt_and_counts_what_it_cost(capsy
     config, asked = QwenConfig.from_file(POCKET / "config.json"), {**reports[-1]}
     assert asked["prompt_tokens"] == 10 and asked["new_tokens"] == len(asked["text"]) == 6 and not asked["stopped"]
     assert asked["flops"] == asked["most_flops"] == generation(config, 1, 10, 6)
-    monkeypatch.setattr(Tokenizer, "token_id", lambda *_: Tokenizer(POCKET / "tokenizer.json").encode(asked["text"])[2])
+    third = Tokenizer(POCKET / "tokenizer.json").encode(asked["text"])[2]
+    monkeypatch.setattr("qwen_min.load.stop_ids", lambda *_: (third,))  # as the weights' folder says
     assert run.main(["generate", "--prompt", "1.00,2.00;", "--max-new-tokens", "6", "--json"]) == 0
     short = json.loads(capsys.readouterr().out)
     assert short["text"] == asked["text"][:2] and (short["new_tokens"], short["stopped"]) == (3, True)

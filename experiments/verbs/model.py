@@ -31,7 +31,6 @@ def generate(args: Namespace) -> None:
     ids, new = tokenizer.encode(text), list[int]()
     if not ids:
         raise ValueError("the prompt is empty: expected text")
-    stops = {tokenizer.token_id(name) for name in ("<|im_end|>", "<|endoftext|>")}
     if chat and settings.is_pocket:
         print("the pocket model cannot chat, it was never taught to: what follows is no answer", file=sys.stderr)
 
@@ -40,7 +39,7 @@ def generate(args: Namespace) -> None:
         options = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.sample_seed}
         for step in stream(model, prompt, args.max_new_tokens, **options):
             new.append(int(step))
-            if new[-1] in stops:
+            if new[-1] in model.stop_ids:
                 return
             yield new[-1]
 
@@ -54,7 +53,7 @@ def generate(args: Namespace) -> None:
         raise ValueError(f"{settings.model}: {e}") from None
     if as_json:
         most = predict.generation(model.config, 1, len(ids), args.max_new_tokens, **trained(model))
-        counts = {"prompt_tokens": len(ids), "new_tokens": len(new), "stopped": bool(stops & set(new))}
+        counts = {"prompt_tokens": len(ids), "new_tokens": len(new), "stopped": bool({*model.stop_ids} & {*new})}
         print_json({"text": "".join(written), **counts, "flops": meter.total, "most_flops": most})
     else:
         print()
