@@ -11,7 +11,6 @@ import weakref
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
@@ -23,14 +22,14 @@ from data import frames, tables
 from data.frames import SeriesSet
 from experiments.accounting.ledger import Ledger
 from experiments.forecasting import future, horizon, naive
-from experiments.forecasting.evaluate import evaluate, priced
+from experiments.forecasting.evaluate import settled
 from experiments.forecasting.forecast import Forecasts
 from experiments.run_folder.folder import RunFolder
 from experiments.settings.record import FORECASTER, Settings
 from experiments.task.model import trained_model
 from experiments.task.task import Task
 from experiments.training.cell import Cell, predicted, run_cell
-from experiments.training.progress import Report, counting
+from experiments.training.progress import Report
 from lora import load_adapter
 from qwen_min import Qwen, Tokenizer
 from qwen_min.load import resolve
@@ -169,12 +168,7 @@ class Forecaster:
         task = Task.prepare(settings, self.tokenizer, needs_split=False, ahead=ahead, frame=series)
         systems = list(range(len(series.ids)))
         task.check(systems, scored=not ahead)
-        expected = priced(task, self.model, systems)
-        with closing(Report(1)) as report, Ledger(self.ledger, settings.budget) as ledger:
-            far = partial(counting, report, "forecast")
-            asked = "forecast", series.name
-            made, _, entry = evaluate(task, self.model, systems, expected, ledger, *asked, progress=far)
-            ledger.settle(entry)
+        made, _, expected = settled(task, self.model, systems, self.ledger, "forecast", series.name)
         self.flops = {"predicted": sum(expected.values()), "counted": sum(made.flops.values())}
         return task, made
 

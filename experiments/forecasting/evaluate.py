@@ -1,12 +1,16 @@
 """Evaluation: forecasts of a model, priced, reserved in the ledger, made and charged; once for all who ask."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 from experiments.accounting.ledger import Ledger
 from experiments.forecasting.forecast import Forecasts, forecast, predicted, predicted_loss
 from experiments.task.model import trained
 from experiments.task.task import Task
-from experiments.training.progress import Counted
+from experiments.training.progress import Counted, Report, counting
 from experiments.training.step import validation_loss
 from qwen_min import FlopMeter, Qwen
 
@@ -67,3 +71,24 @@ def evaluate(
     made = Forecasts.joined(each)
     made.flops["validation"] += meter.total
     return made, losses, entry
+
+
+def settled(
+    task: Task,
+    model: Qwen,
+    systems: Sequence[int],
+    ledger: Path,
+    run: str,
+    cell: str,
+    *,
+    doing: str = "forecast",
+    draft: int = 0,
+    validate: bool = False,
+) -> tuple[Forecasts, dict[str, float], dict[str, int]]:
+    """As `evaluate`, with a ledger's file, settled at once; the price, in the place of an entry. `doing` is shown."""
+    expected = priced(task, model, systems, draft=draft, validate=validate)
+    with closing(Report(1)) as report, Ledger(ledger, task.settings.budget) as charged:
+        how: dict[str, Any] = {"draft": draft, "validate": validate, "progress": partial(counting, report, doing)}
+        made, losses, entry = evaluate(task, model, systems, expected, charged, run, cell, **how)
+        charged.settle(entry)
+    return made, losses, expected

@@ -17,7 +17,7 @@ from experiments.accounting.ledger import Ledger
 from experiments.forecasting import density, future, judge, naive, scores
 from experiments.forecasting.density import Density
 from experiments.forecasting.evaluate import evaluate as charged
-from experiments.forecasting.evaluate import priced
+from experiments.forecasting.evaluate import priced, settled
 from experiments.forecasting.forecast import Forecasts, check_draft
 from experiments.forecasting.scores import QUANTILES
 from experiments.run_folder import files
@@ -39,13 +39,10 @@ def evaluate(args: Namespace) -> None:
     parts = {part: task.forecast_systems(part) for part in (args.part, "shown")}
     systems = list(dict.fromkeys([*parts[args.part], *parts["shown"]]))
     task.check(systems)
-    expected = priced(task, model, systems, validate=True)
-    with closing(Report(1)) as report, Ledger(ledger_of(args), settings.budget) as ledger:
-        far, run = partial(counting, report, "evaluate"), f"evaluate {adapter or settings.model}"
-        made, losses, entry = charged(
-            task, model, systems, expected, ledger, run, "evaluate", validate=True, progress=far
-        )
-        ledger.settle(entry)
+    asked = ledger_of(args), f"evaluate {adapter or settings.model}", "evaluate"
+    made, losses, expected = settled(task, model, systems, *asked, doing="evaluate", validate=True)
+    with closing(Report(1)) as report:
+        far = partial(counting, report, "evaluate")
         plain = {part: naive.forecasts(task, chosen, far(f"law fits, {part}")) for part, chosen in parts.items()}
     result = losses | {"validation_tokens": task.validation_windows.real_tokens}
     tables = judge.tables(task, made, plain, parts, result, expected, adapter)
@@ -133,11 +130,8 @@ def _ahead(args: Namespace, settings: Settings, adapter: Path | None) -> None:
     systems = _chosen(args, task)
     check_draft(task, args.draft)
     task.check(systems, scored=False)
-    expected = priced(task, model, systems, draft=args.draft)
-    with closing(Report(1)) as report, Ledger(ledger_of(args), settings.budget) as ledger:
-        run, far = f"forecast {adapter or settings.model}", partial(counting, report, "forecast")
-        made, _, entry = charged(task, model, systems, expected, ledger, run, "ahead", draft=args.draft, progress=far)
-        ledger.settle(entry)
+    asked = ledger_of(args), f"forecast {adapter or settings.model}", "ahead"
+    made, *_ = settled(task, model, systems, *asked, draft=args.draft)
     files.write_csv(table, rows := future.rows(task, made))
     _draw(task, made.of(systems[:MOST_DRAWN]), path)
     every = len(task.dataset.series)
@@ -168,12 +162,10 @@ def backtest(args: Namespace) -> None:
     task, model = prepare(settings, adapter, needs_split=False)
     systems = _chosen(args, task) if hasattr(args, "series") else list(range(len(task.dataset.series)))
     task.check(systems)
-    expected = priced(task, model, systems)
-    with closing(Report(1)) as report, Ledger(ledger_of(args), settings.budget) as ledger:
-        run, far = f"backtest {adapter or settings.model}", partial(counting, report, "backtest")
-        made, _, entry = charged(task, model, systems, expected, ledger, run, "backtest", progress=far)
-        ledger.settle(entry)
-        plain = naive.forecasts(task, systems, far("law fits"))
+    asked = ledger_of(args), f"backtest {adapter or settings.model}", "backtest"
+    made, *_ = settled(task, model, systems, *asked, doing="backtest")
+    with closing(Report(1)) as report:
+        plain = naive.forecasts(task, systems, counting(report, "backtest", "law fits"))
     rows, text = judge.backtest(task, made, plain)
     files.write_csv(out / "backtest.csv", future.windows(task, made, plain, (50, 80)))
     files.write_csv(out / "scores.csv", rows)
