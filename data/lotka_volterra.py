@@ -69,15 +69,8 @@ class Dataset:
     def of(cls, frame: SeriesSet, least: int = 0) -> "Dataset":
         """Of a table, with at least so many points a series, NaN before it begins."""
         series, source = frame.aligned(least), "; ".join(("a table", *frame.notes))
-        return cls(
-            np.arange(series.shape[1], dtype=np.float64),
-            series,
-            frame.names,
-            frame.digest,
-            source,
-            Path(frame.name),
-            frame,
-        )
+        time = np.arange(series.shape[1], dtype=np.float64)
+        return cls(time, series, frame.names, frame.digest, source, Path(frame.name), frame)
 
     @property
     def signed(self) -> bool:
@@ -181,9 +174,8 @@ def _read(path: Path) -> Dataset:
     names = ("prey", "predator") if populations else tuple(f"x{variable}" for variable in range(variables))
     if written_digest and (found := _exact_digest(time, series)).encode() != written_digest:
         recorded = ascii(written_digest.decode("latin-1"))[1:-1]
-        raise ValueError(
-            f"{path}: sha256 of its values is {found}, recorded {recorded:.64}: expected the file as it was written"
-        )
+        unlike = f"sha256 of its values is {found}, recorded {recorded:.64}"
+        raise ValueError(f"{path}: {unlike}: expected the file as it was written")
     source = _source(time, series, written_digest)
     return Dataset(time, series, names, hashlib.sha256(content).hexdigest(), source, path)
 

@@ -139,10 +139,8 @@ def batch_indices(count: int, batch_size: int, step: int, seed: int) -> NDArray[
     a permutation continues in the next. seed: 0 .. 2^32 - 1. Raises ValueError for numbers out of range.
     """
     if count < 1 or batch_size < 1 or step < 0 or not 0 <= seed < 2**32:
-        raise ValueError(
-            f"batches: count is {count}, batch size {batch_size}, step {step}, seed {seed}: "
-            "expected at least 1, 1, 0 and 0, and a seed below 2^32"
-        )
+        given = f"count is {count}, batch size {batch_size}, step {step}, seed {seed}"
+        raise ValueError(f"batches: {given}: expected at least 1, 1, 0 and 0, and a seed below 2^32")
     epochs, places = np.divmod(step * batch_size + np.arange(batch_size, dtype=np.int64), count)
     # RandomState's stream is frozen (NEP 19), so a run resumes in the same order under every numpy.
     orders = {int(epoch): np.random.RandomState([seed, epoch]).permutation(count) for epoch in np.unique(epochs)}

@@ -22,24 +22,9 @@ _SUPPORTED: dict[str, tuple] = {
     "use_rslora": (True,),
 }
 _HARMLESS = {
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "target_modules",
-    "task_type",
-    "inference_mode",
-    "base_model_name_or_path",
-    "revision",
-    "peft_version",
-    "auto_mapping",
-    "megatron_core",
-    "qalora_group_size",
-    "loftq_config",
-    "eva_config",
-    "runtime_config",
-    "ensure_weight_tying",
-    "rank_pattern",
-    "alpha_pattern",
+    *("r", "lora_alpha", "lora_dropout", "target_modules", "rank_pattern", "alpha_pattern"),
+    *("task_type", "inference_mode", "base_model_name_or_path", "revision", "peft_version", "auto_mapping"),
+    *("megatron_core", "qalora_group_size", "loftq_config", "eva_config", "runtime_config", "ensure_weight_tying"),
 }
 
 
@@ -111,11 +96,9 @@ def load_adapter(model: Qwen, folder: str | Path) -> Qwen:
     dropout = config.get("lora_dropout") or 0.0
     try:
         sizes = _sizes(model, config, dropout)
-    except ValueError as e:
-        raise ValueError(f"{folder / 'adapter_config.json'}: {e}") from None
-    except (re.error, OverflowError, RecursionError) as e:
-        what = f"a pattern is no regular expression ({e}): expected one"
-        raise ValueError(f"{folder / 'adapter_config.json'}: {what}") from None
+    except (ValueError, re.error, OverflowError, RecursionError) as e:
+        said = e if isinstance(e, ValueError) else f"a pattern is no regular expression ({e}): expected one"
+        raise ValueError(f"{folder / 'adapter_config.json'}: {said}") from None
     shapes, linear = dict[str, list[int]](), linear_layers(model)
     for name, (rank, _) in sizes.items():
         outputs, inputs = linear[name].weight.shape
@@ -195,9 +178,8 @@ def _read_config(path: Path) -> dict:
     for name, value in config.items():
         if value and name not in _HARMLESS and value not in _SUPPORTED.get(name, ()):
             expected = " or ".join(map(repr, _SUPPORTED.get(name, ()))) or "null, false or empty"
-            raise ValueError(
-                f"{path}: {listed([name])} is {value!r:.200}: expected {expected}: no other is implemented"
-            )
+            wrong = f"{listed([name])} is {value!r:.200}"
+            raise ValueError(f"{path}: {wrong}: expected {expected}: no other is implemented")
     targets = config.get("target_modules")
     if not targets or not isinstance(targets, str | list) or not all(isinstance(t, str) for t in targets):
         raise ValueError(f"{path}: target_modules is {targets!r:.200}: expected layer names or a regular expression")

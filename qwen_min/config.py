@@ -51,16 +51,13 @@ class QwenConfig:
                 raise ValueError(f"{name} is {value!r:.200}: expected a positive number below 1e300")
         if type(self.tie_word_embeddings) is not bool:
             raise ValueError(f"tie_word_embeddings is {self.tie_word_embeddings!r:.200}: expected true or false")
-        if self.hidden_size % (2 * self.num_attention_heads):
-            raise ValueError(
-                f"hidden_size is {self.hidden_size}: expected an even head size for each of the "
-                f"{self.num_attention_heads} heads of num_attention_heads"
-            )
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_key_value_heads is {self.num_key_value_heads}: expected a divisor of "
-                f"num_attention_heads, which is {self.num_attention_heads}"
-            )
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        if self.hidden_size % (2 * heads):
+            rule = f"an even head size for each of the {heads} heads of num_attention_heads"
+            raise ValueError(f"hidden_size is {self.hidden_size}: expected {rule}")
+        if heads % groups:
+            rule = f"a divisor of num_attention_heads, which is {heads}"
+            raise ValueError(f"num_key_value_heads is {groups}: expected {rule}")
 
     @property
     def head_dim(self) -> int:
@@ -72,9 +69,8 @@ class QwenConfig:
         """One of the seven released sizes, without weights: "Qwen2.5-0.5B", ..., "Qwen2.5-72B" ("-Instruct" too)."""
         size = name.removeprefix("Qwen/").removeprefix("Qwen2.5-").removesuffix("-Instruct")
         if size not in SIZES or "Qwen2.5-" not in name:
-            raise ValueError(
-                f"{name!r} is not a known size: expected one of " + ", ".join(f"Qwen2.5-{s}" for s in SIZES)
-            )
+            known = ", ".join(f"Qwen2.5-{size}" for size in SIZES)
+            raise ValueError(f"{name!r} is not a known size: expected one of {known}")
         sizes, tied = SIZES[size]
         return cls(*sizes, rope_theta=1e6, rms_norm_eps=1e-6, max_position_embeddings=32768, tie_word_embeddings=tied)
 
@@ -101,10 +97,8 @@ class QwenConfig:
         known.setdefault("tie_word_embeddings", False)
         config = cls(**(known | {"rope_theta": _rope_theta(fields)}))
         if fields.get("head_dim") not in (None, config.head_dim):
-            raise ValueError(
-                f"head_dim is {fields['head_dim']!r:.200}: expected hidden_size / num_attention_heads, "
-                f"which is {config.head_dim}"
-            )
+            rule = f"hidden_size / num_attention_heads, which is {config.head_dim}"
+            raise ValueError(f"head_dim is {fields['head_dim']!r:.200}: expected {rule}")
         return config
 
     def to_dict(self) -> dict[str, Any]:
@@ -176,9 +170,8 @@ def _refuse_unsupported(fields: dict[str, Any]) -> None:
     }
     for name, allowed in expected.items():
         if fields.get(name) not in allowed:
-            raise ValueError(
-                f"{name} is {fields[name]!r:.200}: expected {json.dumps(allowed[0])}, the only one implemented"
-            )
+            rule = f"{json.dumps(allowed[0])}, the only one implemented"
+            raise ValueError(f"{name} is {fields[name]!r:.200}: expected {rule}")
     kinds = fields.get("layer_types") or []
     if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
         raise ValueError(f"layer_types is {kinds!r:.200}: expected 'full_attention' in every layer")

@@ -65,22 +65,11 @@ class Node:
             yield from child.walk(depth + 1)
 
 
-_NAMES = {
-    "q_proj": "q",
-    "k_proj": "k",
-    "v_proj": "v",
-    "o_proj": "output",
-    "gate_proj": "gate",
-    "up_proj": "up",
-    "down_proj": "down",
-    "lm_head": "head",
-}
-
-
 def component(charge: Charge) -> str:
     """The part of the architecture that a charge belongs to; a linear layer's follows from its module's name."""
     last = charge.module.rpartition(".")[2]
-    return charge.price.component or _NAMES.get(last, last)
+    names = {"o_proj": "output", "lm_head": "head"}
+    return charge.price.component or names.get(last) or last.removesuffix("_proj")
 
 
 def tree_of(

@@ -66,9 +66,8 @@ def turns(conversation: Any) -> list[tuple[str, str]]:
         raise ValueError(f"the conversation is {conversation!r:.80}: expected a list of messages")
     for number, message in enumerate(conversation, 1):
         if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise ValueError(
-                f'message {number} is {message!r:.80}: expected {{"role": "user", "content": TEXT}} and nothing else'
-            )
+            rule = '{"role": "user", "content": TEXT} and nothing else'
+            raise ValueError(f"message {number} is {message!r:.80}: expected {rule}")
         if more := sorted(map(str, message.keys() - {"role", "content"})):
             raise ValueError(f"message {number} has {more[0]!r:.80}: expected role and content alone")
     return [(message["role"], message["content"]) for message in conversation]

@@ -35,9 +35,8 @@ def resolve(name_or_folder: str | Path, revision: str | None = None, offline: bo
         return folder
     name = str(name_or_folder)
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
-        raise ValueError(
-            f"{name}: no such folder: expected a model's folder or a hub id such as Qwen/Qwen2.5-0.5B-Instruct"
-        )
+        rule = "a model's folder or a hub id such as Qwen/Qwen2.5-0.5B-Instruct"
+        raise ValueError(f"{name}: no such folder: expected {rule}")
     # Imported here: it takes a third of a second, and a local model needs nothing of it.
     from huggingface_hub import HfApi, constants, snapshot_download
 
@@ -154,16 +153,13 @@ def read_tensors(
         with _open(path) as file:
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 if name in where:
-                    raise ValueError(
-                        f"{path}: tensor {listed([name])} stands in {where[name].name} too: expected it once"
-                    )
+                    twice = f"{listed([name])} stands in {where[name].name} too"
+                    raise ValueError(f"{path}: tensor {twice}: expected it once")
                 where[name] = path
     odd = {"missing": expected.keys() - where.keys(), "unexpected": where.keys() - expected.keys()}
     if complaints := [f"{what} {listed(names)}" for what, names in odd.items() if names]:
-        raise ValueError(
-            f"{files[0] if len(files) == 1 else folder}: tensors {'; '.join(complaints)}: "
-            f"expected those of the {len(expected)} that config.json asks for"
-        )
+        held, rule = files[0] if len(files) == 1 else folder, f"those of the {len(expected)} that config.json asks for"
+        raise ValueError(f"{held}: tensors {'; '.join(complaints)}: expected {rule}")
     tensors: dict[str, Tensor] = {}
     misshapen = []
     for path in files:
@@ -189,9 +185,8 @@ def weight_files(folder: Path) -> list[Path]:
     if single.is_file():
         return [single]
     if not index.is_file():
-        raise ValueError(
-            f"{single}: no such file: expected it, or {index.name} and the files it names{how_to_fetch(single)}"
-        )
+        rule = f"it, or {index.name} and the files it names{how_to_fetch(single)}"
+        raise ValueError(f"{single}: no such file: expected {rule}")
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -200,9 +195,8 @@ def weight_files(folder: Path) -> list[Path]:
         if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name):
             raise ValueError(f"{index}: names the file {name!r}: expected the plain name of a .safetensors file")
         if not (folder / name).is_file():
-            raise ValueError(
-                f"{folder / name}: no such file: expected it, as {index.name} names it{how_to_fetch(index)}"
-            )
+            rule = f"it, as {index.name} names it{how_to_fetch(index)}"
+            raise ValueError(f"{folder / name}: no such file: expected {rule}")
     if not names:
         raise ValueError(f"{index}: names no file: expected at least one")
     return [folder / name for name in names]

@@ -45,9 +45,8 @@ def from_bytes(data: bytes, path: str | Path) -> dict[str, Tensor]:
     header, start = _header(data, path)
     recorded = header.pop(_METADATA, {}).get("sha256")
     if recorded is not None and (found := _digest(header, data[start:])) != recorded:
-        raise ValueError(
-            f"{path}: sha256 of its tensors is {found}, recorded {recorded:.64}: expected the file as it was written"
-        )
+        unlike = f"sha256 of its tensors is {found}, recorded {recorded:.64}"
+        raise ValueError(f"{path}: {unlike}: expected the file as it was written")
     return tensors
 
 

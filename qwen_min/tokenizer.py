@@ -151,9 +151,8 @@ class Tokenizer:
     def check_fits(self, vocab_size: int) -> None:
         """Raise ValueError where an id is beyond a model's vocabulary, as with the tokenizer of another model."""
         if self._largest >= vocab_size:
-            raise ValueError(
-                f"{self.path}: has the id {self._largest}: expected ids below {vocab_size}, the model's vocab_size"
-            )
+            rule = f"ids below {vocab_size}, the model's vocab_size"
+            raise ValueError(f"{self.path}: has the id {self._largest}: expected {rule}")
 
     @cached_property
     def _largest(self) -> int:

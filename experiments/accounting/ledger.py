@@ -213,10 +213,8 @@ class Ledger:
         return True
 
     def entries(self) -> list[dict[str, Any]]:
-        """Return a row for each entry, oldest first.
-
-        Keys: `id`, `run`, `cell`, `state`, the stages, `wasted`, `total` (stages and wasted) and `reserved`
-        (what a running entry may still spend); all but the first four in FLOPs."""
+        """A row for each entry, oldest first: `id`, `run`, `cell`, `state`, and in FLOPs the stages, `wasted`, `total`
+        (stages and wasted) and `reserved` (what a running entry may still spend)."""
         with self._transaction():
             entries = self._read()
         return [
@@ -232,10 +230,8 @@ class Ledger:
         return rows[-1] if rows else None
 
     def totals(self) -> dict[str, int]:
-        """Return FLOPs over all entries.
-
-        Keys: the stages, `wasted`, `spent` (stages and wasted), `settled` (the stages of settled entries
-        alone), `reserved`, `budget`, and `left` = budget - spent - reserved."""
+        """FLOPs over all entries: the stages, `wasted`, `spent` (stages and wasted), `settled` (the stages of settled
+        entries alone), `reserved`, `budget`, and `left` = budget - spent - reserved."""
         return self.as_json()["totals"]
 
     def as_json(self) -> dict[str, Any]:
@@ -357,10 +353,8 @@ class Ledger:
             raise
         except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             if getattr(error, "sqlite_errorcode", 0) & 0xFF in _OF_THE_MACHINE:
-                raise OSError(
-                    f"{self.path}: the ledger cannot be used ({error}): expected a file that can be read and written, "
-                    "on a disk with free space"
-                ) from error
+                rule = "a file that can be read and written, on a disk with free space"
+                raise OSError(f"{self.path}: the ledger cannot be used ({error}): expected {rule}") from error
             said = "".join(c for c in str(error)[:150] if c.isprintable())  # it may quote what is in the file
             raise ValueError(f"{self.path}: is damaged ({said}): expected a ledger of FLOPs") from error
 
