@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 # float64 keeps every decimal number of this many digits apart (C's DBL_DIG).
 FLOAT64_DIGITS = 15
 SEPARATORS = ("", " ")
+PERCENTILE = 95  # of sizes, which is written 10: see below
 
 
 def fixed(alpha: float) -> float:
@@ -28,26 +29,20 @@ def training_maximum(train: ArrayLike) -> float:
     return _checked(rule, np.max(_filled(rule, train)) / 9.99)
 
 
-def training_percentile(train: ArrayLike, q: float = 95.0) -> float:
-    """alpha = percentile q of the sizes of all values of the training series (S, P, V), / 10: it is written 10."""
-    rule = "training percentile"
-    return _checked(rule, np.percentile(_filled(rule, train), _percent(rule, q)) / 10)
-
-
-def context_percentile(series: ArrayLike, context_points: int, q: float = 95.0) -> float:
-    """alpha = max over variables of percentile q, / 10, of the sizes in the first points of one series (P, V)."""
+def context_percentile(series: ArrayLike, context_points: int) -> float:
+    """alpha = max over variables of percentile 95, / 10, of the sizes in the first points of one series (P, V)."""
     rule, values = "context percentile", np.atleast_1d(series)
     if not 1 <= context_points <= len(values):
         raise ValueError(f"{rule}: {context_points} points of context: expected 1 to {len(values)}, all there are")
-    return _largest_percentile(rule, values[:context_points], q)
+    return _largest_percentile(rule, values[:context_points])
 
 
-def whole_series_percentile(series: ArrayLike, q: float = 95.0) -> float:
+def whole_series_percentile(series: ArrayLike) -> float:
     """As `context_percentile`, but of all points: a forecast that is scaled so has seen its horizon.
 
     Kept to reproduce results that were scaled like this.
     """
-    return _largest_percentile("whole-series percentile", series, q)
+    return _largest_percentile("whole-series percentile", series)
 
 
 APART = 10.0  # sizes of variables that differ by more get an alpha each: two decimals would be left of the smaller
@@ -62,10 +57,10 @@ def of_each(sizes: ArrayLike) -> NDArray[np.float64]:
     return found if found.max() / found.min() > APART else np.full_like(found, found.max())
 
 
-def sizes(series: ArrayLike, q: float = 95.0) -> NDArray[np.float64]:
-    """The percentile q of the sizes of each variable of a series (P, V); its largest where that is 0."""
+def sizes(series: ArrayLike) -> NDArray[np.float64]:
+    """The percentile 95 of the sizes of each variable of a series (P, V); its largest where that is 0."""
     values = np.abs(np.asarray(series, np.float64))
-    found = np.percentile(values, q, axis=0)
+    found = np.percentile(values, PERCENTILE, axis=0)
     return np.where(found > 0, found, values.max(axis=0))
 
 
@@ -204,11 +199,11 @@ class Codec:
         return "-" * number.startswith("-") + self.separator.join(number.removeprefix("-"))
 
 
-def _largest_percentile(rule: str, series: ArrayLike, q: float) -> float:
+def _largest_percentile(rule: str, series: ArrayLike) -> float:
     values = _filled(rule, series)
     if values.ndim != 2:
         raise ValueError(f"{rule}: values have shape {values.shape}: expected (points, variables)")
-    return _checked(rule, np.percentile(values, _percent(rule, q), axis=0).max() / 10)
+    return _checked(rule, np.percentile(values, PERCENTILE, axis=0).max() / 10)
 
 
 def _filled(rule: str, values: ArrayLike) -> NDArray[np.float64]:
@@ -218,12 +213,6 @@ def _filled(rule: str, values: ArrayLike) -> NDArray[np.float64]:
         problem = "not all finite" if array.size else "empty"
         raise ValueError(f"{rule}: values are {problem}: expected finite numbers")
     return array
-
-
-def _percent(rule: str, q: float) -> float:
-    if not 0 <= q <= 100:
-        raise ValueError(f"{rule}: percentile is {q}: expected 0 to 100")
-    return q
 
 
 def _checked(rule: str, alpha: float) -> float:

@@ -13,14 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from data.llmtime import (
-    Codec,
-    context_percentile,
-    fixed,
-    training_maximum,
-    training_percentile,
-    whole_series_percentile,
-)
+from data.llmtime import Codec, context_percentile, fixed, training_maximum, whole_series_percentile
 from qwen_min import Tokenizer
 
 POCKET = Path(__file__).parents[1] / "weights" / "pocket"
@@ -394,19 +387,17 @@ def test_the_scale_rules_are_their_formulas() -> None:
     train = np.random.default_rng(0).gamma(2.0, size=(4, 30, 2))
     assert fixed(0.5) == 0.5
     assert training_maximum(train) == train.max() / 9.99
-    assert training_percentile(train, 90.0) == np.percentile(train, 90.0) / 10
     prey, predator = train[1].T
     expected = max(np.percentile(prey[:20], 95), np.percentile(predator[:20], 95)) / 10
     assert context_percentile(train[1], 20) == expected
-    expected = max(np.percentile(prey, 80), np.percentile(predator, 80)) / 10
-    assert whole_series_percentile(train[1], 80) == expected
+    expected = max(np.percentile(prey, 95), np.percentile(predator, 95)) / 10
+    assert whole_series_percentile(train[1]) == expected
 
 
 def test_the_scale_rules_take_sizes_whatever_the_sign() -> None:
     train = np.random.default_rng(0).gamma(2.0, size=(4, 30, 2))
     signed = train * np.where(train > 1, -1, 1)
     assert training_maximum(signed) == training_maximum(train)
-    assert training_percentile(signed) == training_percentile(train)
     assert context_percentile(signed[0], 20) == context_percentile(train[0], 20)
     assert whole_series_percentile(signed[0]) == whole_series_percentile(train[0])
 
@@ -429,12 +420,9 @@ EMPTY: list[float] = []
     [
         *((fixed, (alpha,)) for alpha in (0.0, -1.0, np.nan, np.inf)),
         *((training_maximum, (train,)) for train in (ZEROS, UNKNOWN, EMPTY)),
-        *((training_percentile, (train,)) for train in (ZEROS, UNKNOWN, EMPTY)),
         *((context_percentile, (series, 2)) for series in (ZEROS, UNKNOWN, EMPTY, 1.0, [1.0, 2.0])),
         *((context_percentile, (ZEROS + 1, points)) for points in (0, 6)),
         *((whole_series_percentile, (series,)) for series in (ZEROS, UNKNOWN, EMPTY, 1.0)),
-        (training_percentile, (ZEROS + 1, 101.0)),
-        (context_percentile, (ZEROS + 1, 2, -1.0)),
     ],
 )
 def test_a_scale_that_is_not_finite_and_positive_is_refused_in_one_line(

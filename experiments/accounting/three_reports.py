@@ -160,21 +160,10 @@ class Run:
 # Their plans, and what they printed about them.
 
 
-def stages(protocol: str, draft: int | None = None) -> list[Stage]:
-    """Every total of a report, row by row.
-
-    Args:
-        protocol: "fung", "liu" or "rai".
-        draft: a key of `DRAFTS[protocol]`; the last by default.
-
-    Raises:
-        ValueError: there is no such report or draft.
-    """
-    drafts = _drafts(protocol)
-    draft = max(drafts) if draft is None else draft
-    if draft not in drafts:
-        raise ValueError(f"draft is {draft!r}: expected one of {', '.join(map(str, drafts))} for {protocol}")
-    return list({"fung": _fung, "liu": _liu, "rai": _rai}[protocol](draft))
+def stages(protocol: str) -> list[Stage]:
+    """Every total of a report ("fung", "liu" or "rai"), row by row; ValueError for an unknown one."""
+    _drafts(protocol)
+    return list({"fung": _fung, "liu": _liu, "rai": _rai}[protocol]())
 
 
 def _drafts(protocol: str) -> dict[int, str]:
@@ -199,60 +188,48 @@ def _rows(
 
 
 FUNG_TOKENS = 12  # of a step with 3 decimals; without trailing zeros a series has 1159 to 1275 in all (counted)
-FUNG_CLAIMED: dict[int, dict[Name, tuple[float, float, float, float]]] = {  # as PARTS; 0 for a dash
-    1: {
-        "baseline": (0, 0, 5.416e12, 5.416e12),
-        "default": (1.214e16, 1.618e14, 5.046e12, 1.230e16),
-        "grid": (8.191e15, 1.092e14, 0, 8.300e15),
-        "context": (2.528e15, 3.370e13, 0, 2.561e15),
-        "final": (7.456e16, 9.942e14, 5.047e12, 7.556e16),
-        "other": (9.742e16, 1.299e15, 1.551e13, 9.873e16),
-    },
-    2: {
-        "baseline": (0, 0, 5.416e12, 5.416e12),
-        "default": (9.812e15, 1.308e14, 5.416e12, 9.948e15),
-        "grid": (8.831e15, 1.177e14, 0, 8.948e15),
-        "context": (2.723e15, 3.631e13, 0, 2.759e15),
-        "final": (9.812e15, 1.308e14, 5.416e12, 9.948e15),
-        "other": (9.659e16, 1.288e15, 1.625e13, 9.790e16),
-    },
+FUNG_CLAIMED: dict[Name, tuple[float, float, float, float]] = {  # as PARTS; 0 for a dash
+    "baseline": (0, 0, 5.416e12, 5.416e12),
+    "default": (9.812e15, 1.308e14, 5.416e12, 9.948e15),
+    "grid": (8.831e15, 1.177e14, 0, 8.948e15),
+    "context": (2.723e15, 3.631e13, 0, 2.759e15),
+    "final": (9.812e15, 1.308e14, 5.416e12, 9.948e15),
+    "other": (9.659e16, 1.288e15, 1.625e13, 9.790e16),
 }
 
 
-def _fung(draft: int) -> Iterator[Stage]:
+def _fung() -> Iterator[Stage]:
     """Fung, section 6: a validation every 50 steps, forecasts of four systems from 80 points to 20."""
 
     def run(steps: int, context: int, rank: int) -> Run:
         return Run(steps, context, rank, steps // 50, series=100, tokens=100 * FUNG_TOKENS)
 
-    default, final = {1: (4000, 16000), 2: (3000, 15000)}[draft]
     plan: dict[Name, tuple[str, list[Run], list[int]]] = {  # runs, and ranks of the models that forecast
         "baseline": ("Untrained", [], [0]),
-        "default": ("Default hyperparameters", [run(default, 512, 4)], [4]),
+        "default": ("Default hyperparameters", [run(3000, 512, 4)], [4]),
         "grid": ("η & r tuning", [run(300, 512, rank) for rank in (2, 4, 8) for _ in range(3)], []),
         "context": ("Context length tuning", [run(300, context, 8) for context in (128, 512, 768)], []),
-        "final": ("Final run", [run(final, 768, 8)], [8]),
+        "final": ("Final run", [run(15000, 768, 8)], [8]),
     }
     reproduced, exact = {}, {}
     for stage, (_, runs, ranks) in plan.items():
         reproduced[stage] = {
-            "training": sum(r.steps * step_by_report("fung", r.context, r.rank, draft) for r in runs),
+            "training": sum(r.steps * step_by_report("fung", r.context, r.rank) for r in runs),
             # a validation is one batch; a forecast is one forward over the whole series
-            "validation": sum(r.validations * B * sum(fung(r.context, r.rank, draft).values()) for r in runs),
-            "inference": sum(4 * sum(fung(100 * FUNG_TOKENS, rank, draft).values()) for rank in ranks),
+            "validation": sum(r.validations * B * sum(fung(r.context, r.rank).values()) for r in runs),
+            "inference": sum(4 * sum(fung(100 * FUNG_TOKENS, rank).values()) for rank in ranks),
         }
         made = (forecast(4, 80 * FUNG_TOKENS, 20 * FUNG_TOKENS, rank) for rank in ranks)
         exact[stage] = _sum([*(r.exact for r in runs), *made])
     reproduced["other"], exact["other"] = _sum(reproduced.values()), _sum(exact.values())
     repeated = "This row repeats that of the default run; the totals of the columns hold the right one."
-    for stage, printed in FUNG_CLAIMED[draft].items():
+    for stage, printed in FUNG_CLAIMED.items():
         label = "Total" if stage == "other" else plan[stage][0]
         claimed = {part: flops for part, flops in zip(PARTS, printed, strict=True) if flops}
-        note = repeated if (stage, draft) == ("final", 2) else ""
-        yield from _rows(stage, label, claimed, reproduced[stage], exact[stage], note)
+        yield from _rows(stage, label, claimed, reproduced[stage], exact[stage], repeated if stage == "final" else "")
 
 
-def _liu(_: int) -> Iterator[Stage]:
+def _liu() -> Iterator[Stage]:
     """Liu, sections 6 and 8: training alone; after each run 100 tokens are forecast of ten series."""
     table: list[tuple[Name, str, list[Run], float, int]] = [  # with the power of ten, and the series forecast
         ("default", "Trial experiment", [Run(500, 512, 4)], 15.38, 10),
@@ -282,7 +259,7 @@ RAI_WINDOWS = 300  # that a validation of 200 series is charged as, whatever the
 RAI_NEW = 520  # that a forecast is charged as: forwards over the prompt's 499 tokens
 
 
-def _rai(draft: int) -> Iterator[Stage]:
+def _rai() -> Iterator[Stage]:
     """Rai, tables 2, 3 and 6: a validation after each run, forecasts of one series and at the end of eleven."""
 
     def run(steps: int, context: int, rank: int) -> Run:
@@ -295,13 +272,11 @@ def _rai(draft: int) -> Iterator[Stage]:
     def forecasts_by_report(series: int, rank: int) -> Flops:
         return {"inference": series * RAI_NEW * sum(rai(499, rank).values())}
 
-    table: list[tuple[Name, str, dict[Part, float], Flops, Flops]] = []
-    if draft == 2:
-        untrained, zero = forecast(1, 499, 500, 0), run(0, 512, 4)
-        table += [
-            ("baseline", "2b - Untrained Qwen model", {"inference": 2.85e14}, forecasts_by_report(1, 0), untrained),
-            ("baseline", "3a - Untrained LoRA", {"validation": 1.69e14}, by_report(zero), zero.exact),
-        ]
+    untrained, zero = forecast(1, 499, 500, 0), run(0, 512, 4)
+    table: list[tuple[Name, str, dict[Part, float], Flops, Flops]] = [
+        ("baseline", "2b - Untrained Qwen model", {"inference": 2.85e14}, forecasts_by_report(1, 0), untrained),
+        ("baseline", "3a - Untrained LoRA", {"validation": 1.69e14}, by_report(zero), zero.exact),
+    ]
     trained: list[tuple[Name, str, int, int, float]] = [
         ("default", "3a - Trained LoRA", 4, 512, 4.22252e15),
         ("grid", "3b - LoRA=2, LR=5e-5, Context=512", 2, 512, 4.2212e15),
@@ -317,10 +292,6 @@ def _rai(draft: int) -> Iterator[Stage]:
         table.append((stage, label, {"total": total}, by_report(cell), cell.exact))
     for row in table:
         yield from _rows(*row)
-    if draft == 1:
-        final = run(6000, 768, 8)
-        yield from _rows("final", "Section 7", {"training": 6.2e16}, by_report(final), final.exact)
-        return
     final, before, exact = run(5000, 768, 8), _sum(row[3] for row in table), _sum(row[4] for row in table)
     yield from _rows("other", "Sum of pre-main model experiments", {"total": 3.328e16}, before, exact)
     printed: dict[Part, float] = {"training": 5.17e16, "total": 5.19e16}  # the two columns of one row
