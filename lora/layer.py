@@ -182,10 +182,8 @@ def unmerge(model: Qwen) -> Qwen:
 def _fold_all(model: Qwen, sign: int) -> Qwen:
     layers = [layer for _, layer in lora_layers(model) if layer.merged != (sign > 0)]
     if not layers:
-        raise ValueError(
-            f"nothing to {'merge' if sign > 0 else 'unmerge'}: expected a model with LoRA layers "
-            f"that are {'not ' if sign > 0 else ''}merged"
-        )
+        what, state = ("merge", "not merged") if sign > 0 else ("unmerge", "merged")
+        raise ValueError(f"nothing to {what}: expected a model with LoRA layers that are {state}")
     for layer in layers:
         layer.fold(sign)
         layer.merged = sign > 0

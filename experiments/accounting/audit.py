@@ -125,6 +125,8 @@ def rows(config: QwenConfig, batch: int, tokens: int, rank: int, targets: Sequen
     eager, cpu, first, step = ", eager attention", " on a CPU", *PHASES
     once = {"a sequence's tokens as one": in_products // tokens - in_products}
     once |= {"the embedding table as a product": batch * table}
+    of_one = {kind: count // tokens for kind, count in weights.items()}
+    not_seen = ("attention", *["head"] * config.tie_word_embeddings)  # which then has no parameters of its own
     found = [
         tool("fvcore", first, "multiply-add", but=attended),
         tool("fvcore", first, "multiply-add", eager, **written),
@@ -136,28 +138,14 @@ def rows(config: QwenConfig, batch: int, tokens: int, rank: int, targets: Sequen
         tool("ptflops", first, "multiply-add", but=attended, own=numbers | {"bias": n * bias}),
         tool("ptflops", first, "multiply-add", eager, own=numbers | scores | {"bias": n * bias}, **written),
         tool("ptflops by aten", first, "multiply-add", but=attended, own={"bias": n * bias}, device="fake cpu"),
-        tool(
-            "torchinfo",
-            first,
-            "multiply-add",
-            but=attended,
-            own={kind: count // tokens for kind, count in weights.items()},
-            extra=once,
-        ),
+        tool("torchinfo", first, "multiply-add", but=attended, own=of_one, extra=once),
         tool("FlopCounterMode", first, "2n"),
         tool("FlopCounterMode", first, "2n", cpu, but=attended, device="fake cpu"),
         tool("FlopCounterMode with its backward", step, "2n", twice=False),
-        tool(
-            "FlopCounterMode with its backward", step, "2n", " on a CPU", but=attended, twice=False, device="fake cpu"
-        ),
-        tool("floating_point_ops", step, "2n", but=("attention", *tied(config)), own=twice),
+        tool("FlopCounterMode with its backward", step, "2n", cpu, but=attended, twice=False, device="fake cpu"),
+        tool("floating_point_ops", step, "2n", but=not_seen, own=twice),
     ]
     return found + formulas(config, batch, tokens, rank, targets, meter, twice, scores)
-
-
-def tied(config: QwenConfig) -> tuple[str, ...]:
-    """The head, where its parameters are the embedding's."""
-    return ("head",) if config.tie_word_embeddings else ()
 
 
 def formulas(
@@ -186,12 +174,14 @@ def formulas(
     done = work(meter, 0)
     matrices = layers * (e * (2 * wide + 2 * narrow) + 3 * e * f) + done.multiplies["lora"] // n
     everything = matrices + sum(weights.values()) // (2 * n) + (1 if c.tie_word_embeddings else 2) * v * e
-    table = {} if c.tie_word_embeddings else {"the embedding table as a product": 6 * n * v * e}
+    product = {"the embedding table as a product": 6 * n * v * e}
+    table = {} if c.tie_word_embeddings else product
     attention = 4 * layers * wide * tokens  # scores and values of a token, at 2n
-    repeated = {GQA: 3 * 2 * n * e * 2 * (wide - narrow) * layers}
     hoffmann = 2 * v * e * 2 + layers * (2 * 3 * e * wide + 3 * c.num_attention_heads * tokens + 2 * wide * e)
     hoffmann += layers * (2 * 2 * e * f) + attention
     half = {"the causal half of attention": -3 * done.multiplies["attention"]}
+    kaplan, palm = n * (6 * matrices + 3 * attention // 2), n * (6 * everything + 3 * attention)
+    softmax, repeated = {"softmax": 3 * scores["softmax"]}, {GQA: 3 * 2 * n * e * 2 * (wide - narrow) * layers}
 
     def row(name: str, count: int, source: str, **known: Any) -> Row:
         return Row(name, step, lambda: count, "2n", source=source, **known)
@@ -199,30 +189,14 @@ def formulas(
     found = [
         row("6N", 6 * n * everything, "N: all parameters", but=("attention",), own=weights, extra=table),
         row("6N without embeddings", 6 * n * matrices, "Kaplan et al. 2020, section 2.1", but=("attention", "head")),
-        row(
-            "6N + 6·L·T·H·Q",
-            n * (6 * matrices + 3 * attention // 2),
-            "Kaplan et al. 2020, table 1",
-            but=("head",),
-            extra=half,
-        ),
-        row(
-            "6N + 12·L·H·Q·T",
-            n * (6 * everything + 3 * attention),
-            "PaLM, Chowdhery et al. 2022, appendix B",
-            own=weights,
-            extra=table,
-        ),
-        row(
-            "Chinchilla",
-            3 * n * hoffmann,
-            "Hoffmann et al. 2022, appendix F",
-            but=("gate", "lora"),
-            own={"softmax": 3 * scores["softmax"]},
-            extra=repeated | {"the embedding table as a product": 6 * n * v * e},
-        ),
-        Row("matmul, ours", step, lambda: _training(c, batch, tokens, rank, targets, "matmul"), "2n", twice=False),
+        row("6N + 6·L·T·H·Q", kaplan, "Kaplan et al. 2020, table 1", but=("head",), extra=half),
+        row("6N + 12·L·H·Q·T", palm, "PaLM, Chowdhery et al. 2022, appendix B", own=weights, extra=table),
     ]
+    source, left_out = "Hoffmann et al. 2022, appendix F", ("gate", "lora")
+    found.append(row("Chinchilla", 3 * n * hoffmann, source, but=left_out, own=softmax, extra=repeated | product))
+    options: dict[str, Any] = {"rank": rank, "targets": targets, "training": True, "convention": "matmul"}
+    matmul = lambda: predict(c, batch, tokens, **options).training  # noqa: E731
+    found.append(Row("matmul, ours", step, matmul, "2n", twice=False))
     theirs, extra = work(meter, 0, "coursework"), {GQA: 0}
     for charge in meter.charges():
         true = tuple(d.true if isinstance(d, Dim) else d for d in charge.dims)
@@ -238,26 +212,13 @@ def formulas(
         else:
             found_wrong = three_reports.differences(name, tokens, rank)
             more = {f"{wrong.get(part, part)} ({part})": flops for part, flops in found_wrong.items()}
-        found.append(
-            Row(
-                f"{name.capitalize()}'s report",
-                step,
-                count,
-                ours.way,
-                own=ours.own,
-                extra=extra | more,
-                source="its own formulas, as coursework",
-            )
-        )
+        called, source = f"{name.capitalize()}'s report", "its own formulas, as coursework"
+        found.append(Row(called, step, count, ours.way, own=ours.own, extra=extra | more, source=source))
     return found
 
 
 def _of_one_shape() -> int:
     raise Missing(f"its formulas are of Qwen2.5-0.5B, {three_reports.B} sequences, LoRA on {' and '.join(TARGETS)}")
-
-
-def _training(config: QwenConfig, batch: int, tokens: int, rank: int, targets: Sequence[str], convention: str) -> int:
-    return predict(config, batch, tokens, rank=rank, targets=targets, training=True, convention=convention).training
 
 
 def audit(config: QwenConfig, batch: int, tokens: int, rank: int, targets: Sequence[str]) -> list[dict[str, Any]]:
@@ -301,10 +262,9 @@ def table(records: Sequence[dict[str, Any]]) -> str:
                 continue
             share = record["count"] / record["ours"]
             lines += [f"{who(record)}", f"  {record['count']:30,}  {share:8.2%} of ours; the difference"]
-            lines += [
-                f"  {flops:+30,}  {flops / record['ours']:+8.2%} {name}" for name, flops in record["terms"].items()
-            ]
-            lines += [f"  {record['difference']:+30,}  {record['difference'] / record['ours']:+8.2%} in all", ""]
+            for name, flops in (*record["terms"].items(), ("in all", record["difference"])):
+                lines.append(f"  {flops:+30,}  {flops / record['ours']:+8.2%} {name}")
+            lines.append("")
     return "\n".join(lines)
 
 

@@ -39,6 +39,7 @@ MACHINES = (  # name and source, FLOP/s of dense products, bytes/s of memory
 _K, _D, _F, _V, _B, _T, _CACHED, _R = 101, 2 * 107, 109, 113, 127, 131, 6, 139
 _H, _E = _K * 103, _K * 103 * _D
 _SIZES = {"E": _E, "H": _H, "K": _K, "D": _D, "F": _F, "V": _V, "B": _B, "T": _T, "S": _CACHED + _T, "R": _R}
+_PASSES: dict[str, Any] = {"forward": {"cached": _CACHED}, "last": {"last_only": True}, "training": {"training": True}}
 _LITERAL = 100  # below it a dimension is a number: a flag, or how many layers read a tensor
 
 
@@ -66,11 +67,7 @@ def programs(target_sets: Sequence[Sequence[str]]) -> tuple[list[Price], dict[st
     for tied, targets in product((True, False), (*target_sets, ())):
         config = QwenConfig(_V, _E, _F, 2, _H, _K, 1e6, 1e-6, 4096, tied)
         lora: dict[str, Any] = {"rank": _R, "targets": targets} if targets else {}
-        for name, options in (
-            ("forward", {"cached": _CACHED}),
-            ("last", {"last_only": True}),
-            ("training", {"training": True}),
-        ):
+        for name, options in _PASSES.items():
             meter = predict(config, _B, _T, **lora, **options)
             found[f"{name} {str(tied).lower()} {' '.join(targets)}"] = [
                 [charge.module, prices.setdefault(charge.price, len(prices)), charge.times, _forms(charge.dims)]

@@ -31,12 +31,8 @@ def measured(phase: str, folder: str, *, holes: bool = False, **job: Any) -> int
     With `holes` what the allocator keeps between them counts too (see `MAPPED`). A training step runs as many sequences
     at once as `at_once` says. ValueError with what the process said if it fails.
     """
-    command = [
-        sys.executable,
-        "-m",
-        "experiments.bench.resident",
-        json.dumps(job | {"phase": phase, "folder": str(Path(folder).resolve())}),
-    ]
+    asked = json.dumps(job | {"phase": phase, "folder": str(Path(folder).resolve())})
+    command = [sys.executable, "-m", "experiments.bench.resident", asked]
     environment, root = os.environ | ({} if holes else MAPPED), Path(__file__).parents[2]
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment)
     if done.returncode:

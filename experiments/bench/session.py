@@ -66,10 +66,8 @@ class Options:
             raise ValueError(f"--peer is {self.peer!r}: expected {' or '.join(PEERS)}")
         lacking = [name for name in LIBRARIES if not util.find_spec(name)] if self.peer != "none" else []
         if lacking:
-            raise ValueError(
-                f"the peer needs {' and '.join(lacking)}, not installed here: "
-                "expected them (pip install -e '.[test]'), or --peer none"
-            )
+            wrong = f"the peer needs {' and '.join(lacking)}, not installed here"
+            raise ValueError(f"{wrong}: expected them (pip install -e '.[test]'), or --peer none")
 
     @property
     def compute(self) -> str:

@@ -46,10 +46,6 @@ TEXTS = (
 )
 
 
-def rows_of(text: str) -> list[list[float]]:
-    return Codec(2).decode(text, 2).values.tolist()
-
-
 def rotations() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Queries (B, T, heads, D), with the cosines and sines of their positions."""
     for seed, (tokens, heads, size) in enumerate(((3, 2, 4), (5, 1, 8))):
@@ -61,11 +57,6 @@ def attentions() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     for seed, (heads, keys, new, seen) in enumerate(((4, 2, 5, 5), (6, 2, 2, 5), (3, 3, 1, 4))):
         shapes = ((2, heads, new, 8), (2, keys, seen, 8), (2, keys, seen, 8))
         yield tuple(normal(*shape, seed=10 * seed + i) for i, shape in enumerate(shapes))  # type: ignore[misc]
-
-
-def attend_all_before(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    new, seen = q.shape[2], k.shape[2]
-    return ops.attend(q, k, v, torch.ones(new, seen, dtype=torch.bool).tril(seen - new))
 
 
 def padded() -> Iterator[tuple[Tensor, Tensor]]:
@@ -206,7 +197,7 @@ def answer(text):
         except ValueError:
             pass
     return [row for row in rows if len(row) == 2]""",
-        function(rows_of, lambda: ((text,) for text in TEXTS)),
+        function(lambda text: Codec(2).decode(text, 2).values.tolist(), lambda: ((text,) for text in TEXTS)),
     ),
     "2.1": Exercise(
         "Qwen2.5-0.5B has 14 query heads and 2 key/value heads of size 64. Three sequences with 5 tokens in the "
@@ -245,7 +236,7 @@ def answer(text):
     mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
     scores = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5
     return scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v""",
-        function(attend_all_before, attentions),
+        function(lambda q, k, v: ops.attend(q, k, v, None), attentions),
     ),
     "3.1": Exercise(
         "What is the loss, in nats per token, of a model that finds the 13 symbols of a text equally likely?",

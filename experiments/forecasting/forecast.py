@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -164,23 +165,21 @@ def forecast(
     written(0)
     chosen, points = series[np.asarray(systems, int)], settings.points
     known = chosen[:, points : points + settings.horizon]
-    several = settings.num_samples > 1
+    several, chosen_values = settings.num_samples > 1, samples[:, 0]
+    if several:
+        by_mean = settings.point_forecast == "mean"
+        chosen_values = mean(samples) if by_mean else quantiles(samples)[QUANTILES.index(0.5)]
     return Forecasts(
         systems=list(systems),
         context=chosen[:, :points],
         truth=np.pad(known, ((0, 0), (0, settings.horizon - known.shape[1]), (0, 0)), constant_values=np.nan),
-        values=_point(samples, settings.point_forecast) if several else samples[:, 0],
+        values=chosen_values,
         samples=samples if several else None,
         losses=losses,
         cut=cut[0].mean(1) if measured else None,
         cut_mean=cut[1].mean(1) if measured else None,
         flops=flops,
     )
-
-
-def _point(samples: NDArray[np.float64], kind: str) -> NDArray[np.float64]:
-    """One forecast (N, h, V) of several samples (N, S, h, V)."""
-    return mean(samples) if kind == "mean" else quantiles(samples)[QUANTILES.index(0.5)]
 
 
 @dataclass(frozen=True)
@@ -251,13 +250,11 @@ def predicted(
     for origin, batch in ((one, batch) for one in task.origins for batch in _batches(one, systems, scored=scored)):
         b, prompt, true = len(batch.places), batch.ids.shape[1], batch.targets.shape[1]
         if (tokens := prompt + origin.tokens_to_forecast - 1) > most:
-            raise ValueError(
-                f"points is {settings.points}, horizon {settings.horizon}: {tokens} tokens with "
-                f"{len(task.dataset.names)} variables: expected at most {most}, the model's max_position_embeddings"
-            )
-        alone, both = (
-            predict.generation(config, b, prompt, origin.tokens_to_forecast, scored=n, **options) for n in (0, true)
-        )
+            given = f"points is {settings.points}, horizon {settings.horizon}"
+            wide = f"{tokens} tokens with {len(task.dataset.names)} variables"
+            raise ValueError(f"{given}: {wide}: expected at most {most}, the model's max_position_embeddings")
+        one = partial(predict.generation, config, b, prompt, origin.tokens_to_forecast, **options)
+        alone, both = (one(scored=tokens) for tokens in (0, true))
         flops["inference"] += alone if not draft else _drafted(task, config, prompt, draft, **trained)
         flops["validation"] += both - alone
     return flops
@@ -269,9 +266,8 @@ def _drafted(task: Task, config, prompt: int, nodes: int, **trained: Any) -> int
     # A tree is no deeper than what is left, but priced as a chain, which would leave the model's positions.
     config = replace(config, max_position_embeddings=config.max_position_embeddings + nodes)
     total = predict.generation(config, 1, prompt, 1, **trained)
-    first, last = (
-        predict.predict(config, 1, nodes, cached=prompt + chosen, **trained).total for chosen in (0, forwards - 1)
-    )
+    one = partial(predict.predict, config, 1, nodes, **trained)
+    first, last = (one(cached=prompt + chosen).total for chosen in (0, forwards - 1))
     return total + (first + last) * forwards // 2  # affine in what is cached
 
 

@@ -28,8 +28,8 @@ def rows(task: Task, made: Forecasts, levels: Sequence[float] = LEVELS) -> list[
     for i, v, step in np.ndindex(len(made.systems), len(task.dataset.names), task.settings.horizon):
         system = made.systems[i]
         row: dict[str, Any] = {by: task.called(system), at: task.when(system, points + step)}
-        row |= {"target_name": task.dataset.names[v], "predictions": _number(float(made.values[i, step, v]))}
-        row |= {f"{level:g}": _number(band[i, step, v]) for level, band in zip(levels, bands, strict=False)}
+        row |= {"target_name": task.dataset.names[v], "predictions": number(float(made.values[i, step, v]))}
+        row |= {f"{level:g}": number(band[i, step, v]) for level, band in zip(levels, bands, strict=False)}
         found.append(row)
     return found
 
@@ -54,10 +54,11 @@ def windows(
             row |= {"cutoff": origin.when(system, points - 1)} | ({"variable": name} if len(names) > 1 else {})
             place = i, n * horizon + step, v
             row |= {name if len(names) == 1 else "y": float(made.truth[place]), MODEL: float(full[place])}
-            row |= {f"{MODEL}-{end}": _number(band[place]) for (end, _), band in zip(ends, bands, strict=False)}
+            row |= {f"{MODEL}-{end}": number(band[place]) for (end, _), band in zip(ends, bands, strict=False)}
             found.append(row | {copy: float(values[place]) for copy, values in naive.items()})
     return found
 
 
-def _number(value: float) -> float | None:
+def number(value: float) -> float | None:
+    """A value as JSON and CSV have it: None where it is NaN."""
     return None if np.isnan(value) else float(value)

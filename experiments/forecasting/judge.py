@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from experiments.forecasting import scores
 from experiments.forecasting.forecast import Forecasts
+from experiments.forecasting.future import number
 from experiments.run_folder import files
 from experiments.run_folder.folder import Record, RunFolder
 from experiments.task.task import Task
@@ -23,9 +24,7 @@ TABLES = (
     *("evaluation.json", "forecasts.csv", "history.csv", "scores.csv", "systems.csv", "systems_scaled.csv"),
     *("horizon.csv", "tokens.csv"),
 )
-SETTINGS = (
-    *("label", "points", "horizon", "origins", "top_k", "top_p", "repetition_penalty", "num_samples", "constrained"),
-)
+SETTINGS = "label points horizon origins top_k top_p repetition_penalty num_samples constrained".split()
 BANDS = (("coverage50", "width50", 0.25, 0.75), ("coverage80", "width80", 0.1, 0.9))
 
 
@@ -213,16 +212,13 @@ def _systems(task: Task, of, guesses, parts: Parts, scaled: bool = False) -> lis
             for forecaster, values in guesses[part].items():
                 full, unparsed = scores.filled(values[i] / by, guesses[part]["persistence"][i] / by)
                 for variable, errors in scores.by_variable(of[part].truth[i] / by, full, task.dataset.names).items():
-                    row = rows.setdefault(
-                        (system, forecaster, variable),
-                        {"unique_id": system, "class": task.shape_of(system), "parts": part}
-                        | {"forecaster": forecaster, "variable": variable}
-                        | errors
-                        | {"unparsed_steps": int(unparsed.sum())}
-                        | _cut(of[part], i, forecaster),
-                    )
-                    if part not in row["parts"].split():
-                        row["parts"] += f" {part}"
+                    if known := rows.get((system, forecaster, variable)):
+                        known["parts"] += f" {part}"
+                        continue
+                    row = {"unique_id": system, "class": task.shape_of(system), "parts": part}
+                    row |= {"forecaster": forecaster, "variable": variable} | errors
+                    row |= {"unparsed_steps": int(unparsed.sum())} | _cut(of[part], i, forecaster)
+                    rows[system, forecaster, variable] = row
     return list(rows.values())
 
 
@@ -251,9 +247,9 @@ def _forecasts(task: Task, made: Forecasts) -> Iterator[Row]:
     bands = made.quantiles
     for i, v, step in np.ndindex(len(made.systems), len(task.dataset.names), len(time)):
         row: Row = {"unique_id": made.systems[i], "ds": float(time[step]), "variable": task.dataset.names[v]}
-        row |= {"y": float(made.truth[i, step, v]), "y_hat": _number(float(made.values[i, step, v]))}
+        row |= {"y": float(made.truth[i, step, v]), "y_hat": number(float(made.values[i, step, v]))}
         for q, level in enumerate(scores.QUANTILES):
-            row[f"q{level:g}"] = None if bands is None else _number(bands[q, i, step, v])
+            row[f"q{level:g}"] = None if bands is None else number(bands[q, i, step, v])
         yield row | {"parsed": int(parsed[i, step])}
 
 
@@ -276,10 +272,6 @@ def _tokens(task: Task, made: Forecasts) -> Iterator[Row]:
             row = {"unique_id": system, "position": position, "step": step, "token": token, "text": text}
             yield row | {"nats": float(nats)}
             step += token == task.step_end
-
-
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else float(value)
 
 
 def table(evaluation: Mapping[str, Any], rows: Sequence[Row], part: str) -> str:

@@ -60,9 +60,8 @@ class Options:
             raise ValueError(f"--generate is {self.generate}: expected 0 or more")
         lacking = [name for name in ("transformers", *["peft"] * bool(self.adapter)) if not find_spec(name)]
         if lacking:
-            raise ValueError(
-                f"verify needs {' and '.join(lacking)}, not installed here: expected pip install '.[test]'"
-            )
+            wrong = f"verify needs {' and '.join(lacking)}, not installed here"
+            raise ValueError(f"{wrong}: expected pip install '.[test]'")
 
 
 class Row(NamedTuple):
@@ -104,9 +103,8 @@ def verify(folder: Path, options: Options) -> Report:
     if len(numbers) < 2:
         raise ValueError(f"--prompt is {options.prompt!r}: expected text of at least two tokens")
     if options.adapter is not None and load_adapter(ours, options.adapter).logit_bias is not None:
-        raise ValueError(
-            f"{options.adapter}: has a logit bias, which PEFT knows nothing of: expected an adapter without"
-        )
+        wrong = "has a logit bias, which PEFT knows nothing of"
+        raise ValueError(f"{options.adapter}: {wrong}: expected an adapter without")
     ids = torch.tensor([numbers])
     ours.model.check(len(numbers) + options.generate)
     from experiments.parity.peer import Peer  # its libraries take seconds to load
@@ -119,7 +117,7 @@ def verify(folder: Path, options: Options) -> Report:
     rows = []
     for name, mine, letters in found:
         shape = " ".join(f"{letter}={size}" for letter, size in zip(letters.split(), mine.shape, strict=True))
-        away = (_relative(mine, exact[name]), _relative(theirs[name], exact[name])) if exact else ()
+        away = [_apart(side, exact[name])[2] for side in (mine, theirs[name])] if exact else []
         rows.append(Row(name, shape, *_apart(mine, theirs[name]), *away))
     first, check = _judged("activations", rows, options.tolerance)
     return Report(rows, first, [check, *checks])
@@ -177,10 +175,6 @@ def _apart(a: Tensor, b: Tensor) -> tuple[float, float, float]:
     return largest, difference, difference / largest if largest else difference and float("inf")
 
 
-def _relative(a: Tensor, b: Tensor) -> float:
-    return _apart(a, b)[2]
-
-
 def _judged(what: str, rows: Iterable[Row], tolerance: float) -> tuple[Row | None, Check]:
     """The first row beyond the tolerance, which a NaN is too, and the verdict."""
     rows = list(rows)
@@ -188,9 +182,8 @@ def _judged(what: str, rows: Iterable[Row], tolerance: float) -> tuple[Row | Non
     if first is not None:
         return first, Check(False, f"{what}: beyond {tolerance:g} first at {first.name} ({first.relative:.1e})")
     most = max(rows, key=lambda row: row.relative)
-    return None, Check(
-        True, f"{what}: {len(rows)} within {tolerance:g}, the farthest {most.name} ({most.relative:.1e})"
-    )
+    farthest = f"the farthest {most.name} ({most.relative:.1e})"
+    return None, Check(True, f"{what}: {len(rows)} within {tolerance:g}, {farthest}")
 
 
 def _unlike(ours, theirs) -> str:

@@ -162,9 +162,8 @@ class Settings:
         _require(self.trailing_zeros or self.point, "point", False, "true where trailing_zeros is false")
         never = self.patience and not self.val_every
         _require(not never, "patience", self.patience, "0 where no validation comes before the last, as val_every is 0")
-        _require(
-            not (self.patience and self.rungs), "patience", self.patience, "0 with rungs, which end runs themselves"
-        )
+        both = self.patience and self.rungs
+        _require(not both, "patience", self.patience, "0 with rungs, which end runs themselves")
         _require(self.seeds == 1 or not self.rungs, "seeds", self.seeds, "1 with rungs, where most cells never end")
         by_loss = not self.rungs or self.keep != "horizon"
         _require(by_loss, "keep", self.keep, "last or best with rungs, judged by their loss")
@@ -349,11 +348,8 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("point_forecast", POINT_FORECASTS.__contains__, f"one of {', '.join(POINT_FORECASTS)}"),
     ("keep", ("last", "best", "horizon").__contains__, "one of last, best, horizon"),
     ("final_lr", lambda v: 0 <= v <= 1, "0 to 1, a part of the learning rate"),
-    (
-        "digit_weights",
-        lambda v: not v or (all(0 <= one < math.inf for one in v) and max(v) > 0),
-        "numbers of 0 or more, not all 0",
-    ),
+    ("digit_weights", lambda v: all(0 <= one < math.inf for one in v), "numbers of 0 or more, not all 0"),
+    ("digit_weights", lambda v: not v or any(v), "numbers of 0 or more, not all 0"),
     ("betas", lambda v: len(v) == 2 and all(0 <= one < 1 for one in v), "two numbers of at least 0, less than 1"),
     ("dropout", lambda v: 0 <= v < 1, "at least 0, less than 1"),
     ("top_p shortened", lambda v: 0 < v <= 1, "more than 0, at most 1"),
