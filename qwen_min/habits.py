@@ -119,13 +119,10 @@ def generate(
         temperature: 0 is greedy; 0 by default, 1 with `do_sample=True`.
         do_sample: whether to sample; by default as the temperature says.
         attention_mask: (B, T), 0 for padding at the start of a row, 1 for the rest.
-        options: seed, top_k, top_p, repetition_penalty, as in `generate.generate`.
-
-    Returns:
-        For a tensor, (B, T + new) of the same dtype; for a list, a list of lists, each cut after its stop token.
+        options, and what is returned: as in `generate.generate`.
 
     Raises:
-        ValueError: as `generate.generate`, or options that contradict each other.
+        ValueError: as there, or options that contradict each other.
         TypeError: an option that there is not; it says what to write instead.
     """
     known = {"seed", "top_k", "top_p", "repetition_penalty"}

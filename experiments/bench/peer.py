@@ -69,22 +69,12 @@ class Side:
     @torch.no_grad()
     def generate(self, prompts: Tensor, new: int, how: str, job: dict[str, Any], tick: Callable[[], None]) -> Tensor:
         """(B, new) greedy tokens; `tick` is called when the first of them are there."""
-        options: dict[str, Any] = {}
+        # Each is set: a checkpoint's generation_config.json may have others.
+        options: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "use_cache": True}
+        options |= {"eos_token_id": None, "pad_token_id": 0, "max_new_tokens": new, "streamer": _Ticks(tick)}
         if how != "plain":
             options["logits_processor"] = [_Allowed(job, prompts, self.model.config.vocab_size)]
-        out = self.model.generate(
-            prompts,
-            attention_mask=torch.ones_like(prompts),
-            max_new_tokens=new,
-            do_sample=False,
-            num_beams=1,
-            use_cache=True,
-            repetition_penalty=1.0,  # a checkpoint's generation_config.json may have others
-            eos_token_id=None,
-            pad_token_id=0,
-            streamer=_Ticks(tick),
-            **options,
-        )
+        out = self.model.generate(prompts, attention_mask=torch.ones_like(prompts), **options)
         return out[:, prompts.shape[1] :]
 
 

@@ -50,10 +50,7 @@ class Forecasts:
     def of(self, systems: Sequence[int]) -> "Forecasts":
         """Those of some of the systems, in their order."""
         rows = [self.systems.index(system) for system in systems]
-        chosen: dict[str, Any] = {
-            name: None if getattr(self, name) is None else getattr(self, name)[rows]
-            for name in ("context", "truth", "values", "samples", "cut", "cut_mean")
-        }
+        chosen = self._each("context truth values samples cut cut_mean", lambda array: array[rows])
         return replace(self, systems=list(systems), losses=[self.losses[row] for row in rows], **chosen)
 
     @classmethod
@@ -74,11 +71,13 @@ class Forecasts:
 
     def at(self, origin: int, of: int) -> "Forecasts":
         """Context, truth, values and samples of one of the origins that were joined."""
-        shown: dict[str, Any] = {
-            name: np.split(getattr(self, name), of, 1)[origin] for name in ("context", "truth", "values")
-        }
-        samples = None if self.samples is None else np.split(self.samples, of, 2)[origin]
-        return replace(self, samples=samples, **shown)
+        shown = self._each("context truth values", lambda array: np.split(array, of, 1)[origin])
+        return replace(self, **shown, **self._each("samples", lambda array: np.split(array, of, 2)[origin]))
+
+    def _each(self, names: str, change: Callable[[NDArray[np.float64]], NDArray[np.float64]]) -> dict[str, Any]:
+        """Some of the arrays, changed, where they are there."""
+        found = {name: getattr(self, name) for name in names.split()}
+        return {name: None if array is None else change(array) for name, array in found.items()}
 
 
 MOST_GUESSES = 1000  # a forward: no tree gains by more, and a far larger one fills the memory

@@ -31,7 +31,10 @@ class Peer:
         ).eval()
         self.wrapped: Any = self.model
         if adapter is not None:
-            self.wrapped = _peft().PeftModel.from_pretrained(self.model, adapter, is_trainable=True).eval()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                from peft import PeftModel
+            self.wrapped = PeftModel.from_pretrained(self.model, adapter, is_trainable=True).eval()
 
     @torch.no_grad()
     def trace(self, ids: Tensor) -> dict[str, Tensor]:
@@ -110,13 +113,6 @@ class _InFloat64(TorchFunctionMode):
 
         function = torch.Tensor.double if function is torch.Tensor.float else function
         return function(*map(widened, args), **{name: widened(value) for name, value in (kwargs or {}).items()})
-
-
-def _peft() -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import peft
-    return peft
 
 
 def _ours(name: str) -> str:
