@@ -28,13 +28,14 @@ _HARMLESS = {
 }
 
 
-def save_adapter(model: Qwen, folder: str | Path, base: str = "") -> None:
+def save_adapter(model: Qwen, folder: str | Path, base: str = "", dtype: torch.dtype = torch.float32) -> None:
     """Write the LoRA matrices of `model` (and its logit bias, if any) into `folder`, for PEFT or `load_adapter`.
 
     Args:
         model: a model with LoRA, not merged: PEFT would add the update again.
         folder: made if it is missing.
         base: name of the base model, recorded for PEFT's AutoPeftModel.
+        dtype: of the matrices in the file; `weights/forecaster` has bfloat16.
     """
     layers = dict(lora_layers(model))
     if not layers:
@@ -46,8 +47,8 @@ def save_adapter(model: Qwen, folder: str | Path, base: str = "") -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for name, layer in layers.items():
-        tensors[_key(name, "A")] = layer.lora_a.detach().contiguous()
-        tensors[_key(name, "B")] = layer.lora_b.detach().contiguous()
+        tensors[_key(name, "A")] = layer.lora_a.detach().to(dtype).contiguous()
+        tensors[_key(name, "B")] = layer.lora_b.detach().to(dtype).contiguous()
     (folder / "adapter_model.safetensors").write_bytes(to_bytes(tensors))
     bias = folder / "logit_bias.safetensors"
     if model.logit_bias is not None:
