@@ -14,7 +14,6 @@ PRINTED_WRONGLY = {("fung", 2, "final", part) for part in ("training", "validati
 
 
 def whole(protocol, draft=None):
-    """The row of all that a report spent."""
     labels = ("Total", "Total FLOPs", "Conclusion")
     return next(s for s in stages(protocol, draft) if s.part == "total" and s.label in labels)
 

@@ -27,8 +27,6 @@ def size(*values) -> int:
 
 
 class Moved(TorchDispatchMode):
-    """Bytes that torch's own calls read and write."""
-
     def __init__(self) -> None:
         super().__init__()
         self.moved = Counter[str]()

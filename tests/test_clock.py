@@ -66,17 +66,3 @@ def test_the_command_prints_them_and_the_page_has_them(capsys, tmp_path):
     assert '"model.layers.0.self_attn.q_proj lora":' in (tmp_path / "page.html").read_text()
     assert run.main([*flags, "--cache", "5"]) == 0
     assert "model.layers.*.mlp.up_proj linear" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--measure"], "--measure with --model Qwen2.5-0.5B: expected a folder with its weights"),
-        (["--measure", "--model", POCKET, "--train"], "--measure with --train: expected one of the two"),
-        (["--measure", "--model", POCKET, "--audit"], "--audit with --measure: expected one of the two"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_bad_input_is_one_line(flags, message, capsys):
-    assert run.main(["flops", *flags]) == 2
-    assert capsys.readouterr().err.startswith(message)

@@ -22,8 +22,7 @@ ALONE = Density(np.array([0.0, 1.0, 3.0]), np.array([0.2, 0.5, 0.3]), 0.0)
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def elsewhere():
     damped_waves(Path("waves.h5"), 30)
 
 

@@ -39,7 +39,6 @@ PLACES = [
 
 
 def settings() -> list[dict]:
-    """42, each place in every convention."""
     return [
         dict(zip(NAMES, place, strict=True))
         | {"convention": convention, "x": 2 + 2 * (i % 2), "w": 2 + 2 * (i % 3 > 0)}

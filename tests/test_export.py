@@ -16,8 +16,7 @@ IDS = torch.arange(40)[None] * 5
 
 
 @pytest.fixture
-def adapted(tmp_path, monkeypatch) -> Qwen:
-    monkeypatch.chdir(tmp_path)
+def adapted() -> Qwen:
     model = add_lora(Qwen.from_pretrained(POCKET), 3, 7.0, "all-linear", seed=0)
     for _, layer in lora_layers(model):
         torch.nn.init.normal_(layer.lora_b, std=0.1)

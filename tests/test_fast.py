@@ -68,8 +68,6 @@ def test_a_fast_way_has_the_values_the_gradients_and_the_charges_of_the_plain_ma
 
 
 class Guesses:
-    """A draft that is right every other time."""
-
     def __init__(self, tokens: list[int]):
         self.tokens, self.taken = tokens, 0
 

@@ -88,10 +88,10 @@ def same_as_the_brute_force(config, length: int, rank: int, mode: str) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_42_predictions_for_the_7_released_sizes_equal_the_brute_force_count(size):
-    """Of each size 6: with and without LoRA, alone, over a cache, and in training (which has no cache)."""
-    config = QwenConfig.named(f"Qwen2.5-{size}")
-    for i, (rank, mode) in enumerate(itertools.product(RANKS, MODES), SIZES.index(size)):
+def test_14_predictions_for_the_7_released_sizes_equal_the_brute_force_count(size):
+    """Of each size 2 of 6 kinds: with and without LoRA, alone, over a cache, and in training (which has no cache)."""
+    config, i = QwenConfig.named(f"Qwen2.5-{size}"), SIZES.index(size)
+    for rank, mode in (list(itertools.product(RANKS, MODES))[(i + more) % 6] for more in (0, 3)):
         same_as_the_brute_force(config, PREDICTED[i % 3], rank, mode)
 
 
@@ -237,8 +237,6 @@ def test_matrix_products_without_gradients_equal_torchs_own_counter(frozen, expl
 
 
 class Dispatched(TorchDispatchMode):
-    """FLOPs of every op that torch runs, by `brute_force_flops.dispatched`."""
-
     def __init__(self) -> None:
         super().__init__()
         self.total = 0
@@ -263,15 +261,6 @@ def test_an_exact_backward_is_what_autograd_runs_op_by_op(kind, kv_heads, tied, 
     with Dispatched() as ran:
         logits.backward(gradient)
     assert meter.backward == ran.total > 0
-
-
-def test_a_coursework_backward_is_twice_the_forward_whatever_is_trained(random_model):
-    ids = torch.zeros(2, 9, dtype=torch.int64)
-    for model in (random_model(), add_lora(random_model(), 3), random_model().requires_grad_(False)):
-        meter = metered(model, ids)
-        assert meter.backward == 2 * meter.total and meter.training == 3 * meter.total
-    with torch.no_grad():
-        assert metered(random_model(), ids).training == 3 * metered(random_model(), ids).total
 
 
 def test_the_loss_is_charged_its_head_in_every_convention_and_itself_in_exact_alone(convention, random_model):

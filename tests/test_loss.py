@@ -112,6 +112,8 @@ def test_huge_logits_and_a_block_that_a_bias_forbids_give_the_loss_of_float64(sc
     targets = targets.where(targets == IGNORED, targets.clamp(min=forbidden))
     total, _ = linear_cross_entropy(hidden, head, targets, bias)
     torch.testing.assert_close(total, in_float64(hidden, head, targets, bias)[0], rtol=1e-6, atol=0)
+    total.backward()
+    assert hidden.grad.isfinite().all()
 
 
 def test_torchs_checkpointing_recomputes_the_same_gradients(random_model):
@@ -153,23 +155,6 @@ def test_a_batch_of_padding_alone_is_a_sum_of_zero_over_no_tokens(parts):
     assert (total.item(), count) == (0.0, 0) and hidden.grad is not None and not hidden.grad.any()
 
 
-@pytest.mark.parametrize("size", [1e3, 3e4])
-def test_huge_logits_neither_overflow_nor_lose_the_loss(size, parts):
-    hidden, head, targets, _ = parts
-    hidden = (hidden.detach() * size).requires_grad_()
-    total, count = linear_cross_entropy(hidden, head, targets)
-    expected, gradients = in_float64(hidden, head, targets, None)
-    torch.testing.assert_close(total, expected, rtol=1e-6, atol=0)
-    total.backward()
-    assert hidden.grad is not None and hidden.grad.isfinite().all()
-
-
-def test_a_uniform_model_has_the_loss_of_the_logarithm_of_the_vocabulary(parts):
-    _, head, targets, _ = parts
-    total, count = linear_cross_entropy(torch.zeros(B, T, E), head, targets)
-    assert total.item() / count == pytest.approx(math.log(V), abs=1e-7)
-
-
 def test_without_gradients_nothing_is_made_for_a_backward(parts):
     hidden, head, targets, bias = parts
     with torch.no_grad():
@@ -179,8 +164,6 @@ def test_without_gradients_nothing_is_made_for_a_backward(parts):
 
 
 class LargestTensor(TorchDispatchMode):
-    """The most elements that any op returned."""
-
     def __init__(self) -> None:
         super().__init__()
         self.elements = 0

@@ -105,9 +105,8 @@ def prepared(**options) -> tuple[Task, Qwen]:
     ],
     ids=str,
 )
-def test_a_step_takes_means_by_weight_and_over_digits_and_validation_stays_plain(options, tmp_path, monkeypatch):
+def test_a_step_takes_means_by_weight_and_over_digits_and_validation_stays_plain(options):
     """Windows of 47 tokens begin and end in the middle of numbers: digits keep the places they have in the text."""
-    monkeypatch.chdir(tmp_path)
     task, model = prepared(**options)
     batch, ten = task.train_batch(3), torch.tensor(task.tokenizer.encode("0123456789"))
     targets = torch.from_numpy(batch.targets_with_padding if task.settings.count_padding else batch.targets)

@@ -25,7 +25,6 @@ def batch_of(vocabulary: int, seed: int) -> Tensor:
 
 @torch.inference_mode()
 def difference(ours: Qwen, theirs, ids: Tensor) -> float:
-    """The largest difference over all logits."""
     return (ours(ids) - theirs(ids).logits).abs().max().item()
 
 

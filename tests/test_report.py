@@ -113,7 +113,6 @@ def build(folder: Path) -> Built:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Built:
-    """A study with its page; no test changes it."""
     return build(study_folder.write(tmp_path_factory.mktemp("made") / "study"))
 
 
@@ -126,7 +125,6 @@ def sampled(tmp_path_factory) -> Built:
 
 @pytest.fixture
 def study(made, tmp_path) -> Path:
-    """A copy of the study that a test may change."""
     return shutil.copytree(made.folder, tmp_path / "study", ignore=shutil.ignore_patterns("figures", "tables"))
 
 
@@ -135,7 +133,6 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def rows_of(path: Path, **where: Any) -> list[dict[str, str]]:
-    """The rows of a CSV file that have what `where` says."""
     rows = csv.DictReader(io.StringIO(path.read_text()))
     return [row for row in rows if all(row[name] == str(value) for name, value in where.items())]
 
@@ -148,8 +145,6 @@ def named(folder: Path, kind: type) -> dict[str, Any]:
 
 
 def change_csv(column: str, value: Any, **where: Any) -> Change:
-    """Put a value into the first row that has what `where` says."""
-
     def change(path: Path) -> None:
         rows = rows_of(path)
         row = next(r for r in rows if all(r[name] == str(v) for name, v in where.items()))

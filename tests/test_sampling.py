@@ -38,7 +38,6 @@ def processors(options: Sampling) -> logits_process.LogitsProcessorList:
 
 
 def distribution(logits: Tensor, options: Sampling) -> Tensor:
-    """Normalised probabilities of all tokens, in order."""
     weights, tokens = probabilities(logits, options)
     if tokens is not None:
         weights = torch.zeros_like(logits).scatter(1, tokens, weights)
@@ -47,12 +46,10 @@ def distribution(logits: Tensor, options: Sampling) -> Tensor:
 
 @pytest.fixture
 def padded(random_model) -> tuple[Qwen, Tensor, Tensor]:
-    """A model, and the rows as (ids, padding)."""
     return random_model(), *left_padded(ROWS)
 
 
 def collected(steps) -> Tensor:
-    """The steps' tokens, (rows, N)."""
     return torch.stack(list(steps), 1)
 
 

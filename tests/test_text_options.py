@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from waves import contents, damped_waves, no_figures
+from waves import INPUTS, contents, inputs, no_figures
 
 from experiments.run import main
 from experiments.run_folder import files
@@ -13,7 +13,7 @@ from experiments.settings.record import POCKET, Settings
 from experiments.task.task import Task
 from qwen_min import Tokenizer
 
-SMALL = ["--data", "waves.h5", "--steps", "2", "--batch-size", "2", "--context", "48", "--val-series", "1"]
+SMALL = [*INPUTS, "--steps", "2", "--batch-size", "2", "--context", "48", "--val-series", "1"]
 SMALL += ["--lr", "1e-2", "--ranks", "2", "--points", "5", "--horizon", "3", "--forecast-series", "2"]
 ADAPTER = "cells/lr0.01-r2/adapter"
 
@@ -28,9 +28,8 @@ OPTIONS = [
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    damped_waves(Path("waves.h5"), 8)
+def elsewhere(monkeypatch):
+    inputs(8)
     no_figures(monkeypatch)
 
 

@@ -32,7 +32,6 @@ TEXTS = [
     *("def f(x):\n    return x**2  # square\n", '{"a": [1, 2.5, null]}', "http://example.com/?q=a&b=c#d"),
 ]
 
-
 POOLS: dict[str, list[str]] = {
     "numbers": list("0123456789.,;-e "),
     "English": [*" abcdefgh'sdtmllvereXYZ.,!?0123456789", "'ll", "'VE", "\n"],
