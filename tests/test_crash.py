@@ -39,7 +39,8 @@ shown = [15]
 forecast_cells = true
 """
 GRID = ["grid", "--config", "small.toml", "--data", "waves.h5", "--lr", "1e-3", "1e-2", "--ranks", "2", "--out", "g"]
-TRAIN = ["train", "--config", "small.toml", "--data", "waves.h5", "--steps", "8", "--rank", "2", "--out", "g"]
+TRAIN = ["train", "--config", "small.toml", "--data", "waves.h5", "--steps", "8", "--lr", "1e-2", "--rank", "2"]
+TRAIN += ["--out", "g"]
 CELL = "cells/lr0.01-r2"
 
 
@@ -165,7 +166,7 @@ def meet(folder: Path, late: float) -> None:
 
 RACES = {
     "two grids": (GRID, GRID),
-    "a grid and a training run": (GRID, [*TRAIN, "--steps", "4", "--lr", "1e-2"]),
+    "a grid and a training run": (GRID, [*TRAIN, "--steps", "4"]),
     "a shard twice": ([*GRID, "--shard", "1/2"], [*GRID, "--shard", "1/2"]),
 }
 
@@ -300,7 +301,7 @@ def limit(size: int) -> None:
     ("size", "named"), [(100, "g/.owner: "), (20_000, "ledger.sqlite: "), (300_000, "g/cells/lr0.01-r32/checkpoint: ")]
 )
 def test_a_file_that_may_not_grow_ends_a_run_with_exit_4_and_one_line(tmp_path, size, named):
-    folder, argv = stand(tmp_path), [*TRAIN, "--rank", "32", "--lr", "1e-2", "--model", str(POCKET)]
+    folder, argv = stand(tmp_path), [*TRAIN, "--rank", "32", "--model", str(POCKET)]
     line = the_line(ends(argv, folder, limit, size), "" if "ledger" in named else "File too large")
     assert line.startswith(named), line
     finishes(argv, folder)

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from qwen_min import QwenConfig
 from qwen_min.flops import CONVENTIONS
 
 ROOT = Path(__file__).parents[1]
-CONFIG = QwenConfig.named("Qwen2.5-0.5B")
+CONFIG = replace(QwenConfig.named("Qwen2.5-0.5B"), num_hidden_layers=3)
 
 
 @pytest.mark.parametrize("convention", CONVENTIONS)

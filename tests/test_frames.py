@@ -25,65 +25,40 @@ def written(text: str | bytes, name: str = "d.csv") -> Path:
 
 
 def series(text: str, **options) -> dict[str, tuple[list, list]]:
-    """Each series of a CSV: its values, and its times up to the one after its last."""
+    """Each series of a CSV: its values by variable, and its times up to the one after its last."""
     found = frames.read(written(text), **options)
     return {
-        name: (values.tolist(), [clock.text(i) for i in range(len(values) + 1)])
+        name: (values.T.tolist(), [clock.text(i) for i in range(len(values) + 1)])
         for name, values, clock in zip(found.ids, found.values, found.clocks, strict=True)
     }
 
 
 LONG = "unique_id,ds,y\n"
+LEAP_DAYS = ["2024-02-28", "2024-02-29", "2024-03-01"]
+MONTH_ENDS = ["2024-01-31", "2024-02-29", "2024-03-31", "2024-04-30"]
+QUARTERS = ["2023-11-01", "2024-02-01", "2024-05-01", "2024-08-01"]
+HALF_HOURS = [f"2024-01-0{time}+02:00" for time in ("1T23:00:00", "1T23:30:00", "2T00:00:00")]
+NAMED = {"id_column": "who", "time_column": "when", "target": ("q",)}
+TABLES: list[tuple[str, dict, dict]] = [
+    (f"{LONG}a,1,1.5\nb,7,-2\na,2,.5\nb,9,3e2", {}, {"a": ([[1.5, 0.5]], [1, 2, 3]), "b": ([[-2, 300]], [7, 9, 11])}),
+    (f"{LONG}NA,3,3\nNA,1,1\nNA,2,2", {}, {"NA": ([[1, 2, 3]], [1, 2, 3, 4])}),
+    ("y\n1\n2\n", {}, {"0": ([[1, 2]], [0, 1, 2])}),
+    ("id;date;u;v\nn 1;2024-02-28;1;2\nn 1;2024-02-29;3;4", {}, {"n 1": ([[1, 3], [2, 4]], LEAP_DAYS)}),
+    ("who,when,p,q\nx,5,1,2\nx,6,3,4\n", NAMED, {"x": ([[2, 4]], [5, 6, 7])}),
+    (f"{LONG}a,2024-01-31,1\na,2024-02-29,2\na,2024-03-31,3", {}, {"a": ([[1, 2, 3]], MONTH_ENDS)}),
+    (f"{LONG}a,2023-11,1\na,2024-02,2\na,2024-05,3", {}, {"a": ([[1, 2, 3]], QUARTERS)}),
+    (f"{LONG}a,2024-01-01T23:00:00+02:00,1\na,2024-01-01 23:30:00+02:00,2", {}, {"a": ([[1, 2]], HALF_HOURS)}),
+    (
+        "\ufeffds,a b,c\n1,1,\n2,2,-5\n3,,-6",
+        {"wide": True},
+        {"a b": ([[1, 2]], [1, 2, 3]), "c": ([[-5, -6]], [2, 3, 4])},
+    ),
+    (f"{LONG}a,1,1\na,2,\na,4,4", {"fill": "linear"}, {"a": ([[1, 2, 3, 4]], [1, 2, 3, 4, 5])}),
+    (f"{LONG}a,1,1\na,2,NA\na,4,4\na,5,", {"fill": "previous"}, {"a": ([[1, 1, 1, 4, 4]], [1, 2, 3, 4, 5, 6])}),
+]
 
 
-@pytest.mark.parametrize(
-    ("text", "options", "expected"),
-    [
-        (
-            f"{LONG}a,1,1.5\nb,7,-2\na,2,.5\nb,9,3e2\nb,11,0",
-            {},
-            {"a": ([[1.5], [0.5]], [1, 2, 3]), "b": ([[-2], [300], [0]], [7, 9, 11, 13])},
-        ),
-        (f"{LONG}NA,3,3\nNA,1,1\nNA,2,2", {}, {"NA": ([[1], [2], [3]], [1, 2, 3, 4])}),
-        ("y\n1\n2\n", {}, {"0": ([[1], [2]], [0, 1, 2])}),
-        (
-            "id;date;u;v\nn 1;2024-02-28;1;2\nn 1;2024-02-29;3;4",
-            {},
-            {"n 1": ([[1, 2], [3, 4]], ["2024-02-28", "2024-02-29", "2024-03-01"])},
-        ),
-        (
-            "who,when,p,q\nx,5,1,2\nx,6,3,4\n",
-            {"id_column": "who", "time_column": "when", "target": ("q",)},
-            {"x": ([[2], [4]], [5, 6, 7])},
-        ),
-        (
-            f"{LONG}a,2024-01-31,1\na,2024-02-29,2\na,2024-03-31,3",
-            {},
-            {"a": ([[1], [2], [3]], ["2024-01-31", "2024-02-29", "2024-03-31", "2024-04-30"])},
-        ),
-        (
-            f"{LONG}a,2023-11,1\na,2024-02,2\na,2024-05,3",
-            {},
-            {"a": ([[1], [2], [3]], ["2023-11-01", "2024-02-01", "2024-05-01", "2024-08-01"])},
-        ),
-        (
-            f"{LONG}a,2024-01-01T23:00:00+02:00,1\na,2024-01-01 23:30:00+02:00,2",
-            {},
-            {"a": ([[1], [2]], [f"2024-01-0{d}+02:00" for d in ("1T23:00:00", "1T23:30:00", "2T00:00:00")])},
-        ),
-        (
-            "\ufeffds,a b,c\n1,1,\n2,2,-5\n3,,-6\n",
-            {"wide": True},
-            {"a b": ([[1], [2]], [1, 2, 3]), "c": ([[-5], [-6]], [2, 3, 4])},
-        ),
-        (f"{LONG}a,1,1\na,2,\na,4,4", {"fill": "linear"}, {"a": ([[1], [2], [3], [4]], [1, 2, 3, 4, 5])}),
-        (
-            f"{LONG}a,1,1\na,2,NA\na,4,4\na,5,",
-            {"fill": "previous"},
-            {"a": ([[1], [1], [1], [4], [4]], [1, 2, 3, 4, 5, 6])},
-        ),
-    ],
-)
+@pytest.mark.parametrize(("text", "options", "expected"), TABLES)
 def test_a_table_is_read_as_named_series_at_regular_times(text, options, expected):
     assert series(text, **options) == expected
 

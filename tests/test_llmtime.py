@@ -94,32 +94,6 @@ def test_no_step_of_shortest_numbers_is_wider_than_promised(decimals, whole, var
     assert len(codec.encode([[largest] * variables])) == widest
 
 
-def could_have_been_written(step: str, codec: Codec, variables: int) -> bool:
-    try:
-        numbers = [codec.value(number) for number in step.split(",")]
-        return len(numbers) == variables and codec.encode([numbers]) == step + ";"
-    except ValueError:
-        return False
-
-
-pieces = [*"017.-+e_ \n\u0663", "00", "1.2", "0.45", "12.00", *(",;" * 4)]
-near_codecs = st.builds(Codec, st.integers(1, 3), st.integers(1, 2), st.booleans())
-near_codecs |= st.builds(Codec, st.integers(0, 2), st.integers(1, 2), st.just(False), *layouts)
-near_steps = st.lists(st.sampled_from(pieces), max_size=40).map("".join)
-near_steps |= st.lists(st.sampled_from([*"01-, .", "1 2", "0 4 5", "-0 3", "045"]), max_size=9).map("".join)
-
-
-@given(st.one_of(st.text(), near_steps), near_codecs, st.integers(1, 2))
-def test_of_any_text_exactly_the_steps_that_could_have_been_written_are_kept(text, codec, variables):
-    decoded = codec.decode(text, variables)
-    steps = text.removesuffix(";").split(";") if text else []
-    kept = [i for i, step in enumerate(steps) if could_have_been_written(step, codec, variables)]
-    np.testing.assert_array_equal(decoded.index, kept)
-    assert (decoded.steps, decoded.rejected) == (len(steps), len(steps) - len(kept))
-    assert decoded.values.shape == (len(kept), variables)
-    assert codec.encode(decoded.values) == "".join(steps[i] + ";" for i in kept)
-
-
 CODECS = [Codec(), Codec(3, shortest=True), Codec(0, 2), Codec(4, 1), Codec(1, 3, shortest=True), Codec(6)]
 CODECS += [Codec(point=False), Codec(1, 2, separator=" "), Codec(3, 1, False, False, " "), Codec(0, separator=" ")]
 
