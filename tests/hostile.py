@@ -110,9 +110,8 @@ def bytewise(draw: random.Random, data: bytes) -> bytes:
         if kind == "cut":
             del changed[at : at + length]
         elif kind == "insert":
-            changed[at:at] = (
-                draw.randbytes(length) if draw.random() < 0.5 else draw.choice((b"{", b'"', b",", b"9", b" "))
-            )
+            few = draw.choice((b"{", b'"', b",", b"9", b" "))
+            changed[at:at] = draw.randbytes(length) if draw.random() < 0.5 else few
         elif kind == "flip" and piece:
             changed[at] ^= 1 << draw.randrange(8)
         elif kind == "repeat":

@@ -313,10 +313,8 @@ def test_an_interrupted_run_keeps_what_it_measured(checkpoint, tmp_path, monkeyp
     kept = files.read_json(tmp_path / "bench" / "bench.json")
     assert [line["name"] for line in kept["cases"]] == EVERY_QUICK_CASE[:4]
     assert captured.out == "" and captured.err.splitlines()[-1].endswith(f"until then is in {tmp_path / 'bench'}")
-    assert captured.err.splitlines()[:2] == [
-        "bench: calibration: matrix products, reads",
-        "bench: train 2x64: ours, 1 of 1",
-    ]
+    begun = ["bench: calibration: matrix products, reads", "bench: train 2x64: ours, 1 of 1"]
+    assert captured.err.splitlines()[:2] == begun
 
 
 def test_sides_take_turns_between_calibrations(checkpoint, tmp_path, monkeypatch):
@@ -342,9 +340,7 @@ def test_targets_are_those_of_the_real_model_on_a_cpu_at_full_size():
     assert (every["load"], every["count"]) == ("0.3 s, 1 GB beside the libraries", "1 %")
 
 
-def test_scaling_sweeps_each_size_and_leaves_out_what_the_model_cannot_read(
-    checkpoint, tmp_path, monkeypatch, make_config
-):
+def test_scaling_sweeps_each_size_and_omits_what_the_model_cannot_read(checkpoint, tmp_path, monkeypatch, make_config):
     jobs, said = pretended(monkeypatch), list[str]()
     short = make_config(vocab_size=259, max_position_embeddings=1024)
     monkeypatch.setattr(session.QwenConfig, "from_file", lambda path: short)
@@ -451,9 +447,7 @@ def test_a_peer_that_is_not_installed_is_said_before_anything_runs(monkeypatch, 
 
 
 @pytest.mark.parametrize("flags", [["--quick"], ["--scaling"]])
-def test_a_damaged_checkpoint_is_one_line_and_exit_code_2_before_anything_is_measured(
-    flags, checkpoint, monkeypatch, capsys
-):
+def test_a_damaged_checkpoint_is_one_line_and_exit_code_2_before_anything_runs(flags, checkpoint, monkeypatch, capsys):
     monkeypatch.setattr(session, "fresh", None)
     shutil.copytree(checkpoint, "model")
     weights = Path("model/model.safetensors")

@@ -243,9 +243,7 @@ def test_a_context_beyond_the_positions_of_the_model_is_refused(random_model):
 
 
 @torch.inference_mode()
-def test_50_prompts_have_the_same_logits_and_tokens_without_a_cache_with_one_and_in_padded_batches_of_8(
-    way, random_model
-):
+def test_50_prompts_have_the_same_logits_and_tokens_without_a_cache_with_one_and_in_padded_eights(way, random_model):
     """Each prompt and 8 greedy tokens, by full passes; the same tokens must come of a cache alone and beside others."""
     model, draw = random_model(), random.Random(0)
     rows = prompts([draw.randint(1, 40) for _ in range(50)])
@@ -279,9 +277,7 @@ def test_50_prompts_have_the_same_logits_and_tokens_without_a_cache_with_one_and
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8])
-def test_prompts_read_a_few_rows_at_a_time_leave_the_cache_and_the_charge_of_all_at_once(
-    rows, random_model, monkeypatch
-):
+def test_prompts_read_a_few_rows_at_a_time_leave_the_cache_and_charge_of_all_at_once(rows, random_model, monkeypatch):
     random = random_model()
     ids, padding = left_padded(prompts(LENGTHS))
     expected, read = [], []

@@ -51,9 +51,7 @@ def test_every_second_stands_beside_its_prediction(make_config):
         assert sum(row["measured"] for row in rows) == pytest.approx(sum(seconds.values()))
         assert {row["places"] for row in rows if ".layers." in row["op"]} == {config.num_hidden_layers}
     scores = sum(n for name, n in meter.by_component().items() if name in ATTENTION)
-    row = next(
-        row for row in clock.beside(tree, seconds, 1, infinite) if row["op"] == "model.layers.*.self_attn scores"
-    )
+    row = next(r for r in clock.beside(tree, seconds, 1, infinite) if r["op"] == "model.layers.*.self_attn scores")
     assert row["predicted"] == scores and row["measured"] > 0
     assert clock.table(rows)[-1].split()[0] == "all"
 

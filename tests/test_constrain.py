@@ -214,9 +214,7 @@ def prompt(tokenizer):
 
 @pytest.mark.parametrize(("constrained", "penalty"), [(True, 1.0), (True, 1.2), (False, 1.0)])
 @torch.inference_mode()
-def test_a_whole_forecast_of_the_pocket_model_is_the_same_with_every_width_of_draft(
-    constrained, penalty, pocket, tokenizer, prompt
-):
+def test_a_forecast_of_the_pocket_model_is_the_same_with_any_draft(constrained, penalty, pocket, tokenizer, prompt):
     text, ids = prompt
     grammar, read = Grammar(Codec(2), 2), prefill(pocket, ids, 230)
 
@@ -236,9 +234,8 @@ def test_a_whole_forecast_of_the_pocket_model_is_the_same_with_every_width_of_dr
 def test_a_draft_saves_four_of_five_forwards_on_a_series(pocket, tokenizer, prompt):
     text, ids = prompt
     read, seen = prefill(pocket, ids, 230), []
-    handle = pocket.model.embed_tokens.register_forward_pre_hook(
-        lambda module, arguments: seen.append(arguments[0].shape[1])
-    )
+    table = pocket.model.embed_tokens
+    handle = table.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].shape[1]))
     constraint = Constrained.for_tokenizer(tokenizer, Grammar(Codec(2), 2), **LIMITS, measure=False)
     draft = Drafted.for_tokenizer(tokenizer, Grammar(Codec(2), 2), text, 12)
     list(decode(pocket, read, 200, constraint=constraint, draft=draft))

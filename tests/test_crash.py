@@ -88,10 +88,8 @@ def assert_as_never_stopped(folder: Path, whole: Whole) -> int:
     assert [name for name in found if found[name] != whole.files[name]] == []
     with Ledger(folder / "ledger.sqlite") as ledger:
         rows, totals = ledger.entries(), ledger.totals()
-    kept = [
-        [(row["cell"], row["state"], *(row[stage] for stage in STAGES)) for row in some]
-        for some in (rows, whole.ledger)
-    ]
+    both = rows, whole.ledger
+    kept = [[(row["cell"], row["state"], *(row[stage] for stage in STAGES)) for row in some] for some in both]
     assert kept[0] == kept[1]
     assert totals["settled"] == sum(row["total"] for row in whole.ledger) and totals["reserved"] == 0
     assert totals["spent"] == totals["settled"] + totals["wasted"]
@@ -122,9 +120,7 @@ def worst_moments(whole: Whole) -> list[tuple[int, Action]]:
 @pytest.mark.parametrize(
     ("by_call", "by_time", "seed"), [(5, 1, 0), pytest.param(81, 15, 1, marks=pytest.mark.endurance)]
 )
-def test_a_grid_killed_at_so_many_moments_ends_in_the_bytes_of_one_never_stopped(
-    tmp_path, whole, by_call, by_time, seed
-):
+def test_a_grid_killed_at_many_moments_ends_in_the_bytes_of_one_never_stopped(tmp_path, whole, by_call, by_time, seed):
     draw, count, moments = random.Random(seed), len(whole.calls), worst_moments(whole)
     kills = wasted = 0
     for point in range(by_call):  # one in each of as many equal parts of the run; before the call, or right after it

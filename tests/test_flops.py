@@ -434,9 +434,7 @@ def test_a_batch_run_in_groups_costs_what_the_whole_costs(random_model):
 @pytest.mark.parametrize("samples", [1, 3])
 @pytest.mark.parametrize("scored", [0, 1, 7])
 @pytest.mark.parametrize("new", [0, 1, 2, 9])
-def test_samples_and_a_scored_continuation_cost_what_was_predicted(
-    random_model, rank, logit_bias, samples, scored, new
-):
+def test_samples_and_a_scored_continuation_cost_as_predicted(random_model, rank, logit_bias, samples, scored, new):
     model = random_model()
     if logit_bias:
         add_logit_bias(model)

@@ -235,11 +235,8 @@ def test_split_by_time_trains_on_each_series_past_and_no_window_is_of_another_pa
     found = task(data, split="time", context=64)
     series = frames.read(Path(data)).values
     assert [*map(len, found.dataset.frame.values)] == [28, 14, 34, 17, 40, 20]
-    assert [part.tolist() for part in (found.split.train, found.split.validation, found.split.test)] == [
-        [0, 1],
-        [2, 3],
-        [4, 5],
-    ]
+    parts = found.split.train, found.split.validation, found.split.test
+    assert [part.tolist() for part in parts] == [[0, 1], [2, 3], [4, 5]]
     for system, values in enumerate([series[0][:28], series[1][:14]]):
         np.testing.assert_array_equal(found.raw(system), values)
         np.testing.assert_allclose(found.alphas[system], np.percentile(values, 95, axis=0).max() / 10)

@@ -89,9 +89,7 @@ def same(got: dict, expected: dict, tolerance: float = 1e-5) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("biased", "padded"), [(False, True), (True, False)])
-def test_a_compiled_step_has_the_loss_the_gradients_and_the_charges_of_a_plain_one(
-    biased, padded, device, random_model
-):
+def test_a_compiled_step_has_the_loss_gradients_and_charges_of_a_plain_one(biased, padded, device, random_model):
     model = random_model()
     if biased:
         add_logit_bias(model)
@@ -229,9 +227,7 @@ def spoil(read: Prefill) -> None:
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("samples", [1, 2])
-def test_captured_steps_give_the_tokens_and_the_charges_of_growing_ones(
-    samples, padded, way, device, plain, random_model
-):
+def test_captured_steps_give_the_tokens_and_charges_of_growing_ones(samples, padded, way, device, plain, random_model):
     model = random_model().to(device)
     ids = torch.randint(97, (3, 18), device=device)
     padding = torch.tensor(DROPPED, device=device) if padded else None

@@ -93,9 +93,8 @@ def test_every_text_that_is_accepted_is_read_whole(grammar, data):
 @pytest.mark.parametrize("signed", [False, True])
 def test_of_all_short_texts_exactly_those_that_could_have_been_written_are_accepted(codec, variables, widest, signed):
     grammar = Grammar(codec, variables, widest, signed)
-    texts = (
-        "".join(t) for n in range(7) for t in itertools.product("01.,;" + "-" * signed + codec.separator, repeat=n)
-    )
+    alphabet = "01.,;" + "-" * signed + codec.separator
+    texts = ("".join(t) for n in range(7) for t in itertools.product(alphabet, repeat=n))
     for text in texts:
         assert accepts(grammar, text) == fits(text, codec, variables, widest, signed), text
 

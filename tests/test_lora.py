@@ -24,9 +24,7 @@ TOLERANCE = 1e-5
 IDS = torch.arange(26).view(2, 13) * 3
 KEY = "base_model.model.model.layers.{}.self_attn.{}.lora_{}.weight"
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-MATRICES = [
-    f"model.layers.{i}.self_attn.{name}.lora_{half}" for i in (0, 1) for name in ("q_proj", "v_proj") for half in "ab"
-]
+MATRICES = [f"model.layers.{i}.self_attn.{p}_proj.lora_{half}" for i in (0, 1) for p in "qv" for half in "ab"]
 """What LoRA adds to q and v, its targets by default, of `random_model()`."""
 
 

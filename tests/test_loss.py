@@ -205,9 +205,7 @@ def test_a_tied_head_receives_the_gradients_of_both_its_uses(random_model):
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [2, 3, 1, 0]], ids=str)
 @pytest.mark.parametrize("rows", [4, 2, 1])
 @pytest.mark.parametrize("more", [0, 6])
-def test_12_combinations_of_padding_accumulation_and_order_with_3_chunkings_give_one_loss(
-    more, rows, order, random_model, monkeypatch
-):
+def test_12_combinations_of_padding_groups_and_order_give_one_loss(more, rows, order, random_model, monkeypatch):
     """The mean and each gradient to 1e-6 of their size, measured as a vector.
 
     The weights are float64: what is float32 even then (norms, rotation, a block's softmax) rounds a gradient at 1e-7.

@@ -125,7 +125,7 @@ def small(verb: str, monkeypatch) -> list[str]:
 
 
 @pytest.mark.parametrize("verb", CASES)
-def test_each_of_the_verbs_runs_offline_without_a_socket_and_keeps_the_token_to_itself(
+def test_each_verb_runs_offline_without_a_socket_and_keeps_the_token(
     verb, place, attempts, tmp_path, monkeypatch, capfd
 ):
     for name, value in network_guard.in_children(tmp_path / "site", attempts).items():
@@ -183,9 +183,7 @@ def missing(verb: str, *more: str) -> list[str]:
     ids=["offline", "without a network"],
 )
 @pytest.mark.parametrize("verb", [verb for verb in takes("--model") if verb != "doctor"])
-def test_a_model_that_is_not_there_is_named_with_the_command_that_fetches_it(
-    verb, flags, said, tries, attempts, capsys
-):
+def test_a_model_that_is_absent_is_named_with_the_command_that_fetches_it(verb, flags, said, tries, attempts, capsys):
     """And nothing is tried for long."""
     line = refused(capsys, *missing(verb, *flags))
     assert line.startswith(f"{HUB_ID}: {said}") and f"'hf download {HUB_ID}' fetches it" in line
@@ -258,9 +256,7 @@ def hub(monkeypatch) -> Iterator[type[Hub]]:
 
 @pytest.mark.parametrize("from_file", [False, True])
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 500])
-def test_an_error_of_the_hub_that_quotes_the_token_reaches_no_line_and_no_traceback(
-    status, from_file, hub, monkeypatch, capsys, place
-):
+def test_a_hub_error_that_quotes_the_token_reaches_no_line_or_trace(status, from_file, hub, monkeypatch, capsys, place):
     monkeypatch.setattr(hub, "status", status)
     if from_file:
         monkeypatch.delenv("HF_TOKEN")

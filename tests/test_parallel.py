@@ -59,7 +59,8 @@ def ranks(store: TCPStore, numbers: Sequence[int], argv: list[str], *fault) -> l
         **{"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0", "GLOO_SOCKET_IFNAME": LOOPBACK},
     }
     return [
-        Running(argv, Path.cwd(), joins, world | {"RANK": str(n), "LOCAL_RANK": str(n)}, n, *fault) for n in numbers
+        Running(argv, Path.cwd(), joins, world | dict.fromkeys(("RANK", "LOCAL_RANK"), f"{n}"), n, *fault)
+        for n in numbers
     ]
 
 
@@ -272,9 +273,8 @@ def test_without_torchrun_there_is_no_group(monkeypatch):
 def test_torchrun_starts_it_as_the_readme_says(place):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, "-m", "experiments.run", *TRAIN, "--json"], env=environment, capture_output=True, text=True
-    )
+    command += ["-m", "experiments.run", *TRAIN, "--json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["flops"] == result["predicted_flops"]

@@ -79,10 +79,8 @@ def test_the_command_shows_each_phase_and_the_largest_batch(capsys, monkeypatch)
     config = memory.QwenConfig.from_file(Path(POCKET) / "config.json")
     for phase, fits in shown["largest_batch"].items():
         options = {"rank": 2, "targets": ["q_proj", "v_proj"], "cached": 8}
-        assert shown["bytes"][phase] == memory.predict(phase, config, 3, 8, **options) | {
-            "measured": 12_345,
-            "with holes": 12_346,
-        }
+        measured = {"measured": 12_345, "with holes": 12_346}
+        assert shown["bytes"][phase] == memory.predict(phase, config, 3, 8, **options) | measured
         sizes = [memory.predict(phase, config, n, 8, **options)["total"] for n in (fits, fits + 1)]
         assert sizes[0] <= 12 * 10**6 < sizes[1]
     assert run.main([*flags, "--fit", "0.012"]) == 0

@@ -356,10 +356,8 @@ def test_a_glance_has_a_column_for_each_system_with_the_end_of_its_context_and_t
         for line, values in zip([guess, *copies], [system["forecast"], *system["copies"].values()], strict=True):
             np.testing.assert_array_equal(line.get_ydata()[1:], values[:, variable])
         assert len({line.get_linestyle() for line in (guess, *copies)}) == 3
-    assert [axes.get_title() for axes in figure.axes[:2]] == [
-        "System 1 (growing)",
-        "System 2\n(1 of 5 steps not parsed)",
-    ]
+    titles = ["System 1 (growing)", "System 2\n(1 of 5 steps not parsed)"]
+    assert [axes.get_title() for axes in figure.axes[:2]] == titles
     assert _legend(figure)[-3:] == ["forecast", "persistence", "law fit"]
 
 

@@ -226,10 +226,8 @@ def test_the_page_of_a_grid_that_forecasts_answers_with_its_best_cell_and_has_ev
     mse = {run: rows_of(built.folder / run / "evaluation/scores.csv", **whole)[0]["mse"] for run in judged}
     assert built.page.values["summary"][1::3][:2] == [mse["untrained"], mse["cells/lr0.0001-r8"]]
     by_rate = {row["lr"]: row for row in built.table("grid-mse")}
-    assert (
-        by_rate["0.0001"]["rank_8"] == mse["cells/lr0.0001-r8"]
-        and by_rate["1e-05"]["rank_2"] == mse["cells/lr1e-05-r2"]
-    )
+    assert by_rate["0.0001"]["rank_8"] == mse["cells/lr0.0001-r8"]
+    assert by_rate["1e-05"]["rank_2"] == mse["cells/lr1e-05-r2"]
     (bars,) = [call for name, call in built.calls if name == "score_bars" and "every cell" in call]
     names = [*("lr1e-05-r2", "lr0.0001-r8", "untrained model"), *("persistence", "context mean", "seasonal repeat")]
     assert [name for name in names if f"'{name}': ({''}" in bars] == names
@@ -795,14 +793,12 @@ def test_the_step_of_the_run_stands_by_module_and_in_the_explorer_beside_the_pag
     run, _ = Study(study).answer
     meter = predict(config, 4, run.row["context"], rank=run.row["rank"], training=True)
     rows = made.table("flops-by-module")
-    assert [int(rows[0][name]) for name in ("forward", "backward", "both")] == [
-        *(meter.total, meter.backward, meter.training)
-    ]
+    whole = [int(rows[0][name]) for name in ("forward", "backward", "both")]
+    assert whole == [meter.total, meter.backward, meter.training]
     both = {row["part"]: int(row["both"]) for row in rows}
     assert both["model"] + both["lm_head"] == both["the model"] and both["model.layers"] == both["model.layers.0-23"]
-    assert {"href": "flops.html"} in made.page.all("a") and "[flops.html](flops.html)" in (
-        study / "report.md"
-    ).read_text()
+    assert {"href": "flops.html"} in made.page.all("a")
+    assert "[flops.html](flops.html)" in (study / "report.md").read_text()
     start = json.loads(re.search(r'"start":({.*?})', (study / "flops.html").read_text())[1])
     asked = {"model": "M", "phase": "training", "batch": 4, "context": run.row["context"], "rank": run.row["rank"]}
     assert start == start | asked

@@ -115,9 +115,7 @@ POINTS = [pytest.param(*p, marks=[] if p in HERE else pytest.mark.endurance) for
 
 
 @pytest.mark.parametrize(("step", "how", "rows"), POINTS)
-def test_a_run_with_dropout_stopped_at_10_points_of_3_epochs_44_in_all_ends_in_the_bits_of_one_never_stopped(
-    data, whole, monkeypatch, step, how, rows
-):
+def test_a_run_stopped_at_10_points_of_3_epochs_ends_in_the_bits_of_a_whole(data, whole, monkeypatch, step, how, rows):
     """`rows` sequences run at once: with 3 of them a batch is a group of three and one of one."""
     width = files.read_json(data / "model" / "config.json")["intermediate_size"]
     monkeypatch.setitem(FEED_FORWARD_AT_ONCE, "cpu", rows * BEGUN["context"] * width)
@@ -278,9 +276,7 @@ def test_a_fresh_run_records_its_environment_and_no_drift(begun):
 
 
 @pytest.mark.parametrize("name", ENVIRONMENT)
-def test_a_resume_where_one_of_10_things_is_another_is_refused_by_its_name_and_goes_on_with_allow_drift(
-    begun, capsys, name
-):
+def test_a_resume_where_one_of_10_things_differs_is_refused_by_name_and_goes_on_with_allow_drift(begun, capsys, name):
     now = environment(Settings())[name]
     rewrite(begun, **{name: ENVIRONMENT[name]})
     line = refused(capsys, *GRID)

@@ -248,9 +248,8 @@ TURNS = [[5, 6, 7], [11], [40, 41, 42, 96]]
 def test_a_constraint_is_kept_and_is_given_the_mass_of_the_models_own_distribution(options, samples, padded):
     model, ids, padding = padded
     constraint = Cycle(TURNS, len(ROWS) * samples)
-    new = collected(
-        decode(model, prefill(model, ids, 8, padding), 9, samples=samples, constraint=constraint, **options)
-    )
+    read = prefill(model, ids, 8, padding)
+    new = collected(decode(model, read, 9, samples=samples, constraint=constraint, **options))
     assert torch.equal(new, torch.stack([tokens for tokens, _ in constraint.seen], 1))
     for row, prompt in enumerate(prompt for prompt in ROWS for _ in range(samples)):
         logits = model(torch.tensor([prompt + new[row].tolist()]))[0, len(prompt) - 1 : -1].double()

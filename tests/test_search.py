@@ -38,9 +38,7 @@ def same(one: str, other: str, *names: str) -> None:
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "warmup-stable-decay"])
-def test_a_survivor_is_to_the_byte_the_run_in_one_go_and_a_search_stopped_after_every_step_one_never_stopped(
-    schedule, monkeypatch
-):
+def test_a_survivor_is_to_the_byte_a_run_at_once_and_a_search_stopped_each_step_one_not_stopped(schedule, monkeypatch):
     recipe = ["--schedule", schedule, "--warmup", "2", "--decay", "2", "--clip", "0.5", "--dropout", "0.1"]
     assert run.main([*SEARCH, *recipe]) == 0
     before, cost = contents("search"), spent()
@@ -114,9 +112,7 @@ def test_a_search_is_priced_at_what_it_costs_and_refused_one_flop_below_that_bef
     assert run.main([*SEARCH, *recipe, "--budget", "1"]) == 0  # nothing is left to do
 
 
-def test_of_a_search_that_runs_status_has_cells_that_wait_at_a_rung_as_paused_and_counts_to_the_end_of_each(
-    monkeypatch,
-):
+def test_of_a_search_that_runs_status_has_cells_that_wait_as_paused_and_counts_to_the_end_of_each(monkeypatch):
     """Bug: they were interrupted, and each was counted as if it went on to the last rung."""
     true, seen = train.training_step, []
 

@@ -36,9 +36,7 @@ def elsewhere(monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "text", "width", "symbols", "said"), OPTIONS, ids=[" ".join(o[0]) or "default" for o in OPTIONS]
 )
-def test_a_grid_its_forecasts_and_its_page_follow_the_text_at_the_predicted_price(
-    flags, text, width, symbols, said, capsys
-):
+def test_a_grid_its_forecasts_and_page_follow_the_text_at_its_price(flags, text, width, symbols, said, capsys):
     assert main(["data", "--data", "waves.h5", *flags]) == 0
     printed = capsys.readouterr().out
     assert f"text    {text}\n" in printed and f"decimals{said}\n" in printed

@@ -153,10 +153,8 @@ def test_the_real_tokenizer_has_the_ids_that_the_reports_rest_on(real_checkpoint
     ids=str,
 )
 def test_the_chat_format_equals_transformers_template(messages, real_checkpoint):
-    conversation, theirs = (
-        [{"role": role, "content": text} for role, text in messages],
-        of_transformers(real_checkpoint),
-    )
+    conversation = [{"role": role, "content": text} for role, text in messages]
+    theirs = of_transformers(real_checkpoint)
     expected = theirs.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
     assert Tokenizer.chat(messages) == expected
 
