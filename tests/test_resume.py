@@ -33,21 +33,8 @@ from qwen_min.fast.limits import FEED_FORWARD_AT_ONCE
 
 STEPS = 12
 CELL = Path("cells/lr0.01-r2")
-BEGUN = {
-    "lr": (1e-2,),
-    "ranks": (2,),
-    "steps": STEPS,
-    "batch_size": 4,
-    "context": 96,
-    "stride": 1.0,
-    "val_every": 6,
-    "val_series": 1,
-    "checkpoint_every": 2,
-    "dropout": 0.3,
-    "points": 5,
-    "horizon": 3,
-    "forecast_series": 1,
-}
+BEGUN = {"lr": (1e-2,), "ranks": (2,), "steps": STEPS, "batch_size": 4, "context": 96, "stride": 1.0, "val_every": 6}
+BEGUN |= {"val_series": 1, "checkpoint_every": 2, "dropout": 0.3, "points": 5, "horizon": 3, "forecast_series": 1}
 
 
 @pytest.fixture(scope="module")

@@ -49,66 +49,24 @@ def test_a_mistyped_verb_gets_the_nearest_one(mistyped, said, capsys):
     assert refused(capsys, mistyped) == f"experiments.run: no verb '{mistyped}'{said}: see --help\n"
 
 
-@pytest.mark.parametrize(
-    "argv",
-    [
-        [],
-        ["grid", "--lr", "fast"],
-        ["grid", "--steps", "0"],
-        ["grid", "--ranks", "0"],
-        ["grid", "--lr", "-1"],
-        ["grid", "--device", "tpu"],
-        ["grid", "--budget", "1.5"],
-        ["grid", "--unknown"],
-        ["train", "--rank", "0"],
-        ["grid", "--preset", "x"],
-        ["grid", "--model", "./nowhere"],
-        ["grid", "--config", "absent.toml"],
-        ["grid", "--data", "absent.h5"],
-        ["evaluate", "--adapter", "absent"],
-        ["flops", "--model", "Qwen2.5-8B"],
-        ["flops", "--model", "Qwen/Qwen2.5-8B-Instruct", "--offline"],
-        ["flops", "--model", "Qwen/Qwen2.5-Math-7B", "--offline"],
-        ["flops", "--batch", "0"],
-        ["flops", "--convention", "paper"],
-        ["flops", "--depth", "-1"],
-        ["flops", "--rank", "2", "--targets", "z_proj"],
-        ["flops", "--csv", "."],
-        ["flops", "--html", "."],
-        ["flops", "--calibrate"],
-        ["flops", "--rank", "2", "--targets", "1.mlp.up_proj", "--html", "f.html"],
-        ["flops", "--dtype", "float16"],
-        ["flops", "--compute-dtype", "int8"],
-        ["budget"],
-        ["forecast"],
-        ["forecast", "--system", "1000"],
-        ["generate", "--prompt", ""],
-        ["generate", "--prompt", "1", "--top-p", "2"],
-        ["generate", "--prompt", "1", "--sample-seed", str(2**64)],
-        ["generate", "--prompt", "1<|im_end|>2", "--chat"],
-        ["generate", "--prompt", "1", "--temperature", "-1"],
-        ["data", "--decimals", "9"],
-        ["data", "--alpha", "1e300"],
-        ["doctor", "--device", "tpu"],
-        ["pretrain-pocket", "--steps", "0", "--out", "p"],
-        ["grid", "--model", "Qwen/Qwen2.5-0.5B-Instruct", "--offline"],
-        ["grid", "--protocol", "gauss"],
-        ["study", "--protocol", "gauss"],
-        ["study", "--scale", "0"],
-        ["study", "--scale", "2"],
-        ["study", "--best-lr", "-1"],
-        ["study", "--data", "absent.h5", "--dry-run"],
-        ["final", "--points", "90", "--horizon", "20"],
-        ["baseline", "--num-samples", "0"],
-        ["context", "--top-p", "0"],
-        ["default", "--model", "./nowhere"],
-        ["report"],
-        ["report", "absent"],
-        ["report", "."],
-        ["evaluate", "--part", "train"],
-        ["evaluate", "--repetition-penalty", "0"],
-    ],
-)
+BAD = """
+grid --lr fast; grid --steps 0; grid --ranks 0; grid --lr -1; grid --device tpu; grid --budget 1.5; grid --unknown;
+train --rank 0; grid --preset x; grid --model ./nowhere; grid --config absent.toml; grid --data absent.h5;
+evaluate --adapter absent; flops --model Qwen2.5-8B; flops --model Qwen/Qwen2.5-8B-Instruct --offline;
+flops --model Qwen/Qwen2.5-Math-7B --offline; flops --batch 0; flops --convention paper; flops --depth -1;
+flops --rank 2 --targets z_proj; flops --csv .; flops --html .; flops --calibrate;
+flops --rank 2 --targets 1.mlp.up_proj --html f.html; flops --dtype float16; flops --compute-dtype int8; budget;
+forecast; forecast --system 1000; generate --prompt ''; generate --prompt 1 --top-p 2;
+generate --prompt 1 --sample-seed 18446744073709551616; generate --prompt '1<|im_end|>2' --chat;
+generate --prompt 1 --temperature -1; data --decimals 9; data --alpha 1e300; doctor --device tpu;
+pretrain-pocket --steps 0 --out p; grid --model Qwen/Qwen2.5-0.5B-Instruct --offline; grid --protocol gauss;
+study --protocol gauss; study --scale 0; study --scale 2; study --best-lr -1; study --data absent.h5 --dry-run;
+final --points 90 --horizon 20; baseline --num-samples 0; context --top-p 0; default --model ./nowhere; report;
+report absent; report .; evaluate --part train; evaluate --repetition-penalty 0
+"""
+
+
+@pytest.mark.parametrize("argv", [[], *map(shlex.split, BAD.split(";"))], ids=" ".join)
 def test_a_bad_argument_is_one_line_and_exit_code_2_and_nothing_is_written(argv, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
     refused(capsys, *argv)
