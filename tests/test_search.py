@@ -14,6 +14,7 @@ from experiments.run_folder import files
 from experiments.run_folder.errors import RunFailed
 from experiments.run_folder.owner import owner_of
 from experiments.run_folder.status import status
+from experiments.settings.record import POCKET
 from experiments.training import cell as train
 
 SMALL = [*INPUTS, "--context", "96", "--batch-size", "2", "--val-series", "1", "--val-every", "4"]
@@ -135,7 +136,7 @@ def test_of_a_search_that_runs_status_has_cells_that_wait_as_paused_and_counts_t
 
 def test_of_cells_at_other_prices_the_dearest_are_reckoned_to_go_on_and_here_they_do(capsys):
     search = ["grid", *SMALL, "--lr", "1e-2", "--ranks", "2", "--rungs", "2,4", "--survivors", "1/2", "--out", "s"]
-    search += ["--over", "context=48|96", "--over", "targets=q_proj|q_proj+v_proj"]
+    search += ["--model", str(POCKET), "--over", "context=48|96", "--over", "targets=q_proj|q_proj+v_proj"]
     assert run.main([*search, "--dry-run"]) == 0
     out = capsys.readouterr().out
     names = [f"lr0.01-r2-context={c}-targets={t}" for c in (48, 96) for t in ("q_proj", "q_proj+v_proj")]
