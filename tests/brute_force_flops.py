@@ -10,7 +10,6 @@ from math import prod
 
 ADD = MULTIPLY = DIVIDE = NEGATE = 1
 EXPONENTIAL = SQUARE_ROOT = SINE = COSINE = 10
-
 Q_AND_V = ("q_proj", "v_proj")
 
 

@@ -35,8 +35,10 @@ def one_thread() -> None:
 
 
 @pytest.fixture(autouse=True)
-def same_draws_in_every_test() -> None:
+def same_draws_in_an_empty_folder_of_its_own(tmp_path, monkeypatch) -> None:
+    """What a test writes by a relative path no other one sees."""
     torch.manual_seed(0)
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture

@@ -129,8 +129,6 @@ def signalled(where: str, at: int, how: signal.Signals) -> Calls:
 
 
 class File:
-    """A file whose writes are calls."""
-
     def __init__(self, calls: Calls, name: str, file):
         self.calls, self.name, self.file = calls, name, file
 
@@ -258,7 +256,6 @@ class Running:
 
 
 def wait_for(*names: str) -> None:
-    """Wait until all of some files are there."""
     until = time.monotonic() + PATIENCE
     while missing := [name for name in names if not Path(name).exists()]:
         assert time.monotonic() < until, f"{missing} did not appear"

@@ -53,7 +53,6 @@ class Inputs:
 
 
 def make(root: Path, monkeypatch) -> Inputs:
-    """Write every input into an empty folder."""
     (root / "model").mkdir(parents=True)
     tokenizer = json.loads((ROOT / "weights" / "pocket" / "tokenizer.json").read_text())
     tokens = tokenizer["model"]["vocab"]
@@ -88,7 +87,6 @@ def make(root: Path, monkeypatch) -> Inputs:
 
 
 def _stop_after(step: int, monkeypatch, work: Callable[[], int]) -> None:
-    """Interrupt a run hard in the step after this one."""
     true, steps = train.training_step, []
 
     def stopping(*arguments):
@@ -112,9 +110,8 @@ def bytewise(draw: random.Random, data: bytes) -> bytes:
         if kind == "cut":
             del changed[at : at + length]
         elif kind == "insert":
-            changed[at:at] = (
-                draw.randbytes(length) if draw.random() < 0.5 else draw.choice((b"{", b'"', b",", b"9", b" "))
-            )
+            few = draw.choice((b"{", b'"', b",", b"9", b" "))
+            changed[at:at] = draw.randbytes(length) if draw.random() < 0.5 else few
         elif kind == "flip" and piece:
             changed[at] ^= 1 << draw.randrange(8)
         elif kind == "repeat":
@@ -147,7 +144,6 @@ def whole(draw: random.Random, path: Path) -> Any:
 
 
 def becomes(*contents: bytes) -> Way:
-    """Put one of some contents in the place of a file's."""
     return lambda draw, path: path.write_bytes(draw.choice(contents)) and None
 
 
@@ -194,7 +190,6 @@ def puts_line(path: Path, line: str) -> None:
 
 
 def setting(draw: random.Random, path: Path) -> None:
-    """A line of TOML that no settings may have."""
     wrong = ["[[1]]", "1979-05-27T07:32:00Z", "{ a = 1 }", "0x" + "f" * 5000, "1" * 400, "nan", "-inf", "-7"]
     name = draw.choice([*Settings.__dataclass_fields__])
     if not isinstance(Settings.__dataclass_fields__[name].default, str):
@@ -252,7 +247,6 @@ def hostile_name(draw: random.Random, path: Path) -> None:
 
 
 def shards(draw: random.Random, path: Path) -> None:
-    """Damage the files of weights beside an index, or what it says of them."""
     first, second = draw.sample(sorted(path.parent.glob("*.safetensors")), 2)
     kind = draw.choice("missing forgotten both damaged".split())
     if kind == "missing":
@@ -482,7 +476,6 @@ def _loaded(data: bytes, beside: Path) -> dict[str, torch.Tensor]:
 
 
 def tree(root: Path) -> dict[str, bytes | None]:
-    """Every file below a folder with its bytes; None for a folder."""
     return {
         str(path.relative_to(root)): path.read_bytes() if path.is_file() else None
         for path in sorted(root.rglob("*"))

@@ -39,7 +39,6 @@ def refuse(record: Path | None) -> None:
 
 @contextmanager
 def refused(record: Path) -> Iterator[None]:
-    """Refuse inside."""
     record.touch()
     refuse(record)
     try:

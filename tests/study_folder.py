@@ -23,7 +23,6 @@ from experiments.task.task import Task
 from qwen_min import Tokenizer
 
 Row = dict[str, Any]
-
 TOY = "toy: the pocket model"
 POINTS, STEPS, SYSTEMS = 30, 40, 24
 RATES, RANKS, CONTEXTS = (1e-5, 5e-5, 1e-4), (2, 4, 8), (128, 512)

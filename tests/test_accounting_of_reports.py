@@ -13,7 +13,6 @@ PRINTED_WRONGLY = {("fung", "final", part) for part in ("training", "validation"
 
 
 def whole(protocol):
-    """The row of all that a report spent."""
     labels = ("Total", "Total FLOPs", "Conclusion")
     return next(s for s in stages(protocol) if s.part == "total" and s.label in labels)
 

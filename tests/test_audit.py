@@ -8,6 +8,7 @@ import pytest
 
 from experiments import run
 from experiments.accounting import audit, counters, three_reports
+from experiments.settings.record import POCKET
 from qwen_min import QwenConfig
 
 SIZES = {"vocab_size": 89, "hidden_size": 60, "intermediate_size": 83, "num_hidden_layers": 2, "rope_theta": 1e4}
@@ -74,7 +75,7 @@ def absent(package: str) -> str:
 
 def test_on_the_command_line_what_is_absent_is_listed_as_such(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(counters, "version", absent)
-    flags = ["flops", "--audit", "--model", "weights/pocket", "--batch", "2", "--context", "9"]
+    flags = ["flops", "--audit", "--model", str(POCKET), "--batch", "2", "--context", "9"]
     assert run.main([*flags, "--json", "--markdown", str(tmp_path / "page.md")]) == 0
     shown = json.loads(capsys.readouterr().out)
     rows = {row["name"]: row for row in shown["rows"]}
@@ -84,21 +85,3 @@ def test_on_the_command_line_what_is_absent_is_listed_as_such(monkeypatch, capsy
     said = capsys.readouterr().out
     assert "thop: thop is absent" in said and f"{rows['6N']['count']:,}" in said
     assert f"{rows['6N']['count']:,}" in (tmp_path / "page.md").read_text()
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--audit", "--train"], "--audit with --train: expected one of the two"),
-        (["--audit", "--csv", "x"], "--audit with --csv: expected one of the two"),
-        (["--audit", "--cache", "5"], "--cache is 5 with --audit: expected 0, as most programs know no cache"),
-        (["--audit", "--convention", "matmul"], "--convention is 'matmul' with --audit: expected exact, which it uses"),
-        (["--audit", "--rank", "-1"], "--rank is -1: expected at least 0"),
-        (["--audit", "--model", "Qwen2.5-9B"], "'Qwen2.5-9B' is not a known size: expected one of Qwen2.5-0.5B"),
-        (["--markdown", "x"], "--markdown without --audit: expected both"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_bad_input_is_one_line(flags, message, capsys):
-    assert run.main(["flops", *flags]) == 2
-    assert capsys.readouterr().err.startswith(message)

@@ -2,13 +2,12 @@
 
 import json
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from waves import refused
+from waves import refused, tiny_model
 
 from experiments import plots, run
 from experiments.bench import cases, compare, floors, scaling, session, sides, table
@@ -17,8 +16,7 @@ from experiments.bench.session import Options, bench
 from experiments.bench.texts import Texts
 from experiments.run_folder import files
 from experiments.run_folder.errors import RunFailed
-from experiments.settings.record import POCKET
-from qwen_min import Qwen, QwenConfig
+from qwen_min import QwenConfig
 
 # peft asks transformers by a name that it deprecates
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -31,19 +29,8 @@ EVERY_QUICK_CASE = [
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, make_config, randomise) -> Path:
-    """A tiny model with the pocket model's tokenizer; its weights are bfloat16 numbers, as the releases' are."""
-    folder = tmp_path_factory.mktemp("tiny")
-    return written(folder, make_config(vocab_size=259, max_position_embeddings=2048), randomise, torch.bfloat16)
-
-
-def written(folder: Path, config: QwenConfig, randomise, dtype: torch.dtype, seed: int = 0) -> Path:
-    model = Qwen(config)
-    randomise(model, seed)
-    shutil.copytree(POCKET, folder, dirs_exist_ok=True)
-    save_file({name: t.to(dtype) for name, t in model.state_dict().items()}, folder / "model.safetensors")
-    files.write_json(folder / "config.json", files.read_json(POCKET / "config.json") | asdict(config))
-    return folder
+def checkpoint(tmp_path_factory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")
@@ -277,10 +264,9 @@ def test_tokens_of_jobs_are_the_text_of_validation_series(checkpoint):
         texts.prompts(1, 41)
 
 
-def test_a_side_that_computes_something_else_is_refused(checkpoint, tmp_path, monkeypatch, randomise, make_config):
+def test_a_side_that_computes_something_else_is_refused(checkpoint, tmp_path, monkeypatch):
     """The peer reads other weights: each case must see it."""
-    config = make_config(vocab_size=259, max_position_embeddings=2048)
-    other = written(tmp_path / "other", config, randomise, torch.bfloat16, seed=1)
+    other = tiny_model(tmp_path / "other", seed=1)
 
     def fresh(job, name):
         return sides.run(job | ({"model": str(other)} if job["who"] == "peer" else {}))
@@ -327,10 +313,8 @@ def test_an_interrupted_run_keeps_what_it_measured(checkpoint, tmp_path, monkeyp
     kept = files.read_json(tmp_path / "bench" / "bench.json")
     assert [line["name"] for line in kept["cases"]] == EVERY_QUICK_CASE[:4]
     assert captured.out == "" and captured.err.splitlines()[-1].endswith(f"until then is in {tmp_path / 'bench'}")
-    assert captured.err.splitlines()[:2] == [
-        "bench: calibration: matrix products, reads",
-        "bench: train 2x64: ours, 1 of 1",
-    ]
+    begun = ["bench: calibration: matrix products, reads", "bench: train 2x64: ours, 1 of 1"]
+    assert captured.err.splitlines()[:2] == begun
 
 
 def test_sides_take_turns_between_calibrations(checkpoint, tmp_path, monkeypatch):
@@ -356,9 +340,7 @@ def test_targets_are_those_of_the_real_model_on_a_cpu_at_full_size():
     assert (every["load"], every["count"]) == ("0.3 s, 1 GB beside the libraries", "1 %")
 
 
-def test_scaling_sweeps_each_size_and_leaves_out_what_the_model_cannot_read(
-    checkpoint, tmp_path, monkeypatch, make_config
-):
+def test_scaling_sweeps_each_size_and_omits_what_the_model_cannot_read(checkpoint, tmp_path, monkeypatch, make_config):
     jobs, said = pretended(monkeypatch), list[str]()
     short = make_config(vocab_size=259, max_position_embeddings=1024)
     monkeypatch.setattr(session.QwenConfig, "from_file", lambda path: short)
@@ -389,11 +371,14 @@ def test_scaling_sweeps_each_size_and_leaves_out_what_the_model_cannot_read(
 # The command
 
 
-def test_the_command_measures_in_fresh_processes_and_prints_the_table(checkpoint, tmp_path, monkeypatch, capfd):
-    """The rates are made up: another process would take its time for them."""
+def test_the_command_measures_in_fresh_processes_and_prints_the_table(checkpoint, monkeypatch, capfd):
+    """But for the rates, which are made up, and our side, which the offline run of the verb measures in one."""
     true = session.fresh
-    monkeypatch.setattr(session, "fresh", lambda job, name: RATES if job["job"] == "calibrate" else true(job, name))
-    monkeypatch.chdir(tmp_path)
+
+    def fresh(job, name):
+        return RATES if job["job"] == "calibrate" else sides.run(job) if job["who"] == "ours" else true(job, name)
+
+    monkeypatch.setattr(session, "fresh", fresh)
     assert run.main(["bench", "--model", str(checkpoint), "--quick", "--what", "load,"]) == 0
     printed = capfd.readouterr()
     lines = printed.out.splitlines()
@@ -405,12 +390,10 @@ def test_the_command_measures_in_fresh_processes_and_prints_the_table(checkpoint
     assert sorted(p.name for p in Path("runs/bench").iterdir()) == ["bench.json", "bench.md", "bench.png"]
 
 
-def test_two_sides_that_differ_are_one_line_and_exit_code_4(tmp_path, make_config, randomise, monkeypatch, capsys):
+def test_two_sides_that_differ_are_one_line_and_exit_code_4(tmp_path, monkeypatch, capsys):
     """Weights that are no bfloat16 numbers, kept in bfloat16: another model than the peer's."""
     monkeypatch.setattr(session, "fresh", lambda job, name: sides.run(job))
-    (tmp_path / "model").mkdir()
-    config = make_config(vocab_size=259, max_position_embeddings=2048)
-    model = written(tmp_path / "model", config, randomise, torch.float32)
+    model = tiny_model(tmp_path / "model", torch.float32)
     argv = ["bench", "--model", str(model), "--quick", "--what", "load", "--out", str(tmp_path)]
     assert run.main(argv) == 4
     captured = capsys.readouterr()
@@ -451,8 +434,7 @@ def test_json_is_one_object_and_nothing_else(checkpoint, tmp_path, monkeypatch, 
         (["--model", "./nowhere"], "no such folder"),
     ],
 )
-def test_a_bad_option_is_one_line_and_exit_code_2(argv, named, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_a_bad_option_is_one_line_and_exit_code_2(argv, named, tmp_path, capsys):
     assert named in refused(capsys, "bench", *argv)
     assert list(tmp_path.iterdir()) == []
 
@@ -465,11 +447,8 @@ def test_a_peer_that_is_not_installed_is_said_before_anything_runs(monkeypatch, 
 
 
 @pytest.mark.parametrize("flags", [["--quick"], ["--scaling"]])
-def test_a_damaged_checkpoint_is_one_line_and_exit_code_2_before_anything_is_measured(
-    flags, checkpoint, tmp_path, monkeypatch, capsys
-):
+def test_a_damaged_checkpoint_is_one_line_and_exit_code_2_before_anything_runs(flags, checkpoint, monkeypatch, capsys):
     monkeypatch.setattr(session, "fresh", None)
-    monkeypatch.chdir(tmp_path)
     shutil.copytree(checkpoint, "model")
     weights = Path("model/model.safetensors")
     weights.write_bytes(weights.read_bytes()[:5000])

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from waves import contents, damped_waves, no_figures, refused
+from waves import Killed, contents, damped_waves, no_figures, refused
 
 from experiments.run import main
 from experiments.run_folder import files
@@ -18,14 +18,12 @@ FOLDERS = ["untrained", "cells/lr0.01-r2"]
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def elsewhere(monkeypatch):
     damped_waves(Path("waves.h5"), 30)
     no_figures(monkeypatch)
 
 
 def shown() -> dict[str, dict[str, list[tuple[int, float]]]]:
-    """The points of each curve of each cell."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     curves = {}
@@ -46,10 +44,6 @@ def recorded() -> dict[str, dict[str, list[tuple[int, float]]]]:
             for name, tag in names.items():
                 curves[folder].setdefault(tag, []).append((line["step"], float(np.float32(line[name]))))
     return curves
-
-
-class Killed(BaseException):
-    """As a kill: nothing that a run does at its end happens."""
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from waves import refused
 
 from experiments import run
 from experiments.book import checks
@@ -47,16 +48,8 @@ def test_an_answer_is_right_or_what_differs_is_said_with_a_hint(tmp_path, capsys
         (["2.2", str(file)], 0, "2.2 right\n"),
         (["2.1", "(3, 14, 7, 7)"], 1, "2.1 not yet: it is wrong at [3], counted from 0\nhint: (B, H, T, S)"),
         (["6.1", "2048 * 896 * 896"], 1, "6.1 not yet: it is 0.500279 times what is right\nhint: "),
-        (
-            ["2.2", EXERCISES["2.2"].wrong],
-            1,
-            "2.2 not yet: case 1, arguments (2, 3, 2, 4), (1, 3, 1, 4), (1, 3, 1, 4): ",
-        ),
-        (
-            ["2.2", "lambda x, cos, sin: 1 / 0"],
-            1,
-            "2.2 not yet: with the arguments of case 1 it ends with ZeroDivision",
-        ),
+        (["2.2", EXERCISES["2.2"].wrong], 1, "2.2 not yet: case 1, arguments (2, 3, 2, 4), (1, 3, 1, 4), "),
+        (["2.2", "lambda x, cos, sin: 1 / 0"], 1, "2.2 not yet: with the arguments of case 1 it ends with Zero"),
         (["2.2"], 0, "Write `answer(x, cos, sin)`"),
         (["2.2", "--solution"], 0, "def answer(x, cos, sin):\n"),
         ([], 0, "1.1   Write `[[1.234, 0.5], [10, 0.456]]` as text"),
@@ -77,6 +70,4 @@ def test_an_answer_is_right_or_what_differs_is_said_with_a_hint(tmp_path, capsys
 )
 def test_bad_input_and_a_missing_extra_are_one_line(argv, line, capsys, monkeypatch):
     monkeypatch.setattr(book, "find_spec", lambda name: None if name == "myst_nb" else name)
-    assert run.main(argv) == 2
-    printed = capsys.readouterr()
-    assert printed.out == "" and printed.err.startswith(line) and printed.err.count("\n") == 1
+    assert refused(capsys, *argv).startswith(line)

@@ -42,7 +42,6 @@ def edited(path):
 
 
 def start(path, code, **options):
-    """Start another process that runs `code` with an open `ledger`."""
     program = f"""
 import os, signal, sys
 from experiments.accounting.ledger import *
@@ -232,7 +231,6 @@ class Writer:
         self.process = start(self.path, names + WRITER, budget=self.budget, stdin=subprocess.PIPE)
 
     def hear(self):
-        """Count what it has acknowledged since."""
         heard = len(os.read(self.process.stdout.fileno(), 1 << 16))
         self.acknowledged += heard
         return heard
@@ -352,8 +350,6 @@ def test_opening_waits_for_a_writer_that_holds_the_file_in_another_mode(path):
 
 
 def changed(script):
-    """A damage: another program changes the ledger."""
-
     def damage(path):
         with edited(path) as database:
             database.executescript(script)
@@ -401,9 +397,8 @@ def test_a_folder_or_a_device_is_no_ledger_and_none_is_made_in_a_folder_that_is_
             Ledger(path)
 
 
-def test_a_ledger_named_as_sqlites_memory_is_a_file(tmp_path, monkeypatch):
+def test_a_ledger_named_as_sqlites_memory_is_a_file():
     """Bug: with --ledger :memory: nothing was recorded, and no budget held."""
-    monkeypatch.chdir(tmp_path)
     with Ledger(":memory:") as ledger:
         ledger.settle(ledger.reserve("run", "cell", WHOLE))
     with Ledger(":memory:") as ledger:
@@ -486,8 +481,6 @@ def test_a_ledger_that_is_damaged_in_the_middle_of_a_run_ends_it_in_one_line(pat
 
 
 class Malformed:
-    """A connection that finds its file malformed once it reads or writes."""
-
     def __init__(self, database):
         self.database = database
 
@@ -556,7 +549,6 @@ class AgreesWithAPlainModel(RuleBasedStateMachine):
         self.begin_shard()
 
     def opened(self, path):
-        """A ledger as a new process opens it."""
         self.born += 1
         ledger = Ledger(path, self.BUDGET)
         ledger._owner = {"pid": 10**6 + self.born, "started": f"boot {self.born}"}

@@ -27,8 +27,6 @@ def size(*values) -> int:
 
 
 class Moved(TorchDispatchMode):
-    """Bytes that torch's own calls read and write."""
-
     def __init__(self) -> None:
         super().__init__()
         self.moved = Counter[str]()
@@ -132,9 +130,8 @@ def test_the_loss_reads_the_logits_and_its_backward_writes_their_gradient(random
         linear_cross_entropy(hidden, model.lm_head, ids)
     logits = 2 * 9 * model.config.vocab_size * 4
     assert charged(meter.tree(), "forward", "loss") == Counter(read=logits, written=2 * 9 * 8)
-    assert charged(meter.tree(), "backward", "loss") == Counter(
-        read=logits + size(hidden), written=logits + size(hidden)
-    )
+    both = logits + size(hidden)
+    assert charged(meter.tree(), "backward", "loss") == Counter(read=both, written=both)
 
 
 def test_narrower_weights_are_read_as_such_and_all_else_as_before(make_config):

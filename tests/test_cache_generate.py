@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 from lora import add_logit_bias
-from qwen_min import FlopMeter, fast, ops
+from qwen_min import FlopMeter, ops
 from qwen_min.cache import KVCache
 from qwen_min.fast.captured import CapturedStep
 from qwen_min.fast.limits import FEED_FORWARD_AT_ONCE, sequences_at_once
 from qwen_min.fast.tree import forward, keep
 from qwen_min.generate import decode, left_padded, prefill, stream
 from qwen_min.loss import IGNORED
-from qwen_min.sampling import Sampling, sample
 from qwen_min.view import View
 
 TOLERANCE = 1e-5
@@ -75,19 +74,6 @@ def test_a_padded_row_starts_at_position_0_after_its_padding(random_model, monke
     model(torch.zeros(2, 4, dtype=torch.int64), cache, torch.tensor([2, 0]))
     model(torch.zeros(2, 2, dtype=torch.int64), cache, torch.tensor([2, 0]))
     assert seen == [[[0, 0, 0, 1], [0, 1, 2, 3]], [[2, 3], [4, 5]]]
-
-
-@torch.inference_mode()
-def test_fast_and_plain_are_equal_with_every_mask(random_model, fast_again):
-    model, (ids, padding) = random_model(), left_padded(prompts(LENGTHS))
-
-    def logits() -> list[Tensor]:
-        return [model(ids), model(ids, padding=padding), in_chunks(model, ids, [4, 13], padding)]
-
-    fused = logits()
-    fast.off()
-    for one, other in zip(fused, logits(), strict=True):
-        close(one, other)
 
 
 def test_a_full_cache_names_what_is_needed_and_what_it_has(make_config, random_model):
@@ -257,9 +243,7 @@ def test_a_context_beyond_the_positions_of_the_model_is_refused(random_model):
 
 
 @torch.inference_mode()
-def test_50_prompts_have_the_same_logits_and_tokens_without_a_cache_with_one_and_in_padded_batches_of_8(
-    way, random_model
-):
+def test_50_prompts_have_the_same_logits_and_tokens_without_a_cache_with_one_and_in_padded_eights(way, random_model):
     """Each prompt and 8 greedy tokens, by full passes; the same tokens must come of a cache alone and beside others."""
     model, draw = random_model(), random.Random(0)
     rows = prompts([draw.randint(1, 40) for _ in range(50)])
@@ -292,17 +276,8 @@ def test_50_prompts_have_the_same_logits_and_tokens_without_a_cache_with_one_and
         assert got == [rows[i] + tokens[i] for i in batch]
 
 
-def test_new_tokens_cost_one_forward_each(random_model):
-    model, seen = random_model(), []
-    model.model.register_forward_pre_hook(lambda module, arguments: seen.append(tuple(arguments[0].shape)))
-    model.generate([[1, 2, 3, 4], [5]], max_new_tokens=5)
-    assert seen == [(2, 4), (2, 1), (2, 1), (2, 1), (2, 1)]
-
-
 @pytest.mark.parametrize("rows", [1, 3, 8])
-def test_prompts_read_a_few_rows_at_a_time_leave_the_cache_and_the_charge_of_all_at_once(
-    rows, random_model, monkeypatch
-):
+def test_prompts_read_a_few_rows_at_a_time_leave_the_cache_and_charge_of_all_at_once(rows, random_model, monkeypatch):
     random = random_model()
     ids, padding = left_padded(prompts(LENGTHS))
     expected, read = [], []
@@ -369,37 +344,6 @@ def test_a_temperature_towards_zero_is_greedy(temperature, random_model):
     assert model.generate(rows, 10, temperature=temperature, seed=0) == model.generate(rows, 10)
 
 
-def draws(logits: list[float], temperature: float, top_p: float, number: int = 20000) -> Tensor:
-    """Relative frequency of each token over many samples of the same logits."""
-    rows = torch.tensor(logits).expand(number, -1)
-    tokens = sample(rows, Sampling(temperature, top_p=top_p), torch.Generator().manual_seed(1))
-    return torch.bincount(tokens, minlength=len(logits)) / number
-
-
-def test_sampling_draws_from_the_softmax_at_a_temperature():
-    logits = [2.0, 0.0, 1.0, -1.0]
-    for temperature in (0.5, 1.0, 2.0):
-        expected = (torch.tensor(logits) / temperature).softmax(-1)
-        # 20,000 draws: the standard error is at most .0035, and this is four of them
-        torch.testing.assert_close(draws(logits, temperature, 1.0), expected, atol=0.015, rtol=0)
-
-
-@pytest.mark.parametrize(("top_p", "kept"), [(0.05, 1), (0.39, 1), (0.41, 2), (0.69, 2), (0.71, 3), (0.91, 4)])
-def test_top_p_keeps_the_smallest_set_of_likeliest_tokens_with_that_mass(top_p, kept):
-    order = [3, 0, 4, 1, 2]  # of likelihood: .4, .3, .2, .08, .02
-    probabilities = torch.empty(5)
-    probabilities[order] = torch.tensor([0.4, 0.3, 0.2, 0.08, 0.02])
-    inside = torch.zeros(5)
-    inside[order[:kept]] = 1
-    expected = probabilities * inside / (probabilities * inside).sum()
-    torch.testing.assert_close(draws(probabilities.log().tolist(), 1.0, top_p), expected, atol=0.015, rtol=0)
-
-
-def test_top_p_acts_after_the_temperature():
-    logits = [2.0, 1.0, 0.0]  # at temperature 1 the first has .665 of the mass, at 10 only .367
-    assert draws(logits, 1.0, 0.6)[0] == 1 and draws(logits, 10.0, 0.6)[1] > 0.4
-
-
 @pytest.mark.parametrize(
     ("ids", "options", "message"),
     [
@@ -444,7 +388,6 @@ TREE = [-1, 0, 0, 1, 1, -1, 4, 2, 5, 6]
 
 
 def line(parents: list[int], node: int) -> list[int]:
-    """The nodes from a root to `node`."""
     return [] if node < 0 else [*line(parents, parents[node]), node]
 
 

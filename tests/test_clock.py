@@ -51,9 +51,7 @@ def test_every_second_stands_beside_its_prediction(make_config):
         assert sum(row["measured"] for row in rows) == pytest.approx(sum(seconds.values()))
         assert {row["places"] for row in rows if ".layers." in row["op"]} == {config.num_hidden_layers}
     scores = sum(n for name, n in meter.by_component().items() if name in ATTENTION)
-    row = next(
-        row for row in clock.beside(tree, seconds, 1, infinite) if row["op"] == "model.layers.*.self_attn scores"
-    )
+    row = next(r for r in clock.beside(tree, seconds, 1, infinite) if r["op"] == "model.layers.*.self_attn scores")
     assert row["predicted"] == scores and row["measured"] > 0
     assert clock.table(rows)[-1].split()[0] == "all"
 
@@ -66,17 +64,3 @@ def test_the_command_prints_them_and_the_page_has_them(capsys, tmp_path):
     assert '"model.layers.0.self_attn.q_proj lora":' in (tmp_path / "page.html").read_text()
     assert run.main([*flags, "--cache", "5"]) == 0
     assert "model.layers.*.mlp.up_proj linear" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--measure"], "--measure with --model Qwen2.5-0.5B: expected a folder with its weights"),
-        (["--measure", "--model", POCKET, "--train"], "--measure with --train: expected one of the two"),
-        (["--measure", "--model", POCKET, "--audit"], "--audit with --measure: expected one of the two"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_bad_input_is_one_line(flags, message, capsys):
-    assert run.main(["flops", *flags]) == 2
-    assert capsys.readouterr().err.startswith(message)

@@ -14,14 +14,12 @@ from experiments.settings.record import Settings
 
 
 @pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def here() -> None:
     study_folder.write(Path("study"), label="")
     study_folder.write_grid(Path("grid"))
 
 
 def table(name: str) -> dict[str, dict[str, str]]:
-    """The rows of one of the page's tables, by folder or name."""
     _, rows = files.read_csv(f"study/tables/compare-{name}.csv")
     return {row.get("name") or row["run"]: row for row in rows}
 

@@ -37,8 +37,7 @@ STUDY = ["study", "--config", "sizes.toml", "--data", "waves.h5", "--controls"]
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def elsewhere(monkeypatch):
     damped_waves(Path("waves.h5"), 8)
     Path("sizes.toml").write_text(SIZES)
     monkeypatch.setattr("experiments.report.build", lambda out, progress: out / "report.html")

@@ -15,8 +15,7 @@ PAGE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def elsewhere():
     Path("lakes.csv").write_text(example.lakes(), encoding="utf-8")
     Path("weights").symlink_to(ROOT / "weights")
 

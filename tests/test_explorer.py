@@ -39,7 +39,6 @@ PLACES = [
 
 
 def settings() -> list[dict]:
-    """42, each place in every convention."""
     return [
         dict(zip(NAMES, place, strict=True))
         | {"convention": convention, "x": 2 + 2 * (i % 2), "w": 2 + 2 * (i % 3 > 0)}
@@ -63,9 +62,8 @@ def counted(s: dict) -> list[list]:
     read.add(meter(*(s[name] for name in NAMES)))
     rows = []
     for row in ops(read.tree(True, s["x"], s["w"]), s["convention"]):
-        costs = [
-            row[f"{side}{what}"] for side in ("forward", "backward") for what in ("", "_bytes_read", "_bytes_written")
-        ]
+        parts = "", "_bytes_read", "_bytes_written"
+        costs = [row[f"{side}{part}"] for side in ("forward", "backward") for part in parts]
         rows.append([row["module"], row["op"], row["numbers"], *map(str, (row["times"], *costs))])
     return rows
 

@@ -21,8 +21,7 @@ BASE = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
     [((), BASE, False), (("--model", "mine", "--point"), "mine", True), (("--config", "own.toml"), BASE, True)],
     ids=["as it was trained", "flags win", "a file wins"],
 )
-def test_a_named_adapter_brings_its_model_and_its_text(flags, model, point, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_named_adapter_brings_its_model_and_its_text(flags, model, point):
     Path("own.toml").write_text("point = true\n")
     args = parser().parse_args(["forecast", "--system", "906", "--adapter", "forecaster", *flags])
     assert adapter_of(args) == FOLDER / "adapter"
@@ -43,9 +42,8 @@ def test_it_is_at_most_10_mb_of_bfloat16_for_its_base_model():
     assert json.loads(config.read_text())["base_model_name_or_path"] == BASE
 
 
-def test_its_forecast_by_the_real_model_is_as_close_as_its_card_says(real_checkpoint, tmp_path, monkeypatch, capsys):
+def test_its_forecast_by_the_real_model_is_as_close_as_its_card_says(real_checkpoint, capsys):
     """System 855, of the test part: another machine may write another digit, and no more."""
-    monkeypatch.chdir(tmp_path)
     argv = ["forecast", "--adapter", "forecaster", "--model", str(real_checkpoint), "--system", "855"]
     assert run.main(argv) == 0
     mse = dict(re.findall(r"^(\S.*?)\s+MSE (\S+)", capsys.readouterr().out, re.MULTILINE))

@@ -13,7 +13,6 @@ SIZES = {"points": 12, "num_samples": 4, "context": 32}
 
 
 def frame(lengths: dict[str, int], names: str = "y"):
-    """Waves, in hours, of series and variables that differ."""
     columns: dict[str, list] = {name: [] for name in ("unique_id", "ds", *names.split())}
     for series, points in lengths.items():
         columns["unique_id"] += [series] * points

@@ -18,11 +18,6 @@ from experiments.task.task import Task
 from qwen_min import Tokenizer
 
 
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
 def written(text: str | bytes, name: str = "d.csv") -> Path:
     path = Path(name)
     path.write_bytes(text.encode() if isinstance(text, str) else text)
@@ -30,65 +25,40 @@ def written(text: str | bytes, name: str = "d.csv") -> Path:
 
 
 def series(text: str, **options) -> dict[str, tuple[list, list]]:
-    """Each series of a CSV: its values, and its times up to the one after its last."""
+    """Each series of a CSV: its values by variable, and its times up to the one after its last."""
     found = frames.read(written(text), **options)
     return {
-        name: (values.tolist(), [clock.text(i) for i in range(len(values) + 1)])
+        name: (values.T.tolist(), [clock.text(i) for i in range(len(values) + 1)])
         for name, values, clock in zip(found.ids, found.values, found.clocks, strict=True)
     }
 
 
 LONG = "unique_id,ds,y\n"
+LEAP_DAYS = ["2024-02-28", "2024-02-29", "2024-03-01"]
+MONTH_ENDS = ["2024-01-31", "2024-02-29", "2024-03-31", "2024-04-30"]
+QUARTERS = ["2023-11-01", "2024-02-01", "2024-05-01", "2024-08-01"]
+HALF_HOURS = [f"2024-01-0{time}+02:00" for time in ("1T23:00:00", "1T23:30:00", "2T00:00:00")]
+NAMED = {"id_column": "who", "time_column": "when", "target": ("q",)}
+TABLES: list[tuple[str, dict, dict]] = [
+    (f"{LONG}a,1,1.5\nb,7,-2\na,2,.5\nb,9,3e2", {}, {"a": ([[1.5, 0.5]], [1, 2, 3]), "b": ([[-2, 300]], [7, 9, 11])}),
+    (f"{LONG}NA,3,3\nNA,1,1\nNA,2,2", {}, {"NA": ([[1, 2, 3]], [1, 2, 3, 4])}),
+    ("y\n1\n2\n", {}, {"0": ([[1, 2]], [0, 1, 2])}),
+    ("id;date;u;v\nn 1;2024-02-28;1;2\nn 1;2024-02-29;3;4", {}, {"n 1": ([[1, 3], [2, 4]], LEAP_DAYS)}),
+    ("who,when,p,q\nx,5,1,2\nx,6,3,4\n", NAMED, {"x": ([[2, 4]], [5, 6, 7])}),
+    (f"{LONG}a,2024-01-31,1\na,2024-02-29,2\na,2024-03-31,3", {}, {"a": ([[1, 2, 3]], MONTH_ENDS)}),
+    (f"{LONG}a,2023-11,1\na,2024-02,2\na,2024-05,3", {}, {"a": ([[1, 2, 3]], QUARTERS)}),
+    (f"{LONG}a,2024-01-01T23:00:00+02:00,1\na,2024-01-01 23:30:00+02:00,2", {}, {"a": ([[1, 2]], HALF_HOURS)}),
+    (
+        "\ufeffds,a b,c\n1,1,\n2,2,-5\n3,,-6",
+        {"wide": True},
+        {"a b": ([[1, 2]], [1, 2, 3]), "c": ([[-5, -6]], [2, 3, 4])},
+    ),
+    (f"{LONG}a,1,1\na,2,\na,4,4", {"fill": "linear"}, {"a": ([[1, 2, 3, 4]], [1, 2, 3, 4, 5])}),
+    (f"{LONG}a,1,1\na,2,NA\na,4,4\na,5,", {"fill": "previous"}, {"a": ([[1, 1, 1, 4, 4]], [1, 2, 3, 4, 5, 6])}),
+]
 
 
-@pytest.mark.parametrize(
-    ("text", "options", "expected"),
-    [
-        (
-            f"{LONG}a,1,1.5\nb,7,-2\na,2,.5\nb,9,3e2\nb,11,0",
-            {},
-            {"a": ([[1.5], [0.5]], [1, 2, 3]), "b": ([[-2], [300], [0]], [7, 9, 11, 13])},
-        ),
-        (f"{LONG}NA,3,3\nNA,1,1\nNA,2,2", {}, {"NA": ([[1], [2], [3]], [1, 2, 3, 4])}),
-        ("y\n1\n2\n", {}, {"0": ([[1], [2]], [0, 1, 2])}),
-        (
-            "id;date;u;v\nn 1;2024-02-28;1;2\nn 1;2024-02-29;3;4",
-            {},
-            {"n 1": ([[1, 2], [3, 4]], ["2024-02-28", "2024-02-29", "2024-03-01"])},
-        ),
-        (
-            "who,when,p,q\nx,5,1,2\nx,6,3,4\n",
-            {"id_column": "who", "time_column": "when", "target": ("q",)},
-            {"x": ([[2], [4]], [5, 6, 7])},
-        ),
-        (
-            f"{LONG}a,2024-01-31,1\na,2024-02-29,2\na,2024-03-31,3",
-            {},
-            {"a": ([[1], [2], [3]], ["2024-01-31", "2024-02-29", "2024-03-31", "2024-04-30"])},
-        ),
-        (
-            f"{LONG}a,2023-11,1\na,2024-02,2\na,2024-05,3",
-            {},
-            {"a": ([[1], [2], [3]], ["2023-11-01", "2024-02-01", "2024-05-01", "2024-08-01"])},
-        ),
-        (
-            f"{LONG}a,2024-01-01T23:00:00+02:00,1\na,2024-01-01 23:30:00+02:00,2",
-            {},
-            {"a": ([[1], [2]], [f"2024-01-0{d}+02:00" for d in ("1T23:00:00", "1T23:30:00", "2T00:00:00")])},
-        ),
-        (
-            "\ufeffds,a b,c\n1,1,\n2,2,-5\n3,,-6\n",
-            {"wide": True},
-            {"a b": ([[1], [2]], [1, 2, 3]), "c": ([[-5], [-6]], [2, 3, 4])},
-        ),
-        (f"{LONG}a,1,1\na,2,\na,4,4", {"fill": "linear"}, {"a": ([[1], [2], [3], [4]], [1, 2, 3, 4, 5])}),
-        (
-            f"{LONG}a,1,1\na,2,NA\na,4,4\na,5,",
-            {"fill": "previous"},
-            {"a": ([[1], [1], [1], [4], [4]], [1, 2, 3, 4, 5, 6])},
-        ),
-    ],
-)
+@pytest.mark.parametrize(("text", "options", "expected"), TABLES)
 def test_a_table_is_read_as_named_series_at_regular_times(text, options, expected):
     assert series(text, **options) == expected
 
@@ -148,17 +118,11 @@ BAD: list[tuple[str | bytes, str]] = [
     (f"{LONG}a,2024-01-01T00:00:00Z,1\na,2024-01-02T00:00:00,1", "row 3: time '2024-01-02T00:00:00' has another zone"),
     (f"{LONG}a,2024-01-01T00Z,1\nb,2024-01-02T00:00+01:00,1", "row 3: time '2024-01-02T00:00+01:00' has another zone"),
     (f"{LONG}{DAYS}a,2024-01-04T00:00:00Z,1", "has another zone: expected no zone, as row 2"),
-    (
-        "unique_id,day,y\na,2024-01-01,1",
-        "is '2024-01-01': expected a number such as -1.5, or nothing (the time is named by --time-column)",
-    ),
+    ("unique_id,day,y\na,2024-01-01,1", "is '2024-01-01': expected a number such as -1.5, or nothing (the time is nam"),
     (f'{LONG}{ROW}"a,2,1\na,3,1', "row 3: a quote that never closes: expected a whole row in each line"),
     (f'{LONG}{ROW}a,2,"1"5', "row 3: "),
     (f'"unique_id,ds,y\n{ROW}', "row 1: a quote that never closes"),
-    (
-        f"{LONG}{ROW}a,2,{'1' * (tables.LONGEST_LINE + 1)}",
-        "row 3: is longer than 1,048,576 bytes: expected shorter lines",
-    ),
+    (f"{LONG}{ROW}a,2,{'1' * (tables.LONGEST_LINE + 1)}", "row 3: is longer than 1,048,576 bytes: expected"),
     ("unique_id,ds,y\r" + "a,1,1\r" * 3, "row 1: holds the control character '\\r'"),
     (f"{LONG}{ROW}a,2,1\0", "row 3: holds the control character '\\x00'"),
     (f"{LONG}{ROW}".encode() + b"\xe9,2,1", "row 3: byte 0xe9 is no UTF-8"),
@@ -271,11 +235,8 @@ def test_split_by_time_trains_on_each_series_past_and_no_window_is_of_another_pa
     found = task(data, split="time", context=64)
     series = frames.read(Path(data)).values
     assert [*map(len, found.dataset.frame.values)] == [28, 14, 34, 17, 40, 20]
-    assert [part.tolist() for part in (found.split.train, found.split.validation, found.split.test)] == [
-        [0, 1],
-        [2, 3],
-        [4, 5],
-    ]
+    parts = found.split.train, found.split.validation, found.split.test
+    assert [part.tolist() for part in parts] == [[0, 1], [2, 3], [4, 5]]
     for system, values in enumerate([series[0][:28], series[1][:14]]):
         np.testing.assert_array_equal(found.raw(system), values)
         np.testing.assert_allclose(found.alphas[system], np.percentile(values, 95, axis=0).max() / 10)

@@ -5,7 +5,6 @@ import json
 import shutil
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
 
 import h5py
 import numpy as np
@@ -27,22 +26,17 @@ CELLS = ["lr0.001-r2", "lr0.01-r2", "lr0.001-r4", "lr0.01-r4"]
 FOLDERS = ["untrained", *(f"cells/{name}" for name in CELLS)]
 
 
-def stand(place: Path, patch) -> None:
-    """Make a folder, with twenty damped waves of 30 points, that of the process."""
-    patch.chdir(place)
-    damped_waves(place / "waves.h5", 30)
-
-
 @pytest.fixture
-def here(tmp_path, monkeypatch) -> None:
-    stand(tmp_path, monkeypatch)
+def here() -> None:
+    damped_waves(Path("waves.h5"), 30)
 
 
 @pytest.fixture(scope="module")
-def printed(tmp_path_factory):
-    """What a grid of four cells printed when it was priced, and when it had run; it is in the current folder."""
+def made(tmp_path_factory) -> tuple[Path, list[str]]:
+    """The folder of a grid of four cells; what it printed when it was priced, and when it had run."""
     with pytest.MonkeyPatch.context() as patch:
-        stand(tmp_path_factory.mktemp("grid"), patch)
+        patch.chdir(place := tmp_path_factory.mktemp("grid"))
+        damped_waves(Path("waves.h5"), 30)
         Path("small.toml").write_text("points = 16\nhorizon = 3\nforecast_series = 2\nshown_series = 2\n")
         texts = []
         for more in (["--dry-run"], []):
@@ -50,12 +44,13 @@ def printed(tmp_path_factory):
             with redirect_stdout(io.StringIO()) as out:
                 assert run.main([*GRID, *more]) == 0
             texts.append(out.getvalue())
-        yield texts
+    return place, texts
 
 
-def totals() -> dict[str, Any]:
-    with Ledger("ledger.sqlite") as ledger:
-        return ledger.totals()
+@pytest.fixture
+def printed(made, monkeypatch) -> list[str]:
+    monkeypatch.chdir(made[0])
+    return made[1]
 
 
 def test_the_grid_trains_every_cell_and_its_flops_equal_the_prediction(printed):
@@ -69,7 +64,8 @@ def test_the_grid_trains_every_cell_and_its_flops_equal_the_prediction(printed):
         assert result["label"] == "toy: the pocket model" and f"{result['validation_loss']:.4f}" in printed[1]
     judged = [files.read_json(f"grid/{name}/evaluation/evaluation.json") for name in FOLDERS]
     assert all(e["flops"]["validation"] + e["flops"]["inference"] > 0 for e in judged)
-    found = totals()
+    with Ledger("ledger.sqlite") as ledger:
+        found = ledger.totals()
     for stage in ("training", "validation", "inference"):
         assert found[stage] == sum(r["flops"].get(stage, 0) for r in [untrained, *results, *judged])
     assert found["wasted"] == found["reserved"] == 0 and f"{found['spent']:,}" in printed[0]
@@ -82,17 +78,13 @@ def test_a_grid_counts_each_cell_once_says_what_it_wrote_and_its_page_draws_each
     written = said.removeprefix("written to grid: ").partition(";")[0].split(", ")
     assert all(list(Path("grid").glob(name)) for name in written)
     _, rows = files.read_csv("grid/results.csv")
-    assert [(row["stage"], row["cell"]) for row in rows] == [
-        ("baseline", "untrained"),
-        *(("grid", name) for name in CELLS),
-    ]
+    names = [(row["stage"], row["cell"]) for row in rows]
+    assert names == [("baseline", "untrained"), *(("grid", name) for name in CELLS)]
     drawn = {path.name: path.read_bytes() for path in Path("grid/figures").iterdir()}
     assert sorted(drawn) == ["forecasts.png", "grid.png", "loss-cells-by-flops.png", "loss-cells-by-step.png"]
     assert run.main(["report", "grid"]) == 0
-    assert (
-        capsys.readouterr().out
-        == "grid/report.html\nwritten to grid: report.html, report.md, flops.html, figures/, tables/\n"
-    )
+    said = "written to grid: report.html, report.md, flops.html, figures/, tables/"
+    assert capsys.readouterr().out == f"grid/report.html\n{said}\n"
     again = {path.name: path.read_bytes() for path in Path("grid/figures").iterdir()}
     assert drawn.items() < again.items() and len(set(again.values())) == len(again)
 
@@ -140,7 +132,8 @@ def test_evaluate_scores_the_horizon_beside_naive_forecasts_and_charges_what_it_
     flags = ["--data", "waves.h5", "--val-series", "3", "--points", "20", "--horizon", "5", "--context", "64"]
     with FlopMeter() as meter:
         assert run.main(["evaluate", "--json", "--out", "e", *flags]) == 0
-    assert meter.total == totals()["spent"]
+    with Ledger("ledger.sqlite") as ledger:
+        assert meter.total == ledger.totals()["spent"]
     report = json.loads(capsys.readouterr().out)
     scores = {row["forecaster"]: row for row in report["scores"] if row["variable"] == "all"}
     assert set(scores) == {"model", "persistence", "context mean", "seasonal repeat", "context parroting", "law fit"}

@@ -19,7 +19,6 @@ MESSAGES = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "
 
 @pytest.fixture(scope="module")
 def sides() -> list[tuple[Any, Any]]:
-    """(model, tokenizer): ours, and transformers'."""
     theirs = AutoTokenizer.from_pretrained(POCKET, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(POCKET, torch_dtype="float32", device_map="cpu")
     ours = Qwen.from_pretrained(POCKET, torch_dtype="float32", device_map="cpu")
@@ -104,21 +103,15 @@ def test_sampling_by_either_name_is_the_same_draw(sides):
     model, tokenizer = sides[0]
     ids, options = tokenizer(["1.2"]), {"max_new_tokens": 8, "seed": 3}
     drawn = model.generate(ids, do_sample=True, **options)
-    assert (
-        drawn
-        == model.generate(ids.input_ids, temperature=1.0, **options)
-        == model.generate(**ids, do_sample=True, **options)
-    )
+    assert drawn == model.generate(ids.input_ids, temperature=1.0, **options)
+    assert drawn == model.generate(**ids, do_sample=True, **options)
     assert model.generate(ids, **options) == model.generate(ids, do_sample=False, **options) != drawn
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (
-            lambda m, t: m.generate([[1]], 3, max_length=9),
-            "generate has no option 'max_length': expected max_new_tokens",
-        ),
+        (lambda m, t: m.generate([[1]], 3, max_length=9), "generate has no option 'max_length': expected max_new"),
         (lambda m, t: m.generate([[1]], 3, beams=9), "generate has no option 'beams'"),
         (lambda m, t: m.generate([[1]]), "generate has no max_new_tokens: expected both"),
         (lambda m, t: m.generate([[1]], 3, do_sample=False, temperature=0.7), "do_sample is False and temperature 0.7"),
@@ -127,22 +120,13 @@ def test_sampling_by_either_name_is_the_same_draw(sides):
         (lambda m, t: m.generate([[1, 2]], 3, attention_mask=[[1, 0]]), "attention_mask is not 0, then 1 in each row"),
         (lambda m, t: m.generate([[1, 2]], 3, attention_mask=[[1]]), "attention_mask has another shape"),
         (lambda m, t: t("1", truncation=True), "tokenizer(text) has no option 'truncation': expected a slice"),
-        (
-            lambda m, t: t(["1", "23"], return_tensors="pt"),
-            "the texts have unequal numbers of tokens: expected padding",
-        ),
+        (lambda m, t: t(["1", "23"], return_tensors="pt"), "the texts have unequal numbers of tokens: exp"),
         (lambda m, t: t("1", return_tensors="np"), "return_tensors is 'np': expected 'pt'"),
         (lambda m, t: t.apply_chat_template([("user", "1")]), "message 1 is ('user', '1'): expected {"),
-        (
-            lambda m, t: t.apply_chat_template(MESSAGES, tools=[1]),
-            "apply_chat_template has no option 'tools': expected",
-        ),
+        (lambda m, t: t.apply_chat_template(MESSAGES, tools=[1]), "apply_chat_template has no option 'tools': "),
         (lambda m, t: t.apply_chat_template("1"), "the conversation is '1': expected a list of messages"),
         (lambda m, t: Qwen.from_pretrained(POCKET, device_map={"": 0}), "device_map is {'': 0}: expected one device"),
-        (
-            lambda m, t: Qwen.from_pretrained(POCKET, trust_remote_code=True),
-            "from_pretrained has no option 'trust_remo",
-        ),
+        (lambda m, t: Qwen.from_pretrained(POCKET, trust_remote=1), "from_pretrained has no option 'trust_remote"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -160,7 +144,5 @@ def test_types_by_name_folders_with_a_tilde_and_what_is_printed(monkeypatch):
     assert "      (0-5): 6 x Block(" in lines and "          (k_proj): Linear(weight [96, 192], bias [96])" in lines
     with FlopMeter("matmul") as meter:
         model(torch.tensor([[1, 2]]))
-    assert (
-        repr(meter)
-        == f"FlopMeter('matmul', total={meter.total:,}, backward={meter.backward:,}, training={meter.training:,})"
-    )
+    counts = f"total={meter.total:,}, backward={meter.backward:,}, training={meter.training:,}"
+    assert repr(meter) == f"FlopMeter('matmul', {counts})"

@@ -61,7 +61,6 @@ def dotted(node: ast.AST) -> str:
 
 
 def unsafe_reads(module: ast.Module) -> Iterator[str]:
-    """Imports and calls that could read a pickle."""
     yield from (f"import {m}" for m in imported(module) if m.partition(".")[0] in UNSAFE)
     yield from (f"import {m}" for m in imported(module) if m in ("torch.load", "pandas.read_pickle"))
     for node in ast.walk(module):
@@ -92,7 +91,6 @@ def module(path: Path) -> str:
 
 @cache
 def ours() -> dict[str, set[str]]:
-    """The files that each file imports, as modules."""
     known = {module(path): path for path in files()}
     return {m: {i for i in imported(tree(path)) if i in known and i != m} for m, path in known.items()}
 

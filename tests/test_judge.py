@@ -99,9 +99,8 @@ def test_skill_is_over_the_better_of_two_copies_and_the_anchors_are_those_of_eac
     assert model["mase"] == pytest.approx(np.mean(0.1 / step[step > 0])) and model["mase_undefined"] == 1
     assert model["wql"] == pytest.approx(0.1 * truth.size / truth.sum())
     scaled = row(found, unit="scaled", forecaster="model", variable="all")
-    assert [scaled[name] for name in ("mase", "wql", "smape")] == pytest.approx(
-        [model[n] for n in ("mase", "wql", "smape")]
-    )
+    names = ("mase", "wql", "smape")
+    assert [scaled[name] for name in names] == pytest.approx([model[name] for name in names])
     predator = row(found, unit="raw", forecaster="model", variable="predator")
     assert predator["mase"] == pytest.approx(np.mean(0.1 / step[1:, 1]))
 
@@ -142,9 +141,8 @@ def test_samples_that_bracket_the_truth_cover_it_and_their_quantiles_are_in_the_
     assert (model["width50"], model["width80"]) == (pytest.approx(1.0), pytest.approx(1.6))
     spread = np.abs(offsets.ravel()[:, None] - offsets.ravel()).mean() / 2
     assert model["crps"] == pytest.approx(np.abs(offsets).mean() - spread)
-    pinball = [
-        2 * max(q * -o, (q - 1) * -o) for q, o in zip(np.arange(1, 10) / 10, np.linspace(-0.8, 0.8, 9), strict=True)
-    ]
+    pairs = zip(np.arange(1, 10) / 10, np.linspace(-0.8, 0.8, 9), strict=True)
+    pinball = [2 * max(q * -o, (q - 1) * -o) for q, o in pairs]
     assert model["wql"] == pytest.approx(np.mean(pinball) * truth.size / truth.sum())
     assert row(found["scores.csv"], unit="raw", forecaster="persistence", variable="all")["crps"] is None
     first = found["forecasts.csv"][0]

@@ -25,8 +25,6 @@ def dataset() -> lotka_volterra.Dataset:
 
 @pytest.fixture(scope="module")
 def series() -> dict[str, np.ndarray]:
-    """The law integrated with tight tolerances, (100, 2) each."""
-
     def exact(*law: float) -> np.ndarray:
         span, start = (0.0, 200.0), law[6:]
         options = {"t_eval": TIME, "args": law[:6], "rtol": 1e-10, "atol": 1e-12}

@@ -2,10 +2,8 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Callable
 from decimal import ROUND_HALF_EVEN, Context, Decimal
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,25 +15,10 @@ from data.llmtime import Codec, context_percentile, fixed, training_maximum, who
 from qwen_min import Tokenizer
 
 POCKET = Path(__file__).parents[1] / "weights" / "pocket"
-
 layouts = st.booleans(), st.sampled_from(["", " "])  # with a point or not, and what is between digits
-codecs = st.integers(0, 6).flatmap(
-    lambda d: (
-        st.builds(Codec, st.just(d), st.integers(1, 9), st.just(False), *layouts)
-        | st.builds(Codec, st.just(max(1, d)), st.integers(1, 9), st.just(True), st.just(True), layouts[1])
-    )
-)
 
 
-@st.composite
-def codec_and_values(draw: st.DrawFn) -> tuple[Codec, Any]:
-    codec = draw(codecs)
-    limit = 10.0 ** (15 - codec.decimals) - 1
-    shape = draw(st.tuples(st.integers(0, 5), st.integers(1, 3)))
-    return codec, draw(arrays(np.float64, shape, elements=st.floats(-limit, limit)))
-
-
-def test_a_series_is_written_with_fixed_width_and_reads_back() -> None:
+def test_a_series_is_written_with_fixed_width_and_reads_back():
     values = np.array([[1.234, 0.45], [1.3, 0.5], [12.0, -0.004], [9.996, -0.3]])
     text = Codec().encode(values)
     assert text == "1.23,0.45;1.30,0.50;12.00,0.00;10.00,-0.30;"
@@ -45,7 +28,7 @@ def test_a_series_is_written_with_fixed_width_and_reads_back() -> None:
     assert (decoded.rejected, decoded.steps) == (0, 4)
 
 
-def test_integer_digits_are_filled_with_zeros_and_no_decimals_have_no_point() -> None:
+def test_integer_digits_are_filled_with_zeros_and_no_decimals_have_no_point():
     assert Codec(decimals=1, integer_digits=3).encode([[1.25, 1234.5]]) == "001.2,1234.5;"
     assert Codec(decimals=0, integer_digits=2).encode([[7.0, 110.0]]) == "07,110;"
 
@@ -62,30 +45,14 @@ def test_integer_digits_are_filled_with_zeros_and_no_decimals_have_no_point() ->
     ],
     ids=str,
 )
-def test_the_point_is_left_out_and_digits_stand_apart(codec: Codec, text: str, width: int) -> None:
+def test_the_point_is_left_out_and_digits_stand_apart(codec, text, width):
     values = np.array([[1.23, 0.46], [9.996, -0.3], [0.0, -12.34]])
     assert codec.encode(values) == text and codec.step_width(2) == width
     np.testing.assert_allclose(codec.decode(text, 2).values, np.round(values, codec.decimals) + 0.0, atol=1e-12)
 
 
-@given(codec_and_values())
-def test_what_is_written_reads_back_to_half_a_unit_in_the_last_place(case: tuple[Codec, Any]) -> None:
-    codec, values = case
-    text = codec.encode(values)
-    decoded = codec.decode(text, values.shape[1])
-    # Half a unit, and the rounding of the decimal number that was written to the nearest float64.
-    error = np.abs(decoded.values - values)
-    assert decoded.values.shape == values.shape
-    assert (error <= 0.5 * 10.0**-codec.decimals + np.spacing(np.abs(values))).all()
-    assert (decoded.rejected, decoded.steps) == (0, len(values))
-    assert codec.encode(decoded.values) == text
-    assert all(codec.value(number) < 0 for number in text.replace(";", ",").split(",") if number.startswith("-"))
-
-
 @given(st.integers(0, 6), st.integers(1, 6), st.integers(1, 4), *layouts, st.data())
-def test_each_step_has_the_promised_width(
-    decimals: int, whole: int, variables: int, point: bool, separator: str, data: st.DataObject
-) -> None:
+def test_each_step_has_the_promised_width(decimals, whole, variables, point, separator, data):
     largest = 10.0**whole - 10.0**-decimals
     values = data.draw(arrays(np.float64, (3, variables), elements=st.floats(0, largest)))
     codec = Codec(decimals, whole, False, point, separator)
@@ -93,7 +60,7 @@ def test_each_step_has_the_promised_width(
     assert [len(step) + 1 for step in steps[:-1]] == [codec.step_width(variables)] * 3
 
 
-def test_shortest_numbers_drop_trailing_zeros_but_for_the_first_decimal() -> None:
+def test_shortest_numbers_drop_trailing_zeros_but_for_the_first_decimal():
     codec, values = Codec(3, shortest=True), np.array([[2.0, 1.5], [0.12345, 10.0], [-0.0001, -0.25], [100.05, 0.0]])
     text = codec.encode(values)
     assert text == "2.0,1.5;0.123,10.0;0.0,-0.25;100.05,0.0;"
@@ -104,55 +71,20 @@ def test_shortest_numbers_drop_trailing_zeros_but_for_the_first_decimal() -> Non
 
 
 @given(st.integers(1, 4), st.floats(-1e9, 1e9) | st.floats(-20, 20))
-def test_shortest_numbers_are_written_as_python_writes_the_rounded_number(decimals: int, value: float) -> None:
+def test_shortest_numbers_are_written_as_python_writes_the_rounded_number(decimals, value):
     """To four decimals: a smaller number Python would write with an exponent."""
     expected = str(round(value, decimals))
     assert Codec(decimals, shortest=True).encode([[value]]) == ("0.0" if expected == "-0.0" else expected) + ";"
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 4), st.data())
-def test_no_step_of_shortest_numbers_is_wider_than_promised(
-    decimals: int, whole: int, variables: int, data: st.DataObject
-) -> None:
+def test_no_step_of_shortest_numbers_is_wider_than_promised(decimals, whole, variables, data):
     largest = 10.0**whole - 10.0**-decimals
     values = data.draw(arrays(np.float64, (3, variables), elements=st.floats(0, largest)))
     codec = Codec(decimals, whole, shortest=True)
     widest = codec.step_width(variables)
     assert all(len(step) + 1 <= widest for step in codec.encode(values).split(";"))
     assert len(codec.encode([[largest] * variables])) == widest
-
-
-def test_ten_tokens_write_a_step_of_two_variables_with_two_decimals() -> None:
-    assert Codec(decimals=2).step_width(2) == 10
-    assert Codec(decimals=0).step_width(2) == 4
-
-
-def could_have_been_written(step: str, codec: Codec, variables: int) -> bool:
-    try:
-        numbers = [codec.value(number) for number in step.split(",")]
-        return len(numbers) == variables and codec.encode([numbers]) == step + ";"
-    except ValueError:
-        return False
-
-
-pieces = [*"017.-+e_ \n\u0663", "00", "1.2", "0.45", "12.00", *(",;" * 4)]
-near_codecs = st.builds(Codec, st.integers(1, 3), st.integers(1, 2), st.booleans())
-near_codecs |= st.builds(Codec, st.integers(0, 2), st.integers(1, 2), st.just(False), *layouts)
-near_steps = st.lists(st.sampled_from(pieces), max_size=40).map("".join)
-near_steps |= st.lists(st.sampled_from([*"01-, .", "1 2", "0 4 5", "-0 3", "045"]), max_size=9).map("".join)
-
-
-@given(st.one_of(st.text(), near_steps), near_codecs, st.integers(1, 2))
-def test_of_any_text_exactly_the_steps_that_could_have_been_written_are_kept(
-    text: str, codec: Codec, variables: int
-) -> None:
-    decoded = codec.decode(text, variables)
-    steps = text.removesuffix(";").split(";") if text else []
-    kept = [i for i, step in enumerate(steps) if could_have_been_written(step, codec, variables)]
-    np.testing.assert_array_equal(decoded.index, kept)
-    assert (decoded.steps, decoded.rejected) == (len(steps), len(steps) - len(kept))
-    assert decoded.values.shape == (len(kept), variables)
-    assert codec.encode(decoded.values) == "".join(steps[i] + ";" for i in kept)
 
 
 CODECS = [Codec(), Codec(3, shortest=True), Codec(0, 2), Codec(4, 1), Codec(1, 3, shortest=True), Codec(6)]
@@ -184,7 +116,6 @@ def number(field: str, codec: Codec) -> float | None:
 
 
 def plainly_read(text: str, codec: Codec, variables: int) -> tuple[list[int], list[list[float]], int]:
-    """Which steps parse, their numbers, and how many steps there are."""
     steps = text.split(";")
     if not steps[-1]:
         del steps[-1]
@@ -210,11 +141,11 @@ def series(draw: np.random.Generator, points: int, variables: int) -> np.ndarray
     return draw.normal(scale=10.0 ** draw.integers(-2, 4), size=(points, variables))
 
 
-def test_100000_token_sequences_over_all_ids_are_read_as_a_plain_reader_reads_them() -> None:
+def test_30000_token_sequences_over_all_ids_are_read_as_a_plain_reader_reads_them():
     """A third of any ids (and of some that have no token), a third of symbols, a third of series with ids changed."""
     draw, tokenizer, seen = np.random.default_rng(0), Tokenizer.from_pretrained(POCKET), Counter[str]()
     symbols = np.array(tokenizer.encode("0123456789" * 2 + ".,;" * 6 + "- "))
-    for start, sequences in itertools.product(range(0, 100000, 100), ["any", "symbols", "series"]):
+    for start, sequences in itertools.product(range(0, 30000, 100), ["any", "symbols", "series"]):
         lengths = draw.integers(1, 61, size=34 if sequences == "series" else 33)
         codec, variables = CODECS[start // 100 % len(CODECS)], 1 + start // 100 % 3
         if sequences == "series":
@@ -228,21 +159,10 @@ def test_100000_token_sequences_over_all_ids_are_read_as_a_plain_reader_reads_th
         for part in np.split(ids, np.cumsum(lengths)[:-1]):
             seen += same_as_plainly_read(tokenizer.decode(part.tolist()), codec, variables)
     print(dict(seen))
-    assert seen["texts"] == 100000 and seen["parsed"] > 30000 and seen["rejected"] > 100000 and seen["empty"]
+    assert seen["texts"] == 30000 and seen["parsed"] > 9000 and seen["rejected"] > 30000 and seen["empty"]
 
 
-STRANGE = [
-    *"0123456789.,;-",
-    *"+ e_\n\t\0\x7f",
-    "\u0661",
-    "\uff11",
-    "\u2212",
-    "\ud800",
-    "\udcff",
-    "\U0001f40d",
-    "nan",
-    "1e9",
-]
+STRANGE = [*"0123456789.,;-", *"+ e_\n\t\0\x7f", *"\u0661\uff11\u2212\ud800\udcff\U0001f40d", "nan", "1e9"]
 
 
 def mutated(text: str, draw: np.random.Generator) -> str:
@@ -262,7 +182,7 @@ def mutated(text: str, draw: np.random.Generator) -> str:
     return "".join(characters)
 
 
-def test_10000_mutated_texts_are_read_as_a_plain_reader_reads_them() -> None:
+def test_10000_mutated_texts_are_read_as_a_plain_reader_reads_them():
     draw, seen = np.random.default_rng(1), Counter[str]()
     for i in range(10000):
         codec, variables = CODECS[i % len(CODECS)], 1 + i % 3
@@ -293,7 +213,7 @@ def hard_values(draw: np.random.Generator, codec: Codec, points: int, variables:
     return np.where(some, hard[draw.integers(len(hard))], values)
 
 
-def test_10000_series_read_back_to_half_a_unit_or_are_refused_in_one_line() -> None:
+def test_10000_series_read_back_to_half_a_unit_or_are_refused_in_one_line():
     """Half a unit of the decimal numbers themselves, exactly; float64 then is the nearest to what was written."""
     draw, seen = np.random.default_rng(2), Counter[str]()
     for i in range(10000):
@@ -320,30 +240,17 @@ def test_10000_series_read_back_to_half_a_unit_or_are_refused_in_one_line() -> N
         decoded = codec.decode(text, variables)
         assert decoded.values.tolist() == np.array(written, dtype=np.float64).reshape(values.shape).tolist()
         assert not np.signbit(decoded.values[decoded.values == 0]).any() and decoded.rejected == 0
+        assert codec.encode(decoded.values) == text
         seen["kept"] += 1
     print(dict(seen))
     assert min(seen.values()) > 2000 and seen.total() == 10000
 
 
-@pytest.mark.parametrize(
-    "step",
-    [
-        *("1.23", "1.23,", "1.23,0.45,0.67", "1.2,0.45", "1.234,0.45", ".23,0.45", "01.23,0.45", "-0.00,0.45"),
-        *("", "1.23, 0.45", "1.23,0.45\n", "+1.23,0.45", "1.23,nan", "1e9,0.45", "\u0661.23,0.45"),
-        "9" * 5000 + ".00,0.45",
-    ],
-)
-def test_a_malformed_step_is_counted_and_shifts_nothing(step: str) -> None:
-    decoded = Codec().decode(f"1.00,2.00;{step};3.00,4.00;5.00,6.00", 2)
-    np.testing.assert_array_equal(decoded.values, [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
-    np.testing.assert_array_equal(decoded.index, [0, 2, 3])
-    assert (decoded.rejected, decoded.steps) == (1, 4)
-
-
-def test_a_last_step_counts_if_it_is_complete_and_is_rejected_if_it_is_cut() -> None:
+def test_a_last_step_counts_if_it_is_complete_and_is_rejected_if_it_is_cut():
     assert Codec().decode("1.00,2.00;3.00,4.00", 2).rejected == 0
     assert Codec().decode("1.00,2.00;3.00,4.0", 2).rejected == 1
     assert Codec().decode("", 2).steps == 0
+    assert Codec().decode("9" * 5000 + ".00,0.45", 2).rejected == 1  # more digits than Python's int reads
 
 
 @pytest.mark.parametrize(
@@ -358,14 +265,14 @@ def test_a_last_step_counts_if_it_is_complete_and_is_rejected_if_it_is_cut() -> 
         ([[1e300]], "less than 1e13"),
     ],
 )
-def test_what_cannot_be_written_is_refused_in_one_line(values: Any, problem: str) -> None:
+def test_what_cannot_be_written_is_refused_in_one_line(values, problem):
     with pytest.raises(ValueError, match=problem) as caught:
         Codec().encode(values)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("decimals", "whole"), [(-1, 1), (2, 0), (10, 6)])
-def test_a_codec_that_float64_cannot_keep_is_refused(decimals: int, whole: int) -> None:
+def test_a_codec_that_float64_cannot_keep_is_refused(decimals, whole):
     with pytest.raises(ValueError, match="together at most 15"):
         Codec(decimals, whole)
 
@@ -378,12 +285,12 @@ def test_a_codec_that_float64_cannot_keep_is_refused(decimals: int, whole: int) 
         ({"separator": "_"}, "separator is '_': expected one of"),
     ],
 )
-def test_a_codec_whose_text_could_not_be_read_is_refused(options: dict[str, Any], problem: str) -> None:
+def test_a_codec_whose_text_could_not_be_read_is_refused(options, problem):
     with pytest.raises(ValueError, match=problem):
         Codec(**options)
 
 
-def test_the_scale_rules_are_their_formulas() -> None:
+def test_the_scale_rules_are_their_formulas():
     train = np.random.default_rng(0).gamma(2.0, size=(4, 30, 2))
     assert fixed(0.5) == 0.5
     assert training_maximum(train) == train.max() / 9.99
@@ -394,7 +301,7 @@ def test_the_scale_rules_are_their_formulas() -> None:
     assert whole_series_percentile(train[1]) == expected
 
 
-def test_the_scale_rules_take_sizes_whatever_the_sign() -> None:
+def test_the_scale_rules_take_sizes_whatever_the_sign():
     train = np.random.default_rng(0).gamma(2.0, size=(4, 30, 2))
     signed = train * np.where(train > 1, -1, 1)
     assert training_maximum(signed) == training_maximum(train)
@@ -402,7 +309,7 @@ def test_the_scale_rules_take_sizes_whatever_the_sign() -> None:
     assert whole_series_percentile(signed[0]) == whole_series_percentile(train[0])
 
 
-def test_the_context_scale_does_not_see_the_future_and_the_whole_series_scale_does() -> None:
+def test_the_context_scale_does_not_see_the_future_and_the_whole_series_scale_does():
     series = np.random.default_rng(1).gamma(2.0, size=(30, 2))
     other_future = series.copy()
     other_future[20:] = np.nan
@@ -425,9 +332,7 @@ EMPTY: list[float] = []
         *((whole_series_percentile, (series,)) for series in (ZEROS, UNKNOWN, EMPTY, 1.0)),
     ],
 )
-def test_a_scale_that_is_not_finite_and_positive_is_refused_in_one_line(
-    rule: Callable[..., float], arguments: tuple[Any, ...]
-) -> None:
+def test_a_scale_that_is_not_finite_and_positive_is_refused_in_one_line(rule, arguments):
     with pytest.raises(ValueError, match="expected") as caught:
         rule(*arguments)
     assert "\n" not in str(caught.value)

@@ -4,7 +4,6 @@ import copy
 import json
 import pickle
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,16 +18,13 @@ from qwen_min import FlopMeter, Qwen
 
 # PEFT still asks transformers 5 by the old name of a property.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 TOLERANCE = 1e-5
 """As in test_parity: float32 sums in another order."""
 
 IDS = torch.arange(26).view(2, 13) * 3
 KEY = "base_model.model.model.layers.{}.self_attn.{}.lora_{}.weight"
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-MATRICES = [
-    f"model.layers.{i}.self_attn.{name}.lora_{half}" for i in (0, 1) for name in ("q_proj", "v_proj") for half in "ab"
-]
+MATRICES = [f"model.layers.{i}.self_attn.{p}_proj.lora_{half}" for i in (0, 1) for p in "qv" for half in "ab"]
 """What LoRA adds to q and v, its targets by default, of `random_model()`."""
 
 
@@ -42,7 +38,6 @@ def trained(model: Qwen, seed: int = 1) -> Qwen:
 
 
 def q_proj(model: Qwen) -> LoRALinear:
-    """The first of its LoRA layers."""
     return dict(lora.layer.lora_layers(model))["model.layers.0.self_attn.q_proj"]
 
 
@@ -56,7 +51,7 @@ def peft_of(theirs, **options):
     """Transformers' model with PEFT's adapter, B not zero."""
     from peft import LoraConfig, get_peft_model
 
-    chosen: dict[str, Any] = {"r": 3, "lora_alpha": 7, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.0}
+    chosen: dict = {"r": 3, "lora_alpha": 7, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.0}
     wrapped = get_peft_model(theirs, LoraConfig(task_type="CAUSAL_LM", **(chosen | options))).eval()
     generator = torch.Generator().manual_seed(2)
     for name, parameter in wrapped.named_parameters():
@@ -67,7 +62,6 @@ def peft_of(theirs, **options):
 
 @pytest.fixture
 def adapter(tmp_path, random_model) -> Path:
-    """A saved adapter of rank 3 for `random_model()`."""
     save_adapter(trained(add_lora(random_model(), 3, 7.0, dropout=0.25, seed=0)), tmp_path / "adapter")
     return tmp_path / "adapter"
 
@@ -446,10 +440,7 @@ def test_an_adapter_of_peft_for_the_table_or_the_head_is_refused_by_its_target(t
         ({"target_modules": None}, "target_modules is None"),
         ({"target_modules": ["nothing"]}, "target 'nothing' matches no"),
         ({"target_modules": ["q_proj"]}, "unexpected base_model.model.model.layers.0.self_attn.v_proj.lora_A.weight"),
-        (
-            {"target_modules": ["q_proj", "v_proj", "o_proj"]},
-            "missing base_model.model.model.layers.0.self_attn.o_proj",
-        ),
+        ({"target_modules": ["q_proj", "v_proj", "o_proj"]}, "missing base_model.model.model.layers.0.self_attn.o_p"),
     ],
     ids=str,
 )

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from lora import add_logit_bias, add_lora
+from lora import add_lora
 from qwen_min import FlopMeter
 from qwen_min.fast import loss
 from qwen_min.layers import Linear
@@ -112,6 +112,8 @@ def test_huge_logits_and_a_block_that_a_bias_forbids_give_the_loss_of_float64(sc
     targets = targets.where(targets == IGNORED, targets.clamp(min=forbidden))
     total, _ = linear_cross_entropy(hidden, head, targets, bias)
     torch.testing.assert_close(total, in_float64(hidden, head, targets, bias)[0], rtol=1e-6, atol=0)
+    total.backward()
+    assert hidden.grad.isfinite().all()
 
 
 def test_torchs_checkpointing_recomputes_the_same_gradients(random_model):
@@ -153,23 +155,6 @@ def test_a_batch_of_padding_alone_is_a_sum_of_zero_over_no_tokens(parts):
     assert (total.item(), count) == (0.0, 0) and hidden.grad is not None and not hidden.grad.any()
 
 
-@pytest.mark.parametrize("size", [1e3, 3e4])
-def test_huge_logits_neither_overflow_nor_lose_the_loss(size, parts):
-    hidden, head, targets, _ = parts
-    hidden = (hidden.detach() * size).requires_grad_()
-    total, count = linear_cross_entropy(hidden, head, targets)
-    expected, gradients = in_float64(hidden, head, targets, None)
-    torch.testing.assert_close(total, expected, rtol=1e-6, atol=0)
-    total.backward()
-    assert hidden.grad is not None and hidden.grad.isfinite().all()
-
-
-def test_a_uniform_model_has_the_loss_of_the_logarithm_of_the_vocabulary(parts):
-    _, head, targets, _ = parts
-    total, count = linear_cross_entropy(torch.zeros(B, T, E), head, targets)
-    assert total.item() / count == pytest.approx(math.log(V), abs=1e-7)
-
-
 def test_without_gradients_nothing_is_made_for_a_backward(parts):
     hidden, head, targets, bias = parts
     with torch.no_grad():
@@ -179,8 +164,6 @@ def test_without_gradients_nothing_is_made_for_a_backward(parts):
 
 
 class LargestTensor(TorchDispatchMode):
-    """The most elements that any op returned."""
-
     def __init__(self) -> None:
         super().__init__()
         self.elements = 0
@@ -208,20 +191,6 @@ def test_never_more_logits_exist_than_were_asked_for(at_once, parts, monkeypatch
     assert whole.elements == B * T * V  # the recorder would have seen them
 
 
-def test_the_models_own_loss_is_that_of_its_logits(random_model):
-    model = random_model()
-    add_logit_bias(model)
-    torch.nn.init.normal_(model.logit_bias)
-    ids = torch.randint(97, (3, 20))
-    targets = ids.roll(-1, 1)
-    targets[:, -1] = IGNORED
-    total, count = model.loss(ids, targets)
-    with torch.no_grad():
-        logits = model(ids).double()
-    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
-    torch.testing.assert_close(total / count, expected, atol=1e-6, rtol=0)
-
-
 def test_a_tied_head_receives_the_gradients_of_both_its_uses(random_model):
     model = random_model(tie_word_embeddings=True)
     ids = torch.randint(97, (2, 9))
@@ -236,9 +205,7 @@ def test_a_tied_head_receives_the_gradients_of_both_its_uses(random_model):
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [2, 3, 1, 0]], ids=str)
 @pytest.mark.parametrize("rows", [4, 2, 1])
 @pytest.mark.parametrize("more", [0, 6])
-def test_12_combinations_of_padding_accumulation_and_order_with_3_chunkings_give_one_loss(
-    more, rows, order, random_model, monkeypatch
-):
+def test_12_combinations_of_padding_groups_and_order_give_one_loss(more, rows, order, random_model, monkeypatch):
     """The mean and each gradient to 1e-6 of their size, measured as a vector.
 
     The weights are float64: what is float32 even then (norms, rotation, a block's softmax) rounds a gradient at 1e-7.

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import network_guard
 import pytest
-from waves import damped_waves, refused
+from waves import INPUTS, inputs, refused
 
 from experiments import report, run
+from experiments.bench import session
 from experiments.training import pocket
 from experiments.verbs import arguments
 from qwen_min import load
@@ -24,10 +25,9 @@ from qwen_min import load
 POCKET = Path(__file__).parents[1] / "weights" / "pocket"
 HUB_ID = "Qwen/Qwen2.5-Coder-0.5B-Instruct"  # whose size `flops` has to look up
 SECRETS = ["hf_TheTokenOfTheEnvironment0123456789", "hf_TheTokenOfTheFile0123456789"]
-
-DATA = ["--data", "waves.h5"]
+DATA = INPUTS[:2]
 FORECAST = ["--points", "16", "--horizon", "2", "--forecast-series", "1", "--config", "small.toml"]
-TRAIN = ["--steps", "1", "--batch-size", "1", "--context", "32", "--val-series", "1", "--val-every", "0"]
+TRAIN = [*INPUTS[2:], "--steps", "1", "--batch-size", "1", "--context", "32", "--val-series", "1", "--val-every", "0"]
 GRID = [*DATA, *TRAIN, *FORECAST, "--lr", "1e-3", "--ranks", "2"]
 STAGE = [*GRID, "--best-lr", "1e-3", "--best-rank", "2", "--best-context", "32", "--out", "study"]
 CASES = {
@@ -74,7 +74,7 @@ def takes(flag: str) -> list[str]:
 def place(tmp_path_factory) -> Path:
     """A folder with twenty damped waves of 24 points, and the sizes of a study of single steps."""
     folder = tmp_path_factory.mktemp("offline")
-    damped_waves(folder / "waves.h5", 24)
+    inputs(24, folder)
     sizes = "default_steps = 1\ncontexts = [32]\ncontext_steps = 1\nfinal_steps = 1\nshown = [17]\n"
     (folder / "small.toml").write_text(sizes)
     return folder
@@ -97,7 +97,6 @@ def at_home(place, tmp_path, monkeypatch) -> None:
 
 @pytest.fixture
 def attempts(tmp_path) -> Iterator[Path]:
-    """The record of a network that is not there."""
     record = tmp_path / "attempts"
     with network_guard.refused(record):
         yield record
@@ -120,11 +119,13 @@ def small(verb: str, monkeypatch) -> list[str]:
     if verb in ("final", "study"):  # their page is drawn by `report`, from the same records
         monkeypatch.setattr(report, "build", lambda out, progress: out)
     monkeypatch.setattr(pocket, "HELD_OUT", 4)
+    fresh, rates = session.fresh, {"flops_per_second": 1e11, "bytes_per_second": 1e10, "threads": 1}
+    monkeypatch.setattr(session, "fresh", lambda job, name: rates if job["job"] == "calibrate" else fresh(job, name))
     return [verb, *CASES[verb], *(["--offline"] if verb in takes("--offline") else [])]
 
 
 @pytest.mark.parametrize("verb", CASES)
-def test_each_of_the_verbs_runs_offline_without_a_socket_and_keeps_the_token_to_itself(
+def test_each_verb_runs_offline_without_a_socket_and_keeps_the_token(
     verb, place, attempts, tmp_path, monkeypatch, capfd
 ):
     for name, value in network_guard.in_children(tmp_path / "site", attempts).items():
@@ -169,7 +170,6 @@ def test_the_guard_sees_this_process_and_its_children_and_lets_sockets_within_th
 
 
 def missing(verb: str, *more: str) -> list[str]:
-    """A verb's case with a model that is not cached."""
     case = CASES[verb][2:] if verb == "flops" else CASES[verb]
     return [verb, *case, "--model", HUB_ID, *more]
 
@@ -183,9 +183,7 @@ def missing(verb: str, *more: str) -> list[str]:
     ids=["offline", "without a network"],
 )
 @pytest.mark.parametrize("verb", [verb for verb in takes("--model") if verb != "doctor"])
-def test_a_model_that_is_not_there_is_named_with_the_command_that_fetches_it(
-    verb, flags, said, tries, attempts, capsys
-):
+def test_a_model_that_is_absent_is_named_with_the_command_that_fetches_it(verb, flags, said, tries, attempts, capsys):
     """And nothing is tried for long."""
     line = refused(capsys, *missing(verb, *flags))
     assert line.startswith(f"{HUB_ID}: {said}") and f"'hf download {HUB_ID}' fetches it" in line
@@ -258,9 +256,7 @@ def hub(monkeypatch) -> Iterator[type[Hub]]:
 
 @pytest.mark.parametrize("from_file", [False, True])
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 500])
-def test_an_error_of_the_hub_that_quotes_the_token_reaches_no_line_and_no_traceback(
-    status, from_file, hub, monkeypatch, capsys, place
-):
+def test_a_hub_error_that_quotes_the_token_reaches_no_line_or_trace(status, from_file, hub, monkeypatch, capsys, place):
     monkeypatch.setattr(hub, "status", status)
     if from_file:
         monkeypatch.delenv("HF_TOKEN")

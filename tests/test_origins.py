@@ -19,8 +19,7 @@ FLAGS = ["--points", "12", "--horizon", "4", "--forecast-series", "3", "--val-se
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def elsewhere():
     damped_waves(Path("waves.h5"), 30, variables=1)  # of which no law is fitted, which takes a while
 
 

@@ -22,13 +22,7 @@ SIZES = {"points": 20, "horizon": 4}
 FLAGS = ["--points", "20", "--horizon", "4"]
 
 
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
 def waves(series: int = 20, points: int = 24, variables: int = 2, above: float = 2.0) -> np.ndarray:
-    """Waves of size 1 about a level, (S, P, V)."""
     phase = np.random.default_rng(0).uniform(0, 6, (series, 1, variables))
     return above + np.sin(np.arange(points)[:, None] / 3 + phase)
 

@@ -28,7 +28,6 @@ SWITCHES = """[...document.querySelectorAll(".switch")].map(box => {
 
 @pytest.fixture(scope="module")
 def html(tmp_path_factory) -> Path:
-    """The page of a grid, of whose figures some are drawn."""
     folder = study_folder.write_grid(tmp_path_factory.mktemp("page") / "grid", judged={"untrained": 0.1, BEST: 0.3})
     with sketching(but=("loss_curves", "glance")):
         return report.build(folder)

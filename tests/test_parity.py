@@ -25,7 +25,6 @@ def batch_of(vocabulary: int, seed: int) -> Tensor:
 
 @torch.inference_mode()
 def difference(ours: Qwen, theirs, ids: Tensor) -> float:
-    """The largest difference over all logits."""
     return (ours(ids) - theirs(ids).logits).abs().max().item()
 
 
@@ -35,9 +34,7 @@ def test_logits_equal_those_of_transformers_on_24_random_configurations(seed, wa
     folder, theirs = reference(shape, seed, generation=4 + seed // 2 % 2, sharded=seed // 4 % 2 == 1)
     ids = batch_of(shape["vocab_size"], seed)
     with torch.inference_mode():
-        torch.testing.assert_close(
-            Qwen.from_pretrained(folder)(ids), theirs(ids).logits, atol=TOLERANCE, rtol=TOLERANCE
-        )
+        torch.testing.assert_close(Qwen.from_pretrained(folder)(ids), theirs(ids).logits, atol=TOLERANCE, rtol=1e-5)
 
 
 def test_the_random_configurations_cover_every_case(shape_of_seed):

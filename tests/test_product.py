@@ -19,7 +19,6 @@ needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ 
 
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
-    """No kernel yet, and an empty cache."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     product._kernel.cache_clear()
     yield tmp_path / "qwen_min"
@@ -236,5 +235,6 @@ def test_a_compiler_reads_nothing_of_what_is_piped_in(copied, tmp_path):
     """Bug: a wrapper that reads took the prompt of `generate`, or waited for the terminal."""
     code = "from qwen_min.fast import product; import sys; print(product.available(), sys.stdin.read())"
     environment = os.environ | {"TORCH_HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], input="piped", env=environment, capture_output=True, text=True)
+    piped = {"input": "piped", "cwd": Path(__file__).parents[1], "env": environment}
+    done = subprocess.run([sys.executable, "-c", code], **piped, capture_output=True, text=True)
     assert done.stdout == "True piped\n" and (tmp_path / "read").read_bytes() == b""

@@ -93,14 +93,7 @@ def test_weights_kept_in_bfloat16_give_the_same_logits(ours, theirs, real_checkp
         torch.testing.assert_close(kept(theirs.text), theirs.logits, atol=1e-3, rtol=0)
 
 
-def test_a_step_of_lora_costs_the_figures_of_the_documents(way, ours):
-    meter = predict(ours.config, 4, 512, rank=8, training=True)
-    assert (meter.total, meter.training) == (2258760259584, 6776280778752)
-
-
-def test_a_few_steps_of_lora_lower_the_loss_at_the_predicted_cost_and_the_plain_model_has_the_same_gradients(
-    real_checkpoint, theirs, fast_again
-):
+def test_steps_of_lora_lower_the_loss_at_the_predicted_cost_and_plain_ones_agree(real_checkpoint, theirs, fast_again):
     model = add_lora(Qwen.from_pretrained(real_checkpoint), 8, seed=0)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.Adam(trained, lr=1e-3)

@@ -113,7 +113,6 @@ def build(folder: Path) -> Built:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Built:
-    """A study with its page; no test changes it."""
     return build(study_folder.write(tmp_path_factory.mktemp("made") / "study"))
 
 
@@ -126,7 +125,6 @@ def sampled(tmp_path_factory) -> Built:
 
 @pytest.fixture
 def study(made, tmp_path) -> Path:
-    """A copy of the study that a test may change."""
     return shutil.copytree(made.folder, tmp_path / "study", ignore=shutil.ignore_patterns("figures", "tables"))
 
 
@@ -135,7 +133,6 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def rows_of(path: Path, **where: Any) -> list[dict[str, str]]:
-    """The rows of a CSV file that have what `where` says."""
     rows = csv.DictReader(io.StringIO(path.read_text()))
     return [row for row in rows if all(row[name] == str(value) for name, value in where.items())]
 
@@ -148,8 +145,6 @@ def named(folder: Path, kind: type) -> dict[str, Any]:
 
 
 def change_csv(column: str, value: Any, **where: Any) -> Change:
-    """Put a value into the first row that has what `where` says."""
-
     def change(path: Path) -> None:
         rows = rows_of(path)
         row = next(r for r in rows if all(r[name] == str(v) for name, v in where.items()))
@@ -231,10 +226,8 @@ def test_the_page_of_a_grid_that_forecasts_answers_with_its_best_cell_and_has_ev
     mse = {run: rows_of(built.folder / run / "evaluation/scores.csv", **whole)[0]["mse"] for run in judged}
     assert built.page.values["summary"][1::3][:2] == [mse["untrained"], mse["cells/lr0.0001-r8"]]
     by_rate = {row["lr"]: row for row in built.table("grid-mse")}
-    assert (
-        by_rate["0.0001"]["rank_8"] == mse["cells/lr0.0001-r8"]
-        and by_rate["1e-05"]["rank_2"] == mse["cells/lr1e-05-r2"]
-    )
+    assert by_rate["0.0001"]["rank_8"] == mse["cells/lr0.0001-r8"]
+    assert by_rate["1e-05"]["rank_2"] == mse["cells/lr1e-05-r2"]
     (bars,) = [call for name, call in built.calls if name == "score_bars" and "every cell" in call]
     names = [*("lr1e-05-r2", "lr0.0001-r8", "untrained model"), *("persistence", "context mean", "seasonal repeat")]
     assert [name for name in names if f"'{name}': ({''}" in bars] == names
@@ -800,14 +793,12 @@ def test_the_step_of_the_run_stands_by_module_and_in_the_explorer_beside_the_pag
     run, _ = Study(study).answer
     meter = predict(config, 4, run.row["context"], rank=run.row["rank"], training=True)
     rows = made.table("flops-by-module")
-    assert [int(rows[0][name]) for name in ("forward", "backward", "both")] == [
-        *(meter.total, meter.backward, meter.training)
-    ]
+    whole = [int(rows[0][name]) for name in ("forward", "backward", "both")]
+    assert whole == [meter.total, meter.backward, meter.training]
     both = {row["part"]: int(row["both"]) for row in rows}
     assert both["model"] + both["lm_head"] == both["the model"] and both["model.layers"] == both["model.layers.0-23"]
-    assert {"href": "flops.html"} in made.page.all("a") and "[flops.html](flops.html)" in (
-        study / "report.md"
-    ).read_text()
+    assert {"href": "flops.html"} in made.page.all("a")
+    assert "[flops.html](flops.html)" in (study / "report.md").read_text()
     start = json.loads(re.search(r'"start":({.*?})', (study / "flops.html").read_text())[1])
     asked = {"model": "M", "phase": "training", "batch": 4, "context": run.row["context"], "rank": run.row["rank"]}
     assert start == start | asked

@@ -10,12 +10,11 @@ import os
 import shutil
 import signal
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from waves import contents, damped_waves, no_figures, refused
+from waves import Killed, contents, inputs, no_figures, refused
 
 from data.windows import batch_indices
 from experiments import run
@@ -34,37 +33,22 @@ from qwen_min.fast.limits import FEED_FORWARD_AT_ONCE
 
 STEPS = 12
 CELL = Path("cells/lr0.01-r2")
-BEGUN = {
-    "lr": (1e-2,),
-    "ranks": (2,),
-    "steps": STEPS,
-    "batch_size": 4,
-    "context": 96,
-    "stride": 1.0,
-    "val_every": 6,
-    "val_series": 1,
-    "checkpoint_every": 2,
-    "dropout": 0.3,
-    "points": 5,
-    "horizon": 3,
-    "forecast_series": 1,
-}
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing of the run's own is done after it."""
+BEGUN = {"lr": (1e-2,), "ranks": (2,), "steps": STEPS, "batch_size": 4, "context": 96, "stride": 1.0, "val_every": 6}
+BEGUN |= {"val_series": 1, "checkpoint_every": 2, "dropout": 0.3, "points": 5, "horizon": 3, "forecast_series": 1}
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Twenty damped waves of 8 points."""
-    return damped_waves(tmp_path_factory.mktemp("data") / "waves.h5", 8)
+    """A folder with twenty damped waves of 8 points, and a tiny model."""
+    return inputs(8, tmp_path_factory.mktemp("data"))
+
+
+def begun_with(data: Path, **changes) -> Settings:
+    return Settings(data=str(data / "waves.h5"), model=str(data / "model"), **BEGUN | changes)
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch) -> None:
-    """Ledger and runs land in a folder of the test's own."""
-    monkeypatch.chdir(tmp_path)
+def elsewhere(monkeypatch) -> None:
     no_figures(monkeypatch)
 
 
@@ -72,8 +56,7 @@ def train_cell(settings: Settings, out: str = "run", allow_drift: bool = False) 
     run_stages(settings, Path(out), Path("ledger.sqlite"), lambda record: None, ("grid",), ALONE, allow_drift)
 
 
-def row() -> dict[str, Any]:
-    """What the ledger says of the cell."""
+def row() -> dict:
     with Ledger("ledger.sqlite") as ledger:
         return ledger.latest("run", CELL.name)
 
@@ -103,7 +86,7 @@ def whole(data, tmp_path_factory):
         if rows not in made:
             with pytest.MonkeyPatch.context() as patch:
                 patch.chdir(tmp_path_factory.mktemp("whole"))
-                train_cell(Settings(data=str(data), **BEGUN))
+                train_cell(begun_with(data))
                 made[rows] = contents("run"), row()
         return made[rows]
 
@@ -119,14 +102,12 @@ POINTS = [pytest.param(*p, marks=[] if p in HERE else pytest.mark.endurance) for
 
 
 @pytest.mark.parametrize(("step", "how", "rows"), POINTS)
-def test_a_run_with_dropout_stopped_at_10_points_of_3_epochs_44_in_all_ends_in_the_bits_of_one_never_stopped(
-    data, whole, monkeypatch, step, how, rows
-):
+def test_a_run_stopped_at_10_points_of_3_epochs_ends_in_the_bits_of_a_whole(data, whole, monkeypatch, step, how, rows):
     """`rows` sequences run at once: with 3 of them a batch is a group of three and one of one."""
-    width = files.read_json(Path(Settings().model, "config.json"))["intermediate_size"]
+    width = files.read_json(data / "model" / "config.json")["intermediate_size"]
     monkeypatch.setitem(FEED_FORWARD_AT_ONCE, "cpu", rows * BEGUN["context"] * width)
     expected, settled = whole(rows)
-    settings = Settings(data=str(data), **BEGUN)
+    settings = begun_with(data)
     with monkeypatch.context() as patch:
         stops(patch, step, how)
         with pytest.raises(Killed if how == "kill" else KeyboardInterrupt):
@@ -144,7 +125,7 @@ def test_a_run_with_dropout_stopped_at_10_points_of_3_epochs_44_in_all_ends_in_t
 
 def test_three_epochs_are_three_orders_and_a_step_straddles_two(data):
     """What the row above rests on."""
-    task = Plan(Settings(data=str(data), **BEGUN)).task
+    task = Plan(begun_with(data)).task
     assert len(task.train_windows) == 14
     order = np.concatenate([batch_indices(14, 4, step, 0) for step in range(STEPS)])[:42].reshape(3, 14)
     assert [sorted(epoch) for epoch in order.tolist()] == [list(range(14))] * 3
@@ -177,9 +158,7 @@ def places(data, tmp_path_factory) -> dict[str, Path]:
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(made[name])
             no_figures(patch)
-            Path("settings.toml").write_text(
-                Settings(data=str(data), **BEGUN | {"steps": 4, "forecast_cells": False}).to_toml()
-            )
+            Path("settings.toml").write_text(begun_with(data, steps=4, forecast_cells=False).to_toml())
             if name == "begun":
                 stops(patch, 2, "interrupt")
             assert run.main(GRID) == (130 if name == "begun" else 0)
@@ -253,8 +232,8 @@ def test_a_resume_with_a_changed_field_is_refused_by_its_name_with_the_old_and_t
 @pytest.mark.parametrize("name", [name for name in FREE if name not in OF_THE_ENVIRONMENT])
 def test_a_field_that_makes_no_other_run_may_change(begun, data, name):
     before = {path: data for path, data in contents(begun).items() if path.startswith(("cells", "untrained"))}
-    shutil.copytree(Settings().model, "model")
-    shutil.copy(data, "data.h5")
+    shutil.copytree(data / "model", "model")
+    shutil.copy(data / "waves.h5", "data.h5")
     change(name)
     assert run.main(GRID) == 0
     assert before.items() <= contents(begun).items() and len(before) > 6
@@ -284,9 +263,7 @@ def test_a_fresh_run_records_its_environment_and_no_drift(begun):
 
 
 @pytest.mark.parametrize("name", ENVIRONMENT)
-def test_a_resume_where_one_of_10_things_is_another_is_refused_by_its_name_and_goes_on_with_allow_drift(
-    begun, capsys, name
-):
+def test_a_resume_where_one_of_10_things_differs_is_refused_by_name_and_goes_on_with_allow_drift(begun, capsys, name):
     now = environment(Settings())[name]
     rewrite(begun, **{name: ENVIRONMENT[name]})
     line = refused(capsys, *GRID)

@@ -38,7 +38,6 @@ def processors(options: Sampling) -> logits_process.LogitsProcessorList:
 
 
 def distribution(logits: Tensor, options: Sampling) -> Tensor:
-    """Normalised probabilities of all tokens, in order."""
     weights, tokens = probabilities(logits, options)
     if tokens is not None:
         weights = torch.zeros_like(logits).scatter(1, tokens, weights)
@@ -47,12 +46,10 @@ def distribution(logits: Tensor, options: Sampling) -> Tensor:
 
 @pytest.fixture
 def padded(random_model) -> tuple[Qwen, Tensor, Tensor]:
-    """A model, and the rows as (ids, padding)."""
     return random_model(), *left_padded(ROWS)
 
 
 def collected(steps) -> Tensor:
-    """The steps' tokens, (rows, N)."""
     return torch.stack(list(steps), 1)
 
 
@@ -251,9 +248,8 @@ TURNS = [[5, 6, 7], [11], [40, 41, 42, 96]]
 def test_a_constraint_is_kept_and_is_given_the_mass_of_the_models_own_distribution(options, samples, padded):
     model, ids, padding = padded
     constraint = Cycle(TURNS, len(ROWS) * samples)
-    new = collected(
-        decode(model, prefill(model, ids, 8, padding), 9, samples=samples, constraint=constraint, **options)
-    )
+    read = prefill(model, ids, 8, padding)
+    new = collected(decode(model, read, 9, samples=samples, constraint=constraint, **options))
     assert torch.equal(new, torch.stack([tokens for tokens, _ in constraint.seen], 1))
     for row, prompt in enumerate(prompt for prompt in ROWS for _ in range(samples)):
         logits = model(torch.tensor([prompt + new[row].tolist()]))[0, len(prompt) - 1 : -1].double()

@@ -1,25 +1,23 @@
 """A search: cells of a grid in rungs, each going on from its checkpoint; priced, resumed, judged, shown."""
 
-import os
 import shutil
-import signal
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-from waves import FIGURES, contents, damped_waves, no_figures, refused
+from waves import FIGURES, INPUTS, contents, entries, inputs, no_figures, refused, stopped_after_each_step
 
 from experiments import plots, run
-from experiments.accounting.ledger import STAGES, Ledger
+from experiments.accounting.ledger import STAGES
 from experiments.plots import training
 from experiments.run_folder import files
 from experiments.run_folder.errors import RunFailed
 from experiments.run_folder.owner import owner_of
 from experiments.run_folder.status import status
+from experiments.settings.record import POCKET
 from experiments.training import cell as train
 
-SMALL = ["--data", "waves.h5", "--context", "96", "--batch-size", "2", "--val-series", "1", "--val-every", "4"]
+SMALL = [*INPUTS, "--context", "96", "--batch-size", "2", "--val-series", "1", "--val-every", "4"]
 RATES = [*SMALL, "--lr", "1e-3", "1e-2", "5e-3", "--ranks", "2"]
 SEARCH = ["grid", *RATES, "--rungs", "3,5,7", "--out", "search"]
 NAMES = ["lr0.001-r2", "lr0.01-r2", "lr0.005-r2"]
@@ -27,36 +25,13 @@ RUN = "metrics.jsonl", "gradients.jsonl", "result.json", "adapter/adapter_model.
 
 
 @pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    damped_waves(Path("waves.h5"), 8)
+def here(monkeypatch) -> None:
+    inputs(8)
     no_figures(monkeypatch)
 
 
-def rows() -> list[dict[str, Any]]:
-    with Ledger("ledger.sqlite") as ledger:
-        return ledger.entries()
-
-
 def spent() -> int:
-    return sum(row[stage] for row in rows() for stage in STAGES)
-
-
-def stopping(monkeypatch, argv: list[str]) -> int:
-    """Run a command that is stopped after each of its steps, until it has ended; returns how often it was stopped."""
-    true = train._State.train
-
-    def train_and_stop(self, *arguments):
-        os.kill(os.getpid(), signal.SIGINT)
-        return true(self, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train._State, "train", train_and_stop)
-        codes = [run.main(argv)]
-        while codes[-1] == 130 and len(codes) < 40:
-            codes.append(run.main(argv))
-    assert codes[-1] == 0
-    return len(codes) - 1
+    return sum(row[stage] for row in entries() for stage in STAGES)
 
 
 def same(one: str, other: str, *names: str) -> None:
@@ -64,9 +39,7 @@ def same(one: str, other: str, *names: str) -> None:
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "warmup-stable-decay"])
-def test_a_survivor_is_to_the_byte_the_run_in_one_go_and_a_search_stopped_after_every_step_one_never_stopped(
-    schedule, monkeypatch
-):
+def test_a_survivor_is_to_the_byte_a_run_at_once_and_a_search_stopped_each_step_one_not_stopped(schedule, monkeypatch):
     recipe = ["--schedule", schedule, "--warmup", "2", "--decay", "2", "--clip", "0.5", "--dropout", "0.1"]
     assert run.main([*SEARCH, *recipe]) == 0
     before, cost = contents("search"), spent()
@@ -79,9 +52,9 @@ def test_a_survivor_is_to_the_byte_the_run_in_one_go_and_a_search_stopped_after_
         same(f"search/rungs/3/{best}", f"judged/cells/{best}", *RUN)
     shutil.rmtree("search")
     Path("ledger.sqlite").unlink()
-    assert stopping(monkeypatch, [*SEARCH, *recipe]) > 12
+    assert stopped_after_each_step(monkeypatch, [*SEARCH, *recipe]) > 12
     assert contents("search") == before
-    assert spent() == cost and {row["state"] for row in rows()} == {"settled"}
+    assert spent() == cost and {row["state"] for row in entries()} == {"settled"}
 
 
 def test_shards_that_run_in_turns_end_in_the_bytes_of_one_search_and_charge_the_same(monkeypatch, capsys):
@@ -93,7 +66,7 @@ def test_shards_that_run_in_turns_end_in_the_bytes_of_one_search_and_charge_the_
     said = []
     for _ in range(3):
         for shard in ("1/2", "2/2"):
-            stopping(monkeypatch, [*SEARCH, *recipe, "--shard", shard])
+            stopped_after_each_step(monkeypatch, [*SEARCH, *recipe, "--shard", shard])
             said.append(capsys.readouterr().out.rpartition("when all have run: ")[2].strip())
         if len(said) == 2:
             line = refused(capsys, "grid", "--merge", "--out", "search")
@@ -102,7 +75,7 @@ def test_shards_that_run_in_turns_end_in_the_bytes_of_one_search_and_charge_the_
     assert said == [*waits, *["grid --merge --out search"] * 3]
     assert run.main(["grid", "--merge", "--out", "search"]) == 0
     assert contents("search") == before and spent() == cost
-    assert {row["state"] for row in rows()} == {"settled"} and not any(row["reserved"] for row in rows())
+    assert {row["state"] for row in entries()} == {"settled"} and not any(row["reserved"] for row in entries())
 
 
 @pytest.mark.parametrize("keep", ["last", "best"])
@@ -140,9 +113,7 @@ def test_a_search_is_priced_at_what_it_costs_and_refused_one_flop_below_that_bef
     assert run.main([*SEARCH, *recipe, "--budget", "1"]) == 0  # nothing is left to do
 
 
-def test_of_a_search_that_runs_status_has_cells_that_wait_at_a_rung_as_paused_and_counts_to_the_end_of_each(
-    monkeypatch,
-):
+def test_of_a_search_that_runs_status_has_cells_that_wait_as_paused_and_counts_to_the_end_of_each(monkeypatch):
     """Bug: they were interrupted, and each was counted as if it went on to the last rung."""
     true, seen = train.training_step, []
 
@@ -165,7 +136,7 @@ def test_of_a_search_that_runs_status_has_cells_that_wait_at_a_rung_as_paused_an
 
 def test_of_cells_at_other_prices_the_dearest_are_reckoned_to_go_on_and_here_they_do(capsys):
     search = ["grid", *SMALL, "--lr", "1e-2", "--ranks", "2", "--rungs", "2,4", "--survivors", "1/2", "--out", "s"]
-    search += ["--over", "context=48|96", "--over", "targets=q_proj|q_proj+v_proj"]
+    search += ["--model", str(POCKET), "--over", "context=48|96", "--over", "targets=q_proj|q_proj+v_proj"]
     assert run.main([*search, "--dry-run"]) == 0
     out = capsys.readouterr().out
     names = [f"lr0.01-r2-context={c}-targets={t}" for c in (48, 96) for t in ("q_proj", "q_proj+v_proj")]
@@ -214,10 +185,10 @@ def test_a_cell_that_fails_is_out_its_flops_are_spent_and_the_search_goes_on(mon
     assert run.main(SEARCH) == 0
     report = Path("search/results.md").read_text()
     assert "- `lr0.01-r2` failed: step 1: loss is nan" in report and "Best: `lr0.005-r2`" in report
-    (failed,) = [row for row in rows() if row["state"] == "failed"]
+    (failed,) = [row for row in entries() if row["state"] == "failed"]
     assert failed["cell"] == "lr0.01-r2" and failed["training"] > 0
-    before = contents("search"), rows()
-    assert run.main(SEARCH) == 0 and (contents("search"), rows()) == before
+    before = contents("search"), entries()
+    assert run.main(SEARCH) == 0 and (contents("search"), entries()) == before
     fails += [1e-3, 5e-3]
     capsys.readouterr()
     assert run.main([*SEARCH[:-1], "another"]) == 4

@@ -48,15 +48,9 @@ def test_the_kind_does_not_depend_on_the_unit_of_any_variable(published, classes
 @pytest.mark.parametrize(
     ("ratios", "kind"),
     [
-        ((1.09,), "growing"),
-        ((1.07,), "oscillating"),
-        ((0.94,), "oscillating"),
-        ((0.92,), "decaying"),
-        ((0.06,), "decaying"),
-        ((0.04,), "settled"),
-        ((1.5, 0.5), "oscillating"),
-        ((1.5, 0.9), "growing"),
-        ((0.01, 0.5), "decaying"),
+        *(((1.09,), "growing"), ((1.07,), "oscillating"), ((0.94,), "oscillating"), ((0.92,), "decaying")),
+        *(((0.06,), "decaying"), ((0.04,), "settled")),
+        *(((1.5, 0.5), "oscillating"), ((1.5, 0.9), "growing"), ((0.01, 0.5), "decaying")),
     ],
 )
 def test_the_mean_ratio_of_the_late_range_to_the_early_one_decides(ratios, kind):

@@ -11,7 +11,7 @@ from data.windows import IGNORED, batch_indices, beginnings, draw_windows, make_
 PAD = 7
 
 
-def test_systems_in_order_are_cut_at_70_and_85_percent() -> None:
+def test_systems_in_order_are_cut_at_70_and_85_percent():
     split = in_order(1000)
     np.testing.assert_array_equal(split.train, np.arange(700))
     np.testing.assert_array_equal(split.validation, np.arange(700, 850))
@@ -23,14 +23,14 @@ def whole(split: Split) -> list[int]:
 
 
 @given(st.integers(10, 300), st.integers(0, 2**32 - 1))
-def test_each_system_is_in_exactly_one_part(systems: int, seed: int) -> None:
+def test_each_system_is_in_exactly_one_part(systems, seed):
     rules = in_order(systems), seeded(systems, (0.8, 0.1, 0.1), seed), held_out_first(systems, (0.8, 0.1, 0.1), seed)
     for split in rules:
         assert whole(split) == list(range(systems))
         assert min(len(split.train), len(split.validation), len(split.test)) > 0
 
 
-def test_a_seed_names_one_split() -> None:
+def test_a_seed_names_one_split():
     first, again, other = (seeded(100, seed=seed).train for seed in (442, 442, 443))
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other) and not np.array_equal(first, np.arange(70))
@@ -38,7 +38,7 @@ def test_a_seed_names_one_split() -> None:
     np.testing.assert_array_equal(seeded(20, seed=3).validation, [4, 9, 14])
 
 
-def test_what_scikit_learn_holds_out_is_held_out() -> None:
+def test_what_scikit_learn_holds_out_is_held_out():
     """Its `train_test_split(range(1000), test_size=.2, random_state=442)` tests these among others (version 1.5)."""
     split = held_out_first(1000, (0.8, 0.1, 0.1), seed=442)
     held_out = np.sort(np.random.RandomState(442).permutation(1000)[:200])
@@ -46,7 +46,7 @@ def test_what_scikit_learn_holds_out_is_held_out() -> None:
     assert {506, 20, 654, 906} <= set(held_out.tolist())
 
 
-def test_padding_is_a_token_to_predict_only_when_asked_and_the_left_side_is_counted() -> None:
+def test_padding_is_a_token_to_predict_only_when_asked_and_the_left_side_is_counted():
     left, right = (make_windows([[5, 6, 7, 8]], 5, 5, pad_id=0, pad_side=side) for side in ("left", "right"))
     np.testing.assert_array_equal(right.targets, [[6, 7, 8, IGNORED, IGNORED]])
     np.testing.assert_array_equal(right.targets_with_padding, [[6, 7, 8, 0, 0]])
@@ -66,12 +66,12 @@ def test_padding_is_a_token_to_predict_only_when_asked_and_the_left_side_is_coun
         (100, (0.70, 0.15, 0.15), -1, "seed is -1"),
     ],
 )
-def test_a_split_that_cannot_be_made_is_refused(systems: int, fractions: object, seed: int, problem: str) -> None:
+def test_a_split_that_cannot_be_made_is_refused(systems, fractions, seed, problem):
     with pytest.raises(ValueError, match=problem):
         seeded(systems, fractions, seed)  # type: ignore[arg-type]
 
 
-def test_a_window_predicts_the_tokens_one_later() -> None:
+def test_a_window_predicts_the_tokens_one_later():
     windows = make_windows([[10, 11, 12, 13, 14, 15], [20, 21]], context=4, stride=4, pad_id=PAD)
     np.testing.assert_array_equal(windows.inputs, [[10, 11, 12, 13], [14, PAD, PAD, PAD], [20, PAD, PAD, PAD]])
     np.testing.assert_array_equal(
@@ -82,13 +82,13 @@ def test_a_window_predicts_the_tokens_one_later() -> None:
     assert (len(windows), windows.real_tokens) == (3, 6)
 
 
-def test_padding_on_the_left_moves_the_tokens_to_the_end() -> None:
+def test_padding_on_the_left_moves_the_tokens_to_the_end():
     windows = make_windows([[10, 11, 12, 13, 14]], context=3, stride=2, pad_id=PAD, pad_side="left")
     np.testing.assert_array_equal(windows.inputs, [[10, 11, 12], [PAD, 12, 13]])
     np.testing.assert_array_equal(windows.targets, [[11, 12, 13], [IGNORED, 13, 14]])
 
 
-def test_no_window_repeats_what_the_one_before_it_has_scored() -> None:
+def test_no_window_repeats_what_the_one_before_it_has_scored():
     windows = make_windows([list(range(9))], context=4, stride=2, pad_id=PAD)
     np.testing.assert_array_equal(windows.start, [0, 2, 4])  # at 6 the targets 7 and 8 were all scored before
     assert len(make_windows([list(range(5))], context=4, stride=1, pad_id=PAD)) == 1
@@ -98,9 +98,7 @@ lengths = st.lists(st.integers(2, 40), min_size=1, max_size=4)
 
 
 @given(lengths, st.integers(1, 12), st.sampled_from(["right", "left"]))
-def test_with_stride_equal_to_context_each_token_but_the_first_is_scored_once(
-    lengths: list[int], context: int, pad_side: str
-) -> None:
+def test_with_stride_equal_to_context_each_token_but_the_first_is_scored_once(lengths, context, pad_side):
     sequences = [[100 * number + i for i in range(length)] for number, length in enumerate(lengths)]
     windows = make_windows(sequences, context, context, PAD, pad_side)  # type: ignore[arg-type]
     scored = windows.targets[windows.targets != IGNORED]
@@ -109,9 +107,7 @@ def test_with_stride_equal_to_context_each_token_but_the_first_is_scored_once(
 
 
 @given(lengths, st.integers(1, 12), st.data())
-def test_every_window_scores_something_new_and_together_they_score_everything(
-    lengths: list[int], context: int, data: st.DataObject
-) -> None:
+def test_every_window_scores_something_new_and_together_they_score_everything(lengths, context, data):
     stride = data.draw(st.integers(1, context))
     sequences = [list(range(100 * number, 100 * number + length)) for number, length in enumerate(lengths)]
     windows = make_windows(sequences, context, stride, PAD)
@@ -132,9 +128,7 @@ def test_every_window_scores_something_new_and_together_they_score_everything(
     [([5], 4, 4, "right"), ([], 4, 4, "right"), ([1, -100], 4, 4, "right"), ([1, 2], 0, 1, "right"),
      ([1, 2], 4, 0, "right"), ([1, 2], 4, 5, "right"), ([1, 2], 4, 4, "middle")],
 )  # fmt: skip
-def test_windows_that_would_lose_tokens_are_refused(
-    tokens: list[int], context: int, stride: int, pad_side: str
-) -> None:
+def test_windows_that_would_lose_tokens_are_refused(tokens, context, stride, pad_side):
     with pytest.raises(ValueError, match="expected"):
         make_windows([[1, 2, 3], tokens], context, stride, PAD, pad_side)  # type: ignore[arg-type]
 
@@ -143,9 +137,7 @@ steps_of_any_width = st.lists(st.integers(1, 6), min_size=2, max_size=12)  # the
 
 
 @given(st.lists(steps_of_any_width, min_size=1, max_size=4), st.integers(1, 40), st.integers(0, 9), st.integers(0, 99))
-def test_drawn_windows_begin_with_a_step_are_full_and_can_be_any_that_are(
-    widths: list[list[int]], context: int, step: int, seed: int
-) -> None:
+def test_drawn_windows_begin_with_a_step_are_full_and_can_be_any_that_are(widths, context, step, seed):
     sequences = [[place for width in one for place in range(width - 1, -1, -1)] for one in widths]
     for one, tokens in zip(widths, sequences, strict=True):
         starts = [int(start) for start in np.cumsum([0, *one[:-1]])]
@@ -163,7 +155,7 @@ def test_drawn_windows_begin_with_a_step_are_full_and_can_be_any_that_are(
     np.testing.assert_array_equal(drawn.inputs, again.inputs)
 
 
-def test_each_step_draws_anew_and_every_beginning_comes() -> None:
+def test_each_step_draws_anew_and_every_beginning_comes():
     sequence = [1, 2, 0] * 6
     draws = [[draw_windows([sequence], 6, 0, 2, step, seed, PAD).start for step in range(20)] for seed in (0, 1)]
     assert set(np.ravel(draws[0]).tolist()) == {0, 3, 6, 9, 12} and not np.array_equal(*draws)
@@ -172,7 +164,7 @@ def test_each_step_draws_anew_and_every_beginning_comes() -> None:
 
 
 @given(st.integers(1, 20), st.integers(1, 30), st.integers(0, 2**32 - 1))
-def test_each_epoch_of_batches_is_a_permutation(count: int, batch_size: int, seed: int) -> None:
+def test_each_epoch_of_batches_is_a_permutation(count, batch_size, seed):
     epochs = 3
     steps = -(-epochs * count // batch_size)
     order = np.concatenate([batch_indices(count, batch_size, step, seed) for step in range(steps)])
@@ -180,7 +172,7 @@ def test_each_epoch_of_batches_is_a_permutation(count: int, batch_size: int, see
         np.testing.assert_array_equal(np.sort(epoch), np.arange(count))
 
 
-def test_a_resumed_run_takes_the_batches_that_it_would_have_taken() -> None:
+def test_a_resumed_run_takes_the_batches_that_it_would_have_taken():
     straight = [batch_indices(10, 4, step, seed=3) for step in range(9)]
     np.random.seed(0)  # no state is shared with the rest of the program
     resumed = [batch_indices(10, 4, step, seed=3) for step in range(5, 9)]
@@ -189,12 +181,12 @@ def test_a_resumed_run_takes_the_batches_that_it_would_have_taken() -> None:
     np.testing.assert_array_equal(straight[2], [7, 6, 5, 1])
 
 
-def test_epochs_and_seeds_have_orders_of_their_own() -> None:
+def test_epochs_and_seeds_have_orders_of_their_own():
     orders = [batch_indices(50, 50, step, seed) for step in (0, 1) for seed in (0, 1)]
     assert len({tuple(order.tolist()) for order in orders}) == 4
 
 
 @pytest.mark.parametrize("arguments", [(0, 4, 0, 0), (9, 0, 0, 0), (9, 4, -1, 0), (9, 4, 0, -1), (9, 4, 0, 2**32)])
-def test_a_batch_that_cannot_be_drawn_is_refused(arguments: tuple[int, int, int, int]) -> None:
+def test_a_batch_that_cannot_be_drawn_is_refused(arguments):
     with pytest.raises(ValueError, match="expected at least"):
         batch_indices(*arguments)

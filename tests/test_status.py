@@ -29,8 +29,7 @@ SIZES = "default_steps = 2\ncontexts = [16, 32]\ncontext_steps = 3\nfinal_steps 
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch) -> Path:
-    monkeypatch.chdir(tmp_path)
+def place(tmp_path) -> Path:
     folder = stand(tmp_path)
     warm(GRID, folder)
     return folder
@@ -53,7 +52,6 @@ def pausing(step: int) -> Calls:
 
 
 def paused(argv: list[str], place: Path, step: int) -> Running:
-    """A command that waits at the beginning of a step."""
     running = Running(argv, place, pausing, step)
     wait_for("paused")
     return running

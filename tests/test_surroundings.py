@@ -7,24 +7,23 @@ import sys
 from pathlib import Path
 
 import pytest
-from waves import damped_waves, no_figures, refused
+from waves import INPUTS, inputs, no_figures, refused
 
 from experiments import run
 from experiments.accounting.ledger import Ledger
 from experiments.run_folder import files
 
 ROOT = Path(__file__).parents[1]
-SMALL = ["--data", "waves.h5", "--context", "32", "--batch-size", "1", "--val-series", "1", "--steps", "2"]
+SMALL = [*INPUTS, "--context", "32", "--batch-size", "1", "--val-series", "1", "--steps", "2"]
 TRAIN = ["train", *SMALL, "--val-every", "0", "--lr", "1e-2", "--rank", "2", "--out", "t"]
 CELL = Path("t/cells/lr0.01-r2")
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
 
 
 @pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def here(monkeypatch):
     no_figures(monkeypatch)
-    damped_waves(tmp_path / "waves.h5", 30)
+    inputs(30)
 
 
 def shell(command: str, **environment: str) -> tuple[int, str]:
@@ -68,7 +67,6 @@ def test_a_run_whose_standard_streams_are_all_closed_ends_in_the_bytes_of_anothe
 
 @pytest.fixture
 def place(tmp_path):
-    """What may stand where a path points to."""
     Path("file").write_text("mine")
     Path("loop").symlink_to("loop")
     Path("dangling").symlink_to("absent")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from waves import contents, damped_waves, no_figures
+from waves import INPUTS, contents, inputs, no_figures
 
 from experiments.run import main
 from experiments.run_folder import files
@@ -13,7 +13,7 @@ from experiments.settings.record import POCKET, Settings
 from experiments.task.task import Task
 from qwen_min import Tokenizer
 
-SMALL = ["--data", "waves.h5", "--steps", "2", "--batch-size", "2", "--context", "48", "--val-series", "1"]
+SMALL = [*INPUTS, "--steps", "2", "--batch-size", "2", "--context", "48", "--val-series", "1"]
 SMALL += ["--lr", "1e-2", "--ranks", "2", "--points", "5", "--horizon", "3", "--forecast-series", "2"]
 ADAPTER = "cells/lr0.01-r2/adapter"
 
@@ -28,18 +28,15 @@ OPTIONS = [
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    damped_waves(Path("waves.h5"), 8)
+def elsewhere(monkeypatch):
+    inputs(8)
     no_figures(monkeypatch)
 
 
 @pytest.mark.parametrize(
     ("flags", "text", "width", "symbols", "said"), OPTIONS, ids=[" ".join(o[0]) or "default" for o in OPTIONS]
 )
-def test_a_grid_its_forecasts_and_its_page_follow_the_text_at_the_predicted_price(
-    flags, text, width, symbols, said, capsys
-):
+def test_a_grid_its_forecasts_and_page_follow_the_text_at_its_price(flags, text, width, symbols, said, capsys):
     assert main(["data", "--data", "waves.h5", *flags]) == 0
     printed = capsys.readouterr().out
     assert f"text    {text}\n" in printed and f"decimals{said}\n" in printed

@@ -3,7 +3,6 @@
 import json
 import random
 import re
-import unicodedata
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,6 @@ TEXTS = [
     ),
     *("def f(x):\n    return x**2  # square\n", '{"a": [1, 2.5, null]}', "http://example.com/?q=a&b=c#d"),
 ]
-
 
 POOLS: dict[str, list[str]] = {
     "numbers": list("0123456789.,;-e "),
@@ -128,29 +126,6 @@ def test_2000_texts_have_the_ids_of_transformers(kind, request):
         assert ours.decode(ids) == expected, repr(text)
 
 
-def test_the_2000_texts_are_of_many_kinds():
-    """Of each at least a hundred, and hardly a text twice."""
-    assert len(TEXTS_2000) == 2000 and len(set(TEXTS_2000)) > 1950
-    patterns = {
-        "digits": r"\d{2}",
-        "white space runs": r"[^\S\n]{3}",
-        "line ends": r"\r\n",
-        "control characters": r"[\x00-\x08\x0e-\x1f\x7f]",
-        "combining marks": r"\w[\u0300-\u036f]",
-        "emoji with joiners": r"[\U0001f300-\U0001faff]\u200d",
-        "whole special tokens inside": r".<\|im_(start|end)\|>.",
-        "broken special tokens": r"<\|im_(?!start|end)",
-        "private use and above": r"[\ue000-\uf8ff\U00010000-\U0010ffff]",
-    }
-    scripts = "Greek Cyrillic Hebrew Arabic Devanagari Thai Hiragana CJK Hangul Georgian Cherokee".split()
-    counts = {name: sum(bool(re.search(p, text)) for text in TEXTS_2000) for name, p in patterns.items()}
-    for script in scripts:
-        assigned = ((chr(c), unicodedata.name(chr(c), "")) for c in range(0x370, 0xD7A4))
-        letters = {letter for letter, name in assigned if name.startswith(script.upper())}
-        counts[script] = sum(not letters.isdisjoint(text) for text in TEXTS_2000)
-    assert min(counts.values()) >= 100, counts
-
-
 @pytest.mark.skipif(not POCKET.is_dir(), reason="weights/pocket is missing: it is made by `pretrain-pocket`")
 def test_the_pocket_tokenizer_has_qwens_ids_for_numbers():
     tokenizer = Tokenizer.from_pretrained(POCKET)
@@ -178,10 +153,8 @@ def test_the_real_tokenizer_has_the_ids_that_the_reports_rest_on(real_checkpoint
     ids=str,
 )
 def test_the_chat_format_equals_transformers_template(messages, real_checkpoint):
-    conversation, theirs = (
-        [{"role": role, "content": text} for role, text in messages],
-        of_transformers(real_checkpoint),
-    )
+    conversation = [{"role": role, "content": text} for role, text in messages]
+    theirs = of_transformers(real_checkpoint)
     expected = theirs.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
     assert Tokenizer.chat(messages) == expected
 

@@ -28,7 +28,6 @@ def windows(side: str) -> Windows:
 
 
 def step(model: Qwen, some: Windows, chosen=range(4), count_padding: bool = False) -> tuple[float, float]:
-    """The loss and the norm of the gradient of a step that changes nothing."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
     return training_step(model, some, chosen, optimizer, count_padding)
 
