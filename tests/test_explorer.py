@@ -179,8 +179,11 @@ def said(tab, pattern: str) -> list[str]:
 
 
 def by_lora(tab) -> list[str]:
-    choose(tab, model="Qwen2.5-0.5B", targets="all-linear", rank="64")
-    return said(tab, "with LoRA.*") + (choose(tab, convention="exact") or said(tab, "with LoRA.*"))
+    found = []
+    for convention in ("coursework", "exact"):
+        choose(tab, model="Qwen2.5-0.5B", targets="all-linear", rank="64", convention=convention)
+        found += said(tab, "with LoRA.*")
+    return found
 
 
 WALK = """() => {
