@@ -123,6 +123,16 @@ def crumbs(tab) -> list[str]:
     return tab.locator("#crumbs button").all_inner_texts()
 
 
+def choose(tab, **values: str) -> None:
+    """Makes choices, those that a narrow page folds away too."""
+    if tab.locator("#more").is_visible() and tab.locator("#more").inner_text() == "more":
+        tab.locator("#more").click()
+    for name, value in values.items():
+        field = tab.locator(f"[name={name}]")
+        if field.is_visible():
+            field.fill(value) if field.get_attribute("type") else field.select_option(value)
+
+
 def test_a_browser_zooms_by_click_and_by_keyboard_finds_sorts_and_switches(tab):
     model = str(POCKET)
     tab.locator("#icicle g[data-key='model.layers']").click()
@@ -152,17 +162,102 @@ def test_a_browser_zooms_by_click_and_by_keyboard_finds_sorts_and_switches(tab):
     tab.locator("#search").fill("")
 
     for s in settings()[-6::2]:
-        values = {"context": "512", "cache": str(s["cache"]), "guesses": str(s["guesses"]), "batch": str(s["batch"])}
-        for name in ("phase", "convention", "model"):
-            tab.locator(f"[name={name}]").select_option(s[name])
-        tab.locator("[name=targets]").select_option(" ".join(s["targets"]))
-        for name, value in (values | {"rank": str(s["rank"])}).items():
-            if tab.locator(f"[name={name}]").is_visible():
-                tab.locator(f"[name={name}]").fill(value)
+        values = {
+            name: str(s[name]) for name in ("phase", "convention", "model", "context", "cache", "guesses", "batch")
+        }
+        choose(tab, **values, targets=" ".join(s["targets"]), rank=str(s["rank"]))
         forward = sum(int(row[4]) for row in counted(s))
-        assert tab.locator("#totals b").inner_text() == f"{forward:,}"
+        assert tab.locator("#totals data").inner_text() == f"{forward:,}"
     tab.locator("#copy").click()
     assert tab.locator("#copy").inner_text() == "copied"
+
+
+def said(tab, pattern: str) -> list[str]:
+    return re.findall(pattern, tab.locator("#totals").inner_text())
+
+
+def by_lora(tab) -> list[str]:
+    found = []
+    for convention in ("coursework", "exact"):
+        choose(tab, model="Qwen2.5-0.5B", targets="all-linear", rank="64", convention=convention)
+        found += said(tab, "with LoRA.*")
+    return found
+
+
+WALK = """() => {
+  const svg = document.getElementById("icicle"), at = () => svg.querySelector(".selected"), seen = new Set();
+  const moved = key => {
+    const was = at();
+    was.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
+    return at() !== was;
+  };
+  const below = () => {
+    seen.add(at());
+    if (!moved("ArrowDown")) return;
+    do below(); while (moved("ArrowRight"));
+    moved("ArrowUp");
+  };
+  below();
+  return [...svg.children].filter(g => !seen.has(g)).map(g => g.dataset.key);
+}"""
+
+
+def by_arrows(tab) -> list[str]:
+    choose(tab, model="Qwen2.5-0.5B")
+    return tab.evaluate(WALK)
+
+
+def by_escape(tab) -> list[str]:
+    tab.locator("#icicle g[data-key='model.layers']").click()
+    tab.keyboard.press("Escape")
+    return crumbs(tab)
+
+
+def by_sorting(tab) -> list[int]:
+    box, scrolled = tab.locator(".scroll"), []
+    box.evaluate("box => box.scrollTop = 200")
+    scrolled.append(box.evaluate("box => box.scrollTop"))
+    tab.get_by_role("button", name="op", exact=True).click()
+    return [*scrolled, box.evaluate("box => box.scrollTop")]
+
+
+def by_decoding(tab) -> list[str]:
+    cached, found = tab.locator("[name=cache]"), []
+    choose(tab, phase="decode")
+    found += said(tab, r"for (.*?),") + [cached.input_value()]
+    choose(tab, cache="0", batch="1")
+    choose(tab, phase="prefill")
+    choose(tab, phase="decode")
+    return [*found, *said(tab, r"for (.*?),"), cached.input_value()]
+
+
+def by_typing(tab) -> list[str]:
+    tab.locator("[name=batch]").click()
+    tab.keyboard.type("32")
+    return [tab.locator("[name=batch]").input_value()]
+
+
+@pytest.mark.parametrize(
+    "do, expected",
+    [
+        (
+            by_lora,
+            [
+                "with LoRA: +463,469,543,424 (+6.85 %) against none",
+                "with LoRA: -1,595,012,106,368 (-25.09 %) against none: frozen weights have no gradient of their own",
+            ],
+        ),
+        (by_arrows, []),
+        (by_escape, [str(POCKET), "model"]),
+        (by_sorting, [200, 0]),
+        (by_decoding, ["one decoding step: 4 tokens (batch 4)", "1000", "one decoding step: a token", "0"]),
+        (by_typing, ["32"]),
+    ],
+)
+def test_a_strangers_stumbles(tab, do, expected):
+    """LoRA's difference is said; arrows pass over bars not drawn; Escape undoes a click; a sorted table is at its top;
+    a decoding step is of the whole batch, after a cache that one can take away; typing replaces a number."""
+    assert do(tab) == expected
 
 
 def test_measured_seconds_stand_in_the_table_until_the_setting_is_another(browser, tmp_path):
