@@ -80,6 +80,12 @@ def test_a_click_in_the_legend_hides_its_lines_in_every_figure_of_the_switch(tab
     assert (lines.count(), lines.locator("visible=true").count()) == (18, 12)
     flops, values = pointed_at(tab, "loss-cells-by-flops", 1, 0.74)
     assert (flops, sorted(values)) == (recorded(html, RUNS[0], 30)["training"], kept)
+    tab.get_by_role("button", name="over time").click()
+    seconds, values = pointed_at(tab, "loss-cells-by-time", 1, 0.74)
+    at = [line["step"] for line in files.read_jsonl(html.parent / f"cells/{RUNS[0]}/metrics.jsonl")]
+    clock = files.read_jsonl(html.parent / f"cells/{RUNS[0]}/clock.jsonl")
+    assert (seconds, sorted(values)) == (clock[at.index(30) + 1]["seconds"], kept)
+    tab.get_by_role("button", name="over training FLOPs").click()
     tab.locator("#figure-loss-cells-by-flops").get_by_role("button", name="rank 2").press("Enter")
     assert lines.locator("visible=true").count() == 18
 
@@ -90,7 +96,7 @@ def test_each_switch_shows_one_of_its_blocks_and_without_script_and_in_print_all
     assert all(seen == [text] for switch in switches for _, text, seen in switch)
     found = {switch[0][0]: [text for _, text, _ in switch] for switch in switches}
     units = ["raw units", "scaled units"]
-    assert found["figure-loss-cells-by-step"] == ["over steps", "over training FLOPs"]
+    assert found["figure-loss-cells-by-step"] == ["over steps", "over training FLOPs", "over time"]
     assert units == found["table-scores-grid"] == found["table-systems-baseline"]
     tab.emulate_media(media="print")
     assert tab.evaluate("[...document.querySelectorAll('[data-choice]')].every(one => one.offsetHeight)")
@@ -99,7 +105,7 @@ def test_each_switch_shows_one_of_its_blocks_and_without_script_and_in_print_all
     plain.goto(html.as_uri())
     for name in ("How it was found", "Training"):
         plain.get_by_role("heading", name=name, exact=True).click()
-    assert plain.locator("#training svg").count() == plain.locator("#training svg:visible").count() == 2
+    assert plain.locator("#training svg").count() == plain.locator("#training svg:visible").count() == 3
     plain.close()
 
 

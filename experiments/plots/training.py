@@ -15,20 +15,22 @@ from experiments.plots import base
 from experiments.run_folder.cells import cell_of, noise
 
 MOST_NAMED = 12  # runs whose names fit into a figure
+AXES = {"step": "training step", "flops": "training FLOPs (coursework)", "time": "seconds of training and validation"}
 MOST_RAW = 3  # runs whose training losses are not one braid
 
 
 def loss_curves(cells: Sequence[Mapping[str, Any]], path: str | Path, x: str = "step", label: str = "") -> None:
     """Draw the training loss of all runs, as `training_shown` says, and, below it, the validation loss.
 
-    A run is `name`, `lr`, `rank`, optionally `group`, and `train` and `validation`: lists of (step, FLOPs so
-    far, loss in nats per token), and optionally `untrained`, the validation loss of step 0. `x` is "step" or "flops".
+    A run is `name`, `lr`, `rank`, optionally `group`, and `train` and `validation`: lists of (step, FLOPs so far, loss
+    in nats per token), and optionally `untrained`, the validation loss of step 0. `x` is "step", "flops", or "time":
+    the lists then have seconds of work so far where the FLOPs stand.
     In a group (all runs without one are a group) the learning rate is colour and marker and the rank the dashes; runs
     of a group that agree in both (they differ in something else) get a look and an entry each. Training is drawn raw
     and, in a run that is long enough, faint, and as the mean of the last `smoothing` steps. Losses that are not finite
     are left out."""
-    if x not in ("step", "flops"):
-        raise ValueError(f'x is {x!r}: expected "step" or "flops"')
+    if x not in AXES:
+        raise ValueError(f"x is {x!r}: expected one of {', '.join(AXES)}")
     how = training_shown(cells)
     figure, panels = base.new_figure(2 if how else 1, 2.7)
     validation, reference = panels[-1], cells[0]["train"] if how == "difference" else None
@@ -68,7 +70,7 @@ def loss_curves(cells: Sequence[Mapping[str, Any]], path: str | Path, x: str = "
         )
         axes.tick_params(labelbottom=True)
         base.value_axis(axes, np.concatenate(losses) if losses else [])
-    validation.set_xlabel("training FLOPs (coursework)" if x == "flops" else "training step")
+    validation.set_xlabel(AXES[x])
     if base.is_wide(ends):  # else the short runs would be a line at the edge
         if min(starts) > 0:
             validation.set_xscale("log")
@@ -78,7 +80,7 @@ def loss_curves(cells: Sequence[Mapping[str, Any]], path: str | Path, x: str = "
             validation.set_xscale("symlog", linthresh=first)
             validation.xaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=first))
         base.short_ticks(validation.xaxis)
-    elif x == "flops":
+    elif x != "step":
         validation.xaxis.set_major_locator(MaxNLocator(6, min_n_ticks=1))
         base.short_ticks(validation.xaxis)
     else:
@@ -236,8 +238,8 @@ def _entry(name: str, shade: Any, dashes: Any, marker: str) -> Line2D:
 def _points(
     history: Sequence[tuple[int, int, float]], x: str, less: Sequence[tuple[int, int, float]] | None = None
 ) -> tuple[base.Floats, base.Floats]:
-    """Return where (step or FLOPs) and loss, less that of another history, of the finite points, in order."""
-    values = np.array([(flops if x == "flops" else step, loss) for step, flops, loss in history], np.float64)
+    """Return where (see `loss_curves`) and loss, less that of another history, of the finite points, in order."""
+    values = np.array([(step if x == "step" else amount, loss) for step, amount, loss in history], np.float64)
     values = values.reshape(-1, 2)
     if less:
         values[:, 1] -= [loss for _, _, loss in less]
