@@ -12,7 +12,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, MaxNLocator, SymmetricalLogLocator
 
 from experiments.plots import base
-from experiments.run_folder.cells import cell_of, noise
+from experiments.run_folder.cells import by_cell, cell_of, noise
 
 MOST_NAMED = 12  # runs whose names fit into a figure
 AXES = {"step": "training step", "flops": "training FLOPs (coursework)", "time": "seconds of training and validation"}
@@ -97,12 +97,18 @@ def training_shown(cells: Sequence[Mapping[str, Any]]) -> str:
 
 
 def search(cells: Sequence[Mapping[str, Any]], path: str | Path, label: str = "") -> None:
-    """Draw the validation loss of every run over its FLOPs, a colour for each length, the best of the longest marked.
+    """Draw the validation loss of every cell over its FLOPs, a colour for each length, the best of the longest marked.
 
-    A run is as in `loss_curves`, and may have "judged": (step, flops, loss) at the rungs that it was judged at."""
+    A run is as in `loss_curves`, and may have "judged": (step, flops, loss) at the rungs that it was judged at. Of runs
+    that differ in the seed alone the mean is drawn, as far as all go, over a band from the lowest to the highest."""
     base.not_empty(cells, "the figure of a search")
     figure, (axes,) = base.new_figure(1, 3.6)
-    points = [_points(sorted([*cell["validation"], *cell.get("judged", ())]), "flops") for cell in cells]
+    each = by_cell(cells).values()
+    seeds = [[_points(sorted([*run["validation"], *run.get("judged", ())]), "flops") for run in some] for some in each]
+    ends = [min(len(loss) for _, loss in some) for some in seeds]
+    losses = [np.stack([loss[:end] for _, loss in some]) for some, end in zip(seeds, ends, strict=True)]  # (seeds, end)
+    points = [(some[0][0][:end], of.mean(0)) for some, end, of in zip(seeds, ends, losses, strict=True)]
+    cells = [some[0] for some in each]
     steps = [max((step for step, _, _ in cell["validation"]), default=0) for cell in cells]
     lengths, most = sorted(set(steps)), max(at.max(initial=0) for at, _ in points)
     last = {i: loss[-1] for i, (_, loss) in enumerate(points) if steps[i] == lengths[-1] and len(loss)}
@@ -111,6 +117,9 @@ def search(cells: Sequence[Mapping[str, Any]], path: str | Path, label: str = ""
         look: base.Style = {"color": base.colour(lengths.index(steps[i]), len(lengths)), "markersize": 3}
         look |= {"label": base.plain(cells[i]["name"]), "gid": f"up to step {steps[i]}"}
         axes.plot(at, loss, **look, marker="o", linewidth=2.2 if i == best else 0.9, alpha=1 if i == best else 0.6)
+        if len(losses[i]) > 1:
+            band: base.Style = {"color": look["color"], "gid": look["gid"], "alpha": 0.15, "linewidth": 0}
+            axes.fill_between(at, losses[i].min(0), losses[i].max(0), **band)
         if len(cells) <= MOST_NAMED and len(at):
             side = "right" if at[-1] > most / 2 else "left"  # into the figure
             place = (-6 if side == "right" else 6, 5)
@@ -124,7 +133,7 @@ def search(cells: Sequence[Mapping[str, Any]], path: str | Path, label: str = ""
         handles.append(_entry(f"best: {cells[best]['name']}", "black", "", "*"))
     axes.set_ylabel("validation loss (nats per token)")
     axes.set_xlabel("training FLOPs of the run (coursework)")
-    base.value_axis(axes, np.concatenate([loss for _, loss in points]))
+    base.value_axis(axes, np.concatenate([of.ravel() for of in losses]))
     axes.xaxis.set_major_locator(MaxNLocator(6, min_n_ticks=1))
     base.short_ticks(axes.xaxis)
     base.legend_below(figure, handles)

@@ -66,13 +66,14 @@ def _searched(settings: Settings, rows: Sequence[dict[str, str]], out: Path) -> 
     rungs = settings.rungs or (settings.steps,)
     ended = [row for row in cells if row["folder"].startswith("cells/")]
     best = lowest(ended)
-    lines = [["cell", *(f"step {rung}" for rung in rungs), "FLOPs of its run"]]
-    for row in cells:
-        at = {rung: loss for rung, _, loss in at_rungs(row, settings.rungs)}
-        at = at if settings.rungs else {settings.steps: float(row["validation_loss"])}
-        shown = [f"{at[rung]:.4f}" if rung in at else "-" for rung in rungs]
-        shown[-1] = f"**{shown[-1]}**" if row is best else shown[-1]
-        lines.append([f"`{row['cell']}`", *shown, f"{int(row['training_flops']) + int(row['validation_flops']):,}"])
+    lines = [["cell", *(f"step {rung}" for rung in rungs), f"FLOPs of its run{'s' * (settings.seeds > 1)}"]]
+    for cell, some in by_cell(cells).items():
+        at = {rung: [loss] for rung, _, loss in at_rungs(some[0], settings.rungs)}
+        at = at if settings.rungs else {settings.steps: losses(some)}
+        shown = [_shown(at[rung]) if rung in at else "-" for rung in rungs]
+        shown[-1] = f"**{shown[-1]}**" if some[0] is best else shown[-1]
+        flops = sum(int(row["training_flops"]) + int(row["validation_flops"]) for row in some)
+        lines.append([f"`{cell}`", *shown, f"{flops:,}"])
     spent = {row["part"]: int(row["flops"]) for row in files.read_csv(out / "flops.csv")[1] if row["stage"] == "all"}
     failed = [f"- `{row.name}` failed: {row.error}" for row in status(out).runs if row.error]
     return "\n".join(
