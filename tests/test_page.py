@@ -109,16 +109,19 @@ def test_each_switch_shows_one_of_its_blocks_and_without_script_and_in_print_all
     plain.close()
 
 
-def test_a_click_on_a_columns_title_sorts_and_another_turns_it_round(tab, html):
+@pytest.mark.parametrize(("name", "column", "called"), [("grid", 4, "rank 8"), ("grid-runs", 6, "validation loss")])
+def test_a_click_on_a_columns_title_sorts_and_another_turns_it_round(tab, name, column, called):
+    """Bug: on a phone the titles of a table of more than four columns were not there."""
     tab.evaluate(OPEN)
-    table = tab.locator("#table-grid")
-    shown = lambda: [float(cell.get_attribute("title")) for cell in table.locator("tbody td:nth-child(4)").all()]  # noqa: E731
-    before, title = shown(), table.get_by_role("button", name="rank 8")
+    table = tab.locator(f"#table-{name}")
+    cells = table.locator(f"tbody td:nth-child({column})")
+    shown = lambda: [float(cell.get_attribute("title")) for cell in cells.all()]  # noqa: E731
+    before, title = shown(), table.get_by_role("button", name=called, exact=True)
     assert before != sorted(before)
     for order, reverse in (("ascending", False), ("descending", True)):
         title.click()
         assert shown() == sorted(before, reverse=reverse)
-        assert table.locator(f"[aria-sort={order}]").inner_text().startswith("rank 8")
+        assert table.locator(f"[aria-sort={order}]").inner_text().startswith(called)
 
 
 def test_no_figure_is_white_in_the_dark(tab):
