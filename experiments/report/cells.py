@@ -89,8 +89,8 @@ def _search(study: Study, runs: Sequence[Run]) -> list[Block]:
         caption = f"Validation loss (nats per token) of every cell{_over(study)}"
         if least := noise(cells.values()):
             caption += f"; of two means less than {least:.2g} apart it is not known which is lower (95 %)"
-        rows = [[cell, spread(found)] for cell, found in cells.items()]
-        best = min(range(len(rows)), key=lambda row: rows[row][1][0])
+        spreads = [spread(found) for found in cells.values()]
+        best, rows = spreads.index(min(spreads)), [list(row) for row in zip(cells, spreads, strict=True)]
         columns = [Column("cell", "cell", "text"), Column("validation_loss", "validation loss", "interval")]
         return [Table("cells", f"{caption}.", columns, rows, ["results.csv"], ["grid"], {(best, 1): "lowest"}), figure]
     if not study.rungs:
