@@ -18,7 +18,7 @@ import pytest
 import torch
 from faults import PATIENCE, Action, Call, Calls, Ended, Running, die_after, die_before, ends, signalled, warm
 from safetensors.torch import load_file
-from waves import entries, inputs
+from waves import CLOCK, entries, inputs
 
 from experiments.accounting.ledger import STAGES, Ledger
 from experiments.settings.record import POCKET
@@ -74,9 +74,9 @@ def whole(tmp_path_factory) -> Whole:
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    """Every file of a run, leftovers too, less the moment at which it began."""
-    found = {p.relative_to(out).as_posix(): p for p in sorted(out.rglob("*")) if p.is_file() and p.name != ".lock"}
-    held = {name: path.read_bytes() for name, path in found.items()}
+    """Every file of a run, leftovers too, less the moment at which it began and the time it took."""
+    found = [p for p in sorted(out.rglob("*")) if p.is_file() and p.name not in (".lock", CLOCK)]
+    held = {path.relative_to(out).as_posix(): path.read_bytes() for path in found}
     held["manifest.json"] = json.dumps(json.loads(held["manifest.json"]) | {"begun": None}).encode()
     return held
 

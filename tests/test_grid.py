@@ -77,6 +77,8 @@ def test_a_grid_counts_each_cell_once_says_what_it_wrote_and_its_page_draws_each
     assert said.startswith("written to grid: results.md, ") and said.endswith("; FLOPs charged to ledger.sqlite")
     written = said.removeprefix("written to grid: ").partition(";")[0].split(", ")
     assert all(list(Path("grid").glob(name)) for name in written)
+    then = printed[1].splitlines()[-5:-2]  # its forecasts are made
+    assert then == ["Next, the page of this run:", "", "    python -m experiments.run report grid"]
     _, rows = files.read_csv("grid/results.csv")
     names = [(row["stage"], row["cell"]) for row in rows]
     assert names == [("baseline", "untrained"), *(("grid", name) for name in CELLS)]
@@ -107,14 +109,19 @@ def test_a_grid_beyond_the_budget_is_refused_with_exit_3_before_anything_runs(he
     assert not Path("grid/cells").exists() and not Path("grid/untrained").exists()
 
 
-def test_a_run_whose_model_has_another_config_now_is_refused(here, capsys):
+def test_a_run_whose_model_has_another_config_now_is_refused(here, capsys, monkeypatch):
     """Bug: the same weights with another rope theta went on in the old folder."""
     shutil.copytree(POCKET, "model")
     argv = ["train", *SMALL, "--steps", "1", "--model", "model", "--out", "t"]
-    assert run.main(argv) == 0
-    lines, adapter = capsys.readouterr().out.splitlines(), "t/cells/lr0.0001-r8/adapter"
-    then = f"python -m experiments.run evaluate --config t/config.toml --adapter {adapter}"
-    assert lines[-2] == f"its forecasts, scored: {then}" and Path(adapter).is_dir()
+    adapter = "t/cells/lr0.0001-r8/adapter"
+    for typed, program in (("bin/qwen-min", "qwen-min"), ("experiments/run.py", "python -m experiments.run")):
+        monkeypatch.setattr("sys.argv", [typed])
+        assert run.main(argv) == 0
+        then = f"{program} evaluate --config t/config.toml --adapter {adapter}"
+        assert capsys.readouterr().out.splitlines()[-2] == f"its forecasts, scored: {then}" and Path(adapter).is_dir()
+        with pytest.raises(SystemExit):
+            run.main(["status", "--help"])
+        assert f"  {program} status runs/grid\n" in capsys.readouterr().out
     config = files.read_json("model/config.json")
     config["rope_theta"] = config["rope_parameters"]["rope_theta"] = 2e4
     files.write_json("model/config.json", config)

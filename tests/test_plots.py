@@ -600,7 +600,7 @@ QUANTILES = [dict.fromkeys((0.1, 0.9), FLAT), dict.fromkeys((0.1, 0.25, 0.75, 0.
 ONE = dict(title="System 7", values=[1, 2, 3])
 TRIP = dict(time=TIME, raw=FLAT, decoded=FLAT[1:], names=BOTH)
 REFUSED = [
-    (plots.loss_curves, dict(cells=GRID, x="epoch"), """x is 'epoch': expected "step" or "flops\""""),
+    (plots.loss_curves, dict(cells=GRID, x="epoch"), "x is 'epoch': expected one of step, flops, time"),
     (plots.heat_map, dict(table={}), "a heat map is empty: expected at least one entry"),
     (plots.forecast, SERIES | {"names": ["prey"]}, "with V = 1 and h at least 1"),
     (plots.forecast, SERIES | {"time": [0.0, 1.0]}, "time has the shape (2,): expected (3 + 3,)"),

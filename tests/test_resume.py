@@ -10,11 +10,13 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from waves import Killed, contents, inputs, no_figures, refused
+from waves import CLOCK, Killed, contents, inputs, no_figures, refused
 
 from data.windows import batch_indices
 from experiments import run
@@ -52,8 +54,18 @@ def elsewhere(monkeypatch) -> None:
     no_figures(monkeypatch)
 
 
+STARTS = itertools.count(0, 1000)
+
+
 def train_cell(settings: Settings, out: str = "run", allow_drift: bool = False) -> None:
-    run_stages(settings, Path(out), Path("ledger.sqlite"), lambda record: None, ("grid",), ALONE, allow_drift)
+    """Run the cell with a clock that begins somewhere and goes on by a second whenever it is read."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "time", SimpleNamespace(perf_counter=itertools.count(next(STARTS)).__next__))
+        run_stages(settings, Path(out), Path("ledger.sqlite"), lambda record: None, ("grid",), ALONE, allow_drift)
+
+
+def clock() -> list[dict[str, Any]]:
+    return files.read_jsonl(Path("run", CELL, CLOCK))
 
 
 def row() -> dict:
@@ -79,7 +91,7 @@ def stops(monkeypatch, step: int, how: str) -> None:
 
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory):
-    """The run that was never stopped, by what cuts its batches: its files and its row of the ledger."""
+    """The run that was never stopped, by what cuts its batches: its files, its row of the ledger, its clock."""
     made = {}
 
     def files_and_row(rows: int):
@@ -87,7 +99,7 @@ def whole(data, tmp_path_factory):
             with pytest.MonkeyPatch.context() as patch:
                 patch.chdir(tmp_path_factory.mktemp("whole"))
                 train_cell(begun_with(data))
-                made[rows] = contents("run"), row()
+                made[rows] = contents("run"), row(), clock()
         return made[rows]
 
     return files_and_row
@@ -106,7 +118,8 @@ def test_a_run_stopped_at_10_points_of_3_epochs_ends_in_the_bits_of_a_whole(data
     """`rows` sequences run at once: with 3 of them a batch is a group of three and one of one."""
     width = files.read_json(data / "model" / "config.json")["intermediate_size"]
     monkeypatch.setitem(FEED_FORWARD_AT_ONCE, "cpu", rows * BEGUN["context"] * width)
-    expected, settled = whole(rows)
+    expected, settled, seconds = whole(rows)
+    assert [line["seconds"] for line in seconds] == [*range(1, STEPS + 2 + 1)]  # of the steps and two validations
     settings = begun_with(data)
     with monkeypatch.context() as patch:
         stops(patch, step, how)
@@ -117,7 +130,7 @@ def test_a_run_stopped_at_10_points_of_3_epochs_ends_in_the_bits_of_a_whole(data
     assert state.held.get("step", 0) == after
     torch.manual_seed(999)  # as another process has it
     train_cell(settings)
-    assert contents("run") == expected
+    assert contents("run") == expected and clock() == seconds
     entry = row()
     assert {**entry, "wasted": 0, "total": 0} == {**settled, "total": 0}
     assert entry["wasted"] == entry["training"] // STEPS * (step - after)
@@ -174,6 +187,25 @@ def begun(request, places, tmp_path, monkeypatch) -> Path:
     shutil.copytree(places[request.param], tmp_path / "place")
     monkeypatch.chdir(tmp_path / "place")
     return Path("run")
+
+
+@pytest.mark.parametrize(
+    ("held", "said"),
+    [
+        (None, None),  # of a version that had none
+        ('{"seconds": 1.0, "step": 1}\n', None),
+        ('{"seconds": "1", "step": 1}\n', "clock.jsonl: line 1: seconds is '1': expected a number"),
+        ('{"seconds": 1.0}\n', "clock.jsonl: line 1: has no step: expected"),
+        ("x\n", "clock.jsonl: line 1: not valid JSON"),
+    ],
+)
+def test_a_run_without_a_whole_clock_goes_on_without_one_and_one_that_is_damaged_is_refused(begun, capsys, held, said):
+    path = Path("run", CELL, CLOCK)
+    path.unlink() if held is None else path.write_text(held)
+    if said:
+        assert said in refused(capsys, *GRID)
+    else:
+        assert run.main(GRID) == 0 and clock() == []
 
 
 # Another value of every field; those of `FREE` come last.

@@ -13,7 +13,7 @@ from experiments.plots import training
 from experiments.run_folder import files
 from experiments.run_folder.errors import RunFailed
 from experiments.run_folder.owner import owner_of
-from experiments.run_folder.status import status
+from experiments.run_folder.status import status, text
 from experiments.settings.record import POCKET
 from experiments.training import cell as train
 
@@ -127,6 +127,10 @@ def test_of_a_search_that_runs_status_has_cells_that_wait_as_paused_and_counts_t
     at = next(at for at, (found, *_) in enumerate(seen) if found.runs[2].step == 1)
     found, owner, _, now = seen[at]  # the second cell has made a step
     assert [row.state for row in found.runs] == ["done", "paused", "running", "waiting"]
+    most, total = found.totals()["predicted_flops"], spent()
+    assert most == total < sum(row.predicted_flops for row in found.runs)  # as if each went on to the last rung
+    assert f" of at most {total:.3e} FLOPs" in text(found) and " at most " not in text(ended := status(Path("search")))
+    assert ended.totals()["flops"] == ended.totals()["predicted_flops"] == total > sum(row.flops for row in ended.runs)
     began = next(cost for later, _, cost, _ in seen if later.runs[2].state == "running")
     assert owner.left == spent() - began  # the price of all that was run after that
     flops = found.runs[2].flops

@@ -1,5 +1,7 @@
 """A grid over seeds: each cell is the mean of its runs, and what differs by less than their noise is not known."""
 
+import json
+import re
 import shutil
 from pathlib import Path
 
@@ -78,6 +80,35 @@ def test_the_best_cell_of_the_page_is_that_of_the_lowest_mean_though_another_has
     assert (out / "tables/grid.csv").read_text().splitlines()[1:] == [
         "0.01,0.375,0.375,0.375", "0.5,0.5,0.25,0.75"
     ]  # fmt: skip
+
+
+def test_a_grid_over_another_setting_has_the_mean_and_the_spread_of_each_cell_in_its_table_and_figures(monkeypatch):
+    """Bug: each seed was a row and a line of its own."""
+    from experiments import plots, report
+    from experiments.plots import training
+
+    monkeypatch.setattr(plots, "search", training.search)
+    over = ["--lr", "1e-2", "--steps", "2", "--val-every", "1", "--over", "schedule=constant|cosine"]
+    assert run.main([*GRID, *over]) == 0
+    cells = [f"{FIRST[0]}-schedule={schedule}" for schedule in ("constant", "cosine")]
+    found = {cell: [loss("g", cell), loss("g", f"{cell}-seed6")] for cell in cells}
+    best = min(found, key=lambda cell: sum(found[cell]))
+    lines = Path("g/results.md").read_text().splitlines()
+    for cell, losses in found.items():
+        (line,) = [line for line in lines if line.startswith(f"| `{cell}`")]
+        shown = f"{sum(losses) / 2:.4f} ({min(losses):.4f} to {max(losses):.4f})"
+        assert line.split("|")[2].strip() == (f"**{shown}**" if cell == best else shown)
+    assert sum(line.startswith("| `") for line in lines) == 2
+    html = report.build(Path("g")).read_text()
+    _, table = files.read_csv("g/tables/cells.csv")
+    assert [[float(row[name]) for name in list(row)[1:4]] for row in table] == [
+        pytest.approx([sum(losses) / 2, min(losses), max(losses)], rel=1e-12) for losses in found.values()
+    ]
+    figure = re.search('id="figure-search".*?<metadata>(.*?)</metadata>', html, re.DOTALL)
+    drawn = {one["name"]: one["points"] for one in json.loads(figure[1])["series"] if one["points"]}
+    assert {cell: drawn[cell][-1][3] for cell in cells} == pytest.approx(
+        {c: sum(found[c]) / 2 for c in cells}, rel=1e-12
+    )
 
 
 def test_the_noise_of_two_cells_is_the_half_width_of_the_paired_t_interval_of_their_difference():

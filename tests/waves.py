@@ -20,6 +20,8 @@ from experiments.settings.record import POCKET
 from experiments.training import cell
 from qwen_min import Qwen, QwenConfig
 
+CLOCK = "clock.jsonl"
+"""Of what a run leaves the one record that is no part of "the same bytes": how many seconds its work took."""
 FIGURES = ("loss_curves", "heat_map", "search")
 INPUTS = ["--data", "waves.h5", "--model", "model"]
 """The flags for what `inputs` writes into the current folder."""
@@ -74,7 +76,7 @@ def no_figures(patch) -> None:
 
 def contents(out: Path | str, *without: str) -> dict[str, bytes]:
     """Every file of a run but what says when, how often and by whom it was started, and what is `without` too."""
-    names = (".owner", ".lock", "manifest.json", *without)
+    names = (".owner", ".lock", "manifest.json", CLOCK, *without)
     found = {p.relative_to(out): p for p in sorted(Path(out).rglob("*")) if p.is_file() and p.name not in names}
     return {str(name): path.read_bytes() for name, path in found.items() if name.parts[0] != "shards"}
 

@@ -3,9 +3,11 @@
 import io
 import json
 import re
+from collections import Counter
 from itertools import chain
 from typing import Any
 from xml.sax.saxutils import escape
+from zlib import crc32
 
 import numpy as np
 from matplotlib import rc_context
@@ -13,7 +15,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-POINTS, OF_ALL = 400, 6000  # of a line and of a figure, whose values are kept: a page is to stay below 3 MB
+POINTS, OF_ALL = 400, 4000  # of a line and of a figure, whose values are kept: a page is to stay below 3 MB
 _NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
@@ -90,5 +92,14 @@ def _smaller(text: str) -> str:
     """The same picture in fewer bytes: coordinates to a hundredth, the page's font, no ids but those that are used."""
     text = re.sub(r' (d|x|y|points|transform)="[^"]*"', lambda found: re.sub(r"(\.\d\d)\d+", r"\1", found[0]), text)
     text = re.sub(r'(style="[^"]*?font: [^";]*?px) [^";]*', r"\1 system-ui, sans-serif", text)
+    text = re.sub(r'(style="[^"]*?font-family:) [^";]*', r"\1 system-ui, sans-serif", text)  # of newer matplotlib
+    text = re.sub(r"\n +", "\n", text)
     text = re.sub(r'<g id="(entry|series)-(\d+)"', r'<g data-\1="\2"', text)
-    return re.sub(r'<g id="[^"]*"', "<g", text)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
+    often = [style for style, count in Counter(re.findall(r' style="([^"]*)"', text)).items() if count > 2]
+    classes = {style: f"s{crc32(style.encode()):x}" for style in often}  # the same in every figure of a page
+    text = re.sub(
+        r' style="([^"]*)"', lambda found: f' class="{classes[found[1]]}"' if found[1] in classes else found[0], text
+    )
+    rules = "".join(f".{name}{{{style}}}" for style, name in classes.items())
+    return re.sub("(<svg[^>]*>)", rf"\1<style>{rules}</style>", text, count=1)

@@ -12,23 +12,25 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, MaxNLocator, SymmetricalLogLocator
 
 from experiments.plots import base
-from experiments.run_folder.cells import cell_of, noise
+from experiments.run_folder.cells import by_cell, cell_of, noise
 
 MOST_NAMED = 12  # runs whose names fit into a figure
+AXES = {"step": "training step", "flops": "training FLOPs (coursework)", "time": "seconds of training and validation"}
 MOST_RAW = 3  # runs whose training losses are not one braid
 
 
 def loss_curves(cells: Sequence[Mapping[str, Any]], path: str | Path, x: str = "step", label: str = "") -> None:
     """Draw the training loss of all runs, as `training_shown` says, and, below it, the validation loss.
 
-    A run is `name`, `lr`, `rank`, optionally `group`, and `train` and `validation`: lists of (step, FLOPs so
-    far, loss in nats per token), and optionally `untrained`, the validation loss of step 0. `x` is "step" or "flops".
+    A run is `name`, `lr`, `rank`, optionally `group`, and `train` and `validation`: lists of (step, FLOPs so far, loss
+    in nats per token), and optionally `untrained`, the validation loss of step 0. `x` is "step", "flops", or "time":
+    the lists then have seconds of work so far where the FLOPs stand.
     In a group (all runs without one are a group) the learning rate is colour and marker and the rank the dashes; runs
     of a group that agree in both (they differ in something else) get a look and an entry each. Training is drawn raw
     and, in a run that is long enough, faint, and as the mean of the last `smoothing` steps. Losses that are not finite
     are left out."""
-    if x not in ("step", "flops"):
-        raise ValueError(f'x is {x!r}: expected "step" or "flops"')
+    if x not in AXES:
+        raise ValueError(f"x is {x!r}: expected one of {', '.join(AXES)}")
     how = training_shown(cells)
     figure, panels = base.new_figure(2 if how else 1, 2.7)
     validation, reference = panels[-1], cells[0]["train"] if how == "difference" else None
@@ -68,7 +70,7 @@ def loss_curves(cells: Sequence[Mapping[str, Any]], path: str | Path, x: str = "
         )
         axes.tick_params(labelbottom=True)
         base.value_axis(axes, np.concatenate(losses) if losses else [])
-    validation.set_xlabel("training FLOPs (coursework)" if x == "flops" else "training step")
+    validation.set_xlabel(AXES[x])
     if base.is_wide(ends):  # else the short runs would be a line at the edge
         if min(starts) > 0:
             validation.set_xscale("log")
@@ -78,7 +80,7 @@ def loss_curves(cells: Sequence[Mapping[str, Any]], path: str | Path, x: str = "
             validation.set_xscale("symlog", linthresh=first)
             validation.xaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=first))
         base.short_ticks(validation.xaxis)
-    elif x == "flops":
+    elif x != "step":
         validation.xaxis.set_major_locator(MaxNLocator(6, min_n_ticks=1))
         base.short_ticks(validation.xaxis)
     else:
@@ -95,12 +97,18 @@ def training_shown(cells: Sequence[Mapping[str, Any]]) -> str:
 
 
 def search(cells: Sequence[Mapping[str, Any]], path: str | Path, label: str = "") -> None:
-    """Draw the validation loss of every run over its FLOPs, a colour for each length, the best of the longest marked.
+    """Draw the validation loss of every cell over its FLOPs, a colour for each length, the best of the longest marked.
 
-    A run is as in `loss_curves`, and may have "judged": (step, flops, loss) at the rungs that it was judged at."""
+    A run is as in `loss_curves`, and may have "judged": (step, flops, loss) at the rungs that it was judged at. Of runs
+    that differ in the seed alone the mean is drawn, as far as all go, over a band from the lowest to the highest."""
     base.not_empty(cells, "the figure of a search")
     figure, (axes,) = base.new_figure(1, 3.6)
-    points = [_points(sorted([*cell["validation"], *cell.get("judged", ())]), "flops") for cell in cells]
+    each = by_cell(cells).values()
+    seeds = [[_points(sorted([*run["validation"], *run.get("judged", ())]), "flops") for run in some] for some in each]
+    ends = [min(len(loss) for _, loss in some) for some in seeds]
+    losses = [np.stack([loss[:end] for _, loss in some]) for some, end in zip(seeds, ends, strict=True)]  # (seeds, end)
+    points = [(some[0][0][:end], of.mean(0)) for some, end, of in zip(seeds, ends, losses, strict=True)]
+    cells = [some[0] for some in each]
     steps = [max((step for step, _, _ in cell["validation"]), default=0) for cell in cells]
     lengths, most = sorted(set(steps)), max(at.max(initial=0) for at, _ in points)
     last = {i: loss[-1] for i, (_, loss) in enumerate(points) if steps[i] == lengths[-1] and len(loss)}
@@ -109,6 +117,9 @@ def search(cells: Sequence[Mapping[str, Any]], path: str | Path, label: str = ""
         look: base.Style = {"color": base.colour(lengths.index(steps[i]), len(lengths)), "markersize": 3}
         look |= {"label": base.plain(cells[i]["name"]), "gid": f"up to step {steps[i]}"}
         axes.plot(at, loss, **look, marker="o", linewidth=2.2 if i == best else 0.9, alpha=1 if i == best else 0.6)
+        if len(losses[i]) > 1:
+            band: base.Style = {"color": look["color"], "gid": look["gid"], "alpha": 0.15, "linewidth": 0}
+            axes.fill_between(at, losses[i].min(0), losses[i].max(0), **band)
         if len(cells) <= MOST_NAMED and len(at):
             side = "right" if at[-1] > most / 2 else "left"  # into the figure
             place = (-6 if side == "right" else 6, 5)
@@ -122,7 +133,7 @@ def search(cells: Sequence[Mapping[str, Any]], path: str | Path, label: str = ""
         handles.append(_entry(f"best: {cells[best]['name']}", "black", "", "*"))
     axes.set_ylabel("validation loss (nats per token)")
     axes.set_xlabel("training FLOPs of the run (coursework)")
-    base.value_axis(axes, np.concatenate([loss for _, loss in points]))
+    base.value_axis(axes, np.concatenate([of.ravel() for of in losses]))
     axes.xaxis.set_major_locator(MaxNLocator(6, min_n_ticks=1))
     base.short_ticks(axes.xaxis)
     base.legend_below(figure, handles)
@@ -236,8 +247,8 @@ def _entry(name: str, shade: Any, dashes: Any, marker: str) -> Line2D:
 def _points(
     history: Sequence[tuple[int, int, float]], x: str, less: Sequence[tuple[int, int, float]] | None = None
 ) -> tuple[base.Floats, base.Floats]:
-    """Return where (step or FLOPs) and loss, less that of another history, of the finite points, in order."""
-    values = np.array([(flops if x == "flops" else step, loss) for step, flops, loss in history], np.float64)
+    """Return where (see `loss_curves`) and loss, less that of another history, of the finite points, in order."""
+    values = np.array([(step if x == "step" else amount, loss) for step, amount, loss in history], np.float64)
     values = values.reshape(-1, 2)
     if less:
         values[:, 1] -= [loss for _, _, loss in less]

@@ -5,7 +5,6 @@
 """
 
 import re
-import shlex
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -33,6 +32,7 @@ from experiments.report.document import Block, Figure, Inline, Section, Table
 from experiments.report.records import Fields
 from experiments.report.study import Study
 from experiments.run_folder import files
+from experiments.run_folder.command import command
 from experiments.training.progress import Counted
 
 B = TypeVar("B", Table, Figure)
@@ -88,8 +88,8 @@ def build_comparison(run: Path, others: Sequence[Path]) -> Path:
     Each folder is read as by `build`, and times of its files. Raises as it does, and for a folder that is there twice.
     """
     sections, label = compare.sections([run, *others])
-    command = shlex.join(["python", "-m", "experiments.run", "report", str(run), "--compare", *map(str, others)])
-    html, markdown = rendered("Runs side by side", label, command, sections, {})
+    made_by = command("report", run, "--compare", *others)
+    html, markdown = rendered("Runs side by side", label, made_by, sections, {})
     return _write(run, "compare", sections, label, html, markdown)
 
 
@@ -161,14 +161,14 @@ def opened(svg: str) -> tuple[float, float, str]:
 
 
 def rendered(
-    title: str, label: str, command: str, sections: list[Section], images: dict[str, tuple[bytes, str]]
+    title: str, label: str, made_by: str, sections: list[Section], images: dict[str, tuple[bytes, str]]
 ) -> tuple[str, str]:
     """The page that a command makes as HTML, with its figures inside, and as Markdown, with links to them."""
 
     values: dict[str, Any] = {
         "title": title,
         "label": label,
-        "report": command,
+        "report": made_by,
         "first": sections[0],
         "stacked": [table for table in blocks(sections, Table) if len(table.columns) > NARROW],
         "groups": [(group, list(of)) for group, of in groupby(sections[1:], key=lambda section: section.group)],

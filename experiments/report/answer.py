@@ -13,6 +13,7 @@ from experiments.report.forecasts import drawn
 from experiments.report.records import Row
 from experiments.report.study import CONTROLS, STAGES, TITLES, Run, Study
 from experiments.run_folder.cells import spread
+from experiments.run_folder.command import program
 from experiments.settings.record import FEWEST_SERIES
 
 TERMS = {"baseline": "untrained", "default": "default run", "final": "final", "grid": "best cell"}
@@ -120,7 +121,7 @@ def _losses(study: Study) -> Inline:
 
 def _next(study: Study) -> Inline:
     """What one would do next, and its command."""
-    start = "python -m experiments.run"
+    start = program()
     verb = "train" if study.alone else "study" if study.plan else "grid"
     protocol = f" --protocol {study.settings['protocol']}" if study.settings.get("protocol") else ""
     if (run := study.alone) and not study.evaluation(run):

@@ -10,7 +10,7 @@ from experiments.report.evaluation import MODEL
 from experiments.report.scoring import SQUARED, with_interval
 from experiments.report.study import Run, Study
 from experiments.report.training import curve_of, metrics
-from experiments.run_folder.cells import at_rungs, by_cell, losses, spread
+from experiments.run_folder.cells import at_rungs, by_cell, losses, noise, spread
 
 
 def grid(study: Study) -> Section:
@@ -79,11 +79,20 @@ def _judged(study: Study, runs: Sequence[Run]) -> list[Block]:
 
 
 def _search(study: Study, runs: Sequence[Run]) -> list[Block]:
-    """The loss of every cell at each rung, and over FLOPs."""
-    caption = "Validation loss of every run over training FLOPs, the best of the longest marked."
+    """The loss of every cell at each rung, or over its seeds, and over FLOPs."""
+    caption = f"Validation loss of every cell over training FLOPs, the best of the longest marked{_over(study)}."
     curves = [curve_of(study, run) | {"judged": at_rungs(run.row, study.rungs)} for run in runs]
     draw = partial(plots.search, curves, label=study.label)
     figure = Figure("search", caption, draw, [metrics(run) for run in runs], ["grid"])
+    if study.seeds > 1:  # which rungs do not go with
+        cells = {cell: losses(some) for cell, some in by_cell(run.row for run in runs).items()}
+        caption = f"Validation loss (nats per token) of every cell{_over(study)}"
+        if least := noise(cells.values()):
+            caption += f"; of two means less than {least:.2g} apart it is not known which is lower (95 %)"
+        spreads = [spread(found) for found in cells.values()]
+        best, rows = spreads.index(min(spreads)), [list(row) for row in zip(cells, spreads, strict=True)]
+        columns = [Column("cell", "cell", "text"), Column("validation_loss", "validation loss", "interval")]
+        return [Table("cells", f"{caption}.", columns, rows, ["results.csv"], ["grid"], {(best, 1): "lowest"}), figure]
     if not study.rungs:
         return [figure]
     names = [f"loss_at_{rung}" for rung in study.rungs]

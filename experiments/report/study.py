@@ -9,6 +9,7 @@ from typing import Any
 from experiments.report.evaluation import MODEL, Evaluation
 from experiments.report.records import Fields, Records, Row
 from experiments.run_folder.cells import by_cell, losses, lowest
+from experiments.run_folder.command import program
 
 CONTROLS = {"scratch": "same model from random weights", "small": "small model from random weights"}
 STAGES = ("baseline", "default", "grid", "context", "final", *CONTROLS)
@@ -73,7 +74,7 @@ class Study:
     @property
     def commands(self) -> dict[str, str]:
         """The command of each stage, as the manifest has it or from the folder's own settings, and of this page."""
-        start, run = "python -m experiments.run", shlex.quote(str(self.root))
+        start, run = program(), shlex.quote(str(self.root))
         verbs = {stage: stage if self.settings.get("protocol") else "grid" for stage in (*STAGES, "study")}
         verbs |= dict.fromkeys(CONTROLS, "study --controls")
         found = {stage: f"{start} {verb} --config {run}/config.toml --out {run}" for stage, verb in verbs.items()}

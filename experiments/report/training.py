@@ -21,7 +21,7 @@ RULE = (
 
 
 def curves(study: Study) -> Section:
-    """Training and validation loss over steps and FLOPs, by stage and all together."""
+    """Training and validation loss over steps, FLOPs and, where it is recorded, time, by stage and all together."""
     groups = {
         "cells": ("every cell of the grid", ["grid"]),
         "contexts": ("every context", ["context"]),
@@ -40,11 +40,13 @@ def curves(study: Study) -> Section:
         shown.append(ran)
         if not (runs := study.each(*stages)):
             continue
-        drawn, files = [curve_of(study, run) for run in runs], [metrics(run) for run in runs]
-        if len(ran) == 1:  # a legend need not say what all have in common
-            drawn = [curve | {"group": ""} for curve in drawn]
-        for x in ("step", "flops"):
-            over = "steps" if x == "step" else "training FLOPs"
+        over = {"step": "steps", "flops": "training FLOPs"}
+        over |= {"time": "time"} if all(_seconds(study, run) for run in runs) else {}
+        for x in over:
+            drawn, files = [curve_of(study, run, x) for run in runs], [metrics(run) for run in runs]
+            files += [clock(run) for run in runs if x == "time"]
+            if len(ran) == 1:  # a legend need not say what all have in common
+                drawn = [curve | {"group": ""} for curve in drawn]
             smooth = any(smoothing(len(curve["train"])) > 1 for curve in drawn)
             raw = ", each step and the mean of the last ones," if smooth else ""
             less = f", less that of {drawn[0]['name']},"
@@ -53,9 +55,9 @@ def curves(study: Study) -> Section:
                 "difference": f"Training loss{less} and validation",
             }
             said = training.get(training_shown(drawn), "Validation")
-            caption = f"{said} loss of {what} over {over}; step 0 is the untrained model."
+            caption = f"{said} loss of {what} over {over[x]}; step 0 is the untrained model."
             draw = partial(plots.loss_curves, drawn, x=x, label=study.label)
-            blocks.append(Figure(f"loss-{name}-by-{x}", caption, draw, files, ran, choice=f"over {over}"))
+            blocks.append(Figure(f"loss-{name}-by-{x}", caption, draw, files, ran, choice=f"over {over[x]}"))
     for run in study.of("final"):
         half = [_second_half(curve_of(study, run))]
         caption = "Loss of the final run over the second half of its steps."
@@ -130,15 +132,29 @@ def metrics(run: Run) -> str:
     return f"{run.folder}/metrics.jsonl"
 
 
-def curve_of(study: Study, run: Run) -> dict[str, Any]:
-    """A run as `plots.loss_curves` takes it."""
+def clock(run: Run) -> str:
+    return f"{run.folder}/clock.jsonl"
+
+
+def _seconds(study: Study, run: Run) -> list[float]:
+    """Seconds of work up to each line of the metrics; none where the clock lacks some, as in earlier versions."""
+    lines = study.records.jsonl(clock(run)) if study.records.has(clock(run)) else []
+    found = [line.number("seconds") for line in lines]
+    return found if len(found) == len(study.records.jsonl(metrics(run))) else []
+
+
+def curve_of(study: Study, run: Run, x: str = "step") -> dict[str, Any]:
+    """A run as `plots.loss_curves` takes it for this `x`."""
     lines = study.records.jsonl(metrics(run))
+    amounts = _seconds(study, run) if x == "time" else [line.count("training") for line in lines]
     found = {"name": run.title, "lr": run.row["lr"], "rank": run.row["rank"], "group": run.stage}
     if (untrained := study.untrained) and untrained.row["context"] == run.row["context"]:  # else of other windows
         found["untrained"] = untrained.row["validation_loss"]
     for kind, key in (("train", "loss"), ("validation", "validation_loss")):
         found[kind] = [
-            (line.count("step"), line.count("training"), line.number(key)) for line in lines if key in line.values
+            (line.count("step"), amount, line.number(key))
+            for line, amount in zip(lines, amounts, strict=True)
+            if key in line.values
         ]
     return found
 

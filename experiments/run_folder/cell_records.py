@@ -97,6 +97,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def read_clock(path: Path, metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of `clock.jsonl` for those of `metrics.jsonl`: the seconds of work up to each; none if one is missing.
+
+    Runs of earlier versions have no clock. Raises ValueError where a line is not as a run writes it.
+    """
+    lines = files.read_jsonl(path) if path.is_file() else []
+    for number, line in enumerate(lines, 1):
+        files.check(f"{path}: line {number}", line, {"step": int, "seconds": float})
+    lines = lines[: len(metrics)]
+    return lines if [line["step"] for line in lines] == [line["step"] for line in metrics] else []
+
+
 def read_gradients(path: Path) -> list[dict[str, Any]]:
     """The lines of `gradients.jsonl`; ValueError where one is not as a run writes it."""
     lines = files.read_jsonl(path)

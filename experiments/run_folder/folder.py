@@ -33,11 +33,12 @@ class Record:
 
 
 class RunFolder:
-    """metrics.jsonl  gradients.jsonl  result.json  failure.json  adapter/  checkpoint/  evaluation/"""
+    """metrics.jsonl  clock.jsonl  gradients.jsonl  result.json  failure.json  adapter/  checkpoint/  evaluation/"""
 
     def __init__(self, path: Path):
         self.path = path
         self.metrics = path / "metrics.jsonl"
+        self.clock = path / "clock.jsonl"
         self.gradients = path / "gradients.jsonl"
         self.result = path / "result.json"
         self.failure = path / FAILURE

@@ -47,22 +47,27 @@ class Status:
     seconds_left: what a process has to do, at the FLOP/s that it had from its beginning to its last record, in which
     loading, validation and forecasts count; of several processes the longest. None, unknown, where none is at work or
     none has written a record yet. Runs that no process has taken on are not in it.
+    copies, most: of a search the FLOPs of copies that cells were judged by at a rung and went beyond, less what they
+    share with the cell's run, and the most that all can take, as the runs do not all go on to their ends.
     """
 
     folder: str
     runs: list[Row]
     at_work: list[str]
     seconds_left: float | None
+    copies: int = 0
+    most: int = 0
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self) | self.totals()
 
     def totals(self) -> dict[str, int]:
         """Runs done, and FLOPs spent of those predicted."""
+        flops = sum(row.flops for row in self.runs) + self.copies
         return {
             "done": sum(row.state == "done" for row in self.runs),
-            "flops": sum(row.flops for row in self.runs),
-            "predicted_flops": sum(row.predicted_flops for row in self.runs),
+            "flops": flops,
+            "predicted_flops": max(flops, self.most or sum(row.predicted_flops for row in self.runs)),
         }
 
 
@@ -72,7 +77,7 @@ def status(out: Path) -> Status:
     Raises:
         ValueError: nothing has begun in it, or a record is damaged.
     """
-    planned = _planned(out)
+    planned, most = _planned(out)
     claims = [out, *sorted(path.parent for path in (out / "shards").glob(f"*-of-*/{NAME}"))]
     held = {claim: owner for claim in claims if (owner := owner_of(claim)) and owner.alive is not False}
     runs = {run["folder"]: _Records(out, run) for run in planned}
@@ -87,6 +92,10 @@ def status(out: Path) -> Status:
         [run.row(run.folder in current) for run in runs.values()],
         [f"{owner}{'' if owner.alive else ', unverified (another host)'}" for owner in held.values()],
         max(known) if known and len(known) == len(times) else None,
+        sum(run.beyond(copy) for run in runs.values() for copy in out.glob(f"rungs/*/{run.run['name']}"))
+        if most
+        else 0,
+        most,
     )
 
 
@@ -104,7 +113,7 @@ def text(found: Status) -> str:
     done = total["done"] == len(found.runs)
     whole = (
         f"{found.folder}: {total['done']} of {len(found.runs)} runs done, {total['flops']:.3e} of "
-        f"{total['predicted_flops']:.3e} FLOPs ({share:.1%}); "
+        f"{'at most ' * (found.most > total['flops'])}{total['predicted_flops']:.3e} FLOPs ({share:.1%}); "
         + ("at work: " + "; ".join(found.at_work) if found.at_work else "no process at work")
         + ("" if done else f"; time left: {left}")
     )
@@ -122,12 +131,12 @@ class _Records:
 
     def __init__(self, out: Path, run: dict[str, Any]):
         folder = RunFolder(out / run["folder"])
-        self.run, self.folder, self.metrics = run, run["folder"], folder.metrics
+        self.run, self.folder, self.path, self.metrics = run, run["folder"], folder.path, folder.metrics
         evaluation, self.failure = folder.evaluated, Record(folder.failure)
         self.lines = files.read_jsonl(self.metrics) if self.metrics.is_file() else []
         judged = evaluation.held.get("parts", {})
         self.done = folder.finished and all(part in judged for part in run["parts"])
-        self.flops = sum(self._last(kind, int) or 0 for kind in ("training", "validation"))
+        self.flops = self._trained()
         self.flops += sum(evaluation.flops.values())
         self.predicted = sum(run["predicted"].values())
         self.left = 0 if self.done else max(0, self.predicted - self.flops)
@@ -149,22 +158,32 @@ class _Records:
             error=str(self.failure.held.get("error")) if state == "failed" else None,
         )
 
-    def _last(self, name: str, kind: type) -> Any:
-        """The last number of a name in the metrics; None if there is none."""
+    def beyond(self, copy: Path) -> int:
+        """FLOPs of a copy at a rung, RUNG/NAME, less what it shares with this run; none where it is this run."""
+        return 0 if copy == self.path else sum(RunFolder(copy).kept().values()) - self._trained(int(copy.parent.name))
+
+    def _trained(self, step: int | None = None) -> int:
+        """FLOPs of training and validation, of all that is recorded or up to a step."""
+        return sum(self._last(kind, int, step) or 0 for kind in ("training", "validation"))
+
+    def _last(self, name: str, kind: type, step: int | None = None) -> Any:
+        """The last number of a name in the metrics, or the last up to a step; None if there is none."""
         for line in reversed(self.lines):
-            if name in line:
+            if name in line and (step is None or line["step"] <= step):
                 if type(line[name]) is kind:
                     return line[name]
                 raise ValueError(f"{self.metrics}: {name} is {line[name]!r}: expected a number")
         return None
 
 
-def stages_of(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """The runs of each stage in a `plan.json`. Raises ValueError with one line for a file that is not whole."""
+def stages_of(path: Path) -> dict[str, dict[str, Any]]:
+    """The stages in a `plan.json`, by name, each with its runs. Raises ValueError, one line, where it is not whole."""
     kinds = {"name": str, "stage": str, "folder": str, "steps": int, "parts": list, "predicted": dict}
     try:
-        stages = {stage["stage"]: stage["runs"] for stage in Record(path).held["stages"]}
-        for run in (run for runs in stages.values() for run in runs):
+        stages = {stage["stage"]: stage for stage in Record(path).held["stages"]}
+        for stage in stages.values():
+            files.check(path, stage, {"stage": str, "runs": list}, {"flops": int})
+        for run in (run for stage in stages.values() for run in stage["runs"]):
             files.check(path, run, kinds)
             files.check(path, run["predicted"], dict.fromkeys(run["predicted"], int))
     except (KeyError, TypeError):
@@ -172,17 +191,19 @@ def stages_of(path: Path) -> dict[str, list[dict[str, Any]]]:
     return stages
 
 
-def _planned(out: Path) -> list[dict[str, Any]]:
-    """What was asked for; a folder that several stages share counts once, with most that is forecast."""
+def _planned(out: Path) -> tuple[list[dict[str, Any]], int]:
+    """What was asked for, and the most FLOPs of a search; a folder that several stages share counts once, with most
+    that is forecast."""
     path = out / PLAN
     if not path.is_file():
         raise ValueError(f"{out}: has no {PLAN}: expected the folder of a run that has begun")
     runs: dict[str, dict[str, Any]] = {}
-    for run in (run for stage in stages_of(path).values() for run in stage):
+    stages = stages_of(path).values()
+    for run in (run for stage in stages for run in stage["runs"]):
         first = runs.setdefault(run["folder"], run)
         if len(run["parts"]) > len(first["parts"]):
             runs[run["folder"]] = run | {"stage": first["stage"]}
-    return list(runs.values())
+    return list(runs.values()), sum(stage.get("flops", 0) for stage in stages)
 
 
 def _seconds_left(owner: Owner, began: float, mine: list[_Records]) -> float | None:

@@ -3,7 +3,6 @@
 RUN/results.md  figures/*.png, of which the page has the same   (the run folder is described in `study.py`)
 """
 
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from experiments.forecasting.baselines import RULES
 from experiments.forecasting.scores import verdict
 from experiments.run_folder import files, table
 from experiments.run_folder.cells import at_rungs, by_cell, losses, lowest, noise, spread
+from experiments.run_folder.command import command
 from experiments.run_folder.folder import RunFolder
 from experiments.run_folder.status import status
 from experiments.settings.record import Settings
@@ -66,13 +66,14 @@ def _searched(settings: Settings, rows: Sequence[dict[str, str]], out: Path) -> 
     rungs = settings.rungs or (settings.steps,)
     ended = [row for row in cells if row["folder"].startswith("cells/")]
     best = lowest(ended)
-    lines = [["cell", *(f"step {rung}" for rung in rungs), "FLOPs of its run"]]
-    for row in cells:
-        at = {rung: loss for rung, _, loss in at_rungs(row, settings.rungs)}
-        at = at if settings.rungs else {settings.steps: float(row["validation_loss"])}
-        shown = [f"{at[rung]:.4f}" if rung in at else "-" for rung in rungs]
-        shown[-1] = f"**{shown[-1]}**" if row is best else shown[-1]
-        lines.append([f"`{row['cell']}`", *shown, f"{int(row['training_flops']) + int(row['validation_flops']):,}"])
+    lines = [["cell", *(f"step {rung}" for rung in rungs), f"FLOPs of its run{'s' * (settings.seeds > 1)}"]]
+    for cell, some in by_cell(cells).items():
+        at = {rung: [loss] for rung, _, loss in at_rungs(some[0], settings.rungs)}
+        at = at if settings.rungs else {settings.steps: losses(some)}
+        shown = [_shown(at[rung]) if rung in at else "-" for rung in rungs]
+        shown[-1] = f"**{shown[-1]}**" if some[0] is best else shown[-1]
+        flops = sum(int(row["training_flops"]) + int(row["validation_flops"]) for row in some)
+        lines.append([f"`{cell}`", *shown, f"{flops:,}"])
     spent = {row["part"]: int(row["flops"]) for row in files.read_csv(out / "flops.csv")[1] if row["stage"] == "all"}
     failed = [f"- `{row.name}` failed: {row.error}" for row in status(out).runs if row.error]
     return "\n".join(
@@ -145,22 +146,25 @@ def _shown(values: Sequence[float]) -> str:
     return f"{mean:.4f}" + (f" ({low:.4f} to {high:.4f})" if len(values) > 1 else "")
 
 
-def evaluating(out: Path, cell: str) -> str:
-    """The command that scores the forecasts of a cell."""
-    start = ["python", "-m", "experiments.run", "evaluate", "--config", str(out / "config.toml")]
-    return shlex.join([*start, "--adapter", str(out / "cells" / cell / "adapter")])
+def following(out: Path, cell: str) -> tuple[str, str]:
+    """What comes after the training of a cell, and its command: forecasts, or the page where these are made."""
+    folder = RunFolder(out / "cells" / cell)
+    if folder.evaluated.there:
+        return "page", command("report", out)
+    return "forecasts, scored", command("evaluate", "--config", out / "config.toml", "--adapter", folder.adapter)
 
 
 def _ending(settings: Settings, out: Path, spent: Mapping[str, int], best: str) -> list[str]:
-    """What was spent, by stage, and the command that judges the best cell."""
+    """What was spent, by stage, and the command that comes next."""
+    what, then = following(out, best)
     total = sum(spent[stage] for stage in STAGES)
     return [
         f"FLOPs (coursework): {', '.join(f'{stage} {spent[stage]:,}' for stage in STAGES)}, "
         f"together {total:,}, {100 * total / settings.budget:.2g} % of the budget of {settings.budget:.3g}.",
         "",
-        "Forecasts of the best cell, with their scores:",
+        "Next, the page of this run:" if what == "page" else f"Next, the best cell's {what}:",
         "",
-        f"    {evaluating(out, best)}",
+        f"    {then}",
         "",
     ]
 

@@ -91,20 +91,28 @@ def start_work(claim: Claim, out: Path, planned: Mapping[str, Sequence[Planned]]
     claim.begins(list(folders), sum(folder.spent() for folder in folders.values()))
 
 
-def write_plan(out: Path, planned: Mapping[str, Sequence[Planned]]) -> None:
+def write_plan(out: Path, planned: Mapping[str, Sequence[Planned]], flops: int | None = None) -> None:
     """Put the runs of some stages into `plan.json`, in the place of what it says of them.
+
+    Of a search, whose runs do not all go on to their ends, with the `flops` that all takes at most.
 
     Raises:
         ValueError: the file is there and damaged.
     """
     path = out / PLAN
     held = stages_of(path) if path.is_file() else {}
-    rows = {stage: [one.row | {"parts": list(one.run.parts)} for one in some] for stage, some in planned.items()}
-    if any(held.get(stage) != runs for stage, runs in rows.items()):
-        now = held | rows
-        files.write_json(
-            path, {"stages": [{"stage": stage, "runs": now[stage]} for stage in (*STAGES, *CONTROLS) if stage in now]}
-        )
+    most = {} if flops is None else {"flops": flops}
+    now = held | {
+        stage: {"stage": stage, "runs": [one.row | {"parts": list(one.run.parts)} for one in some]} | most
+        for stage, some in planned.items()
+    }
+    if now != held:
+        files.write_json(path, {"stages": [now[stage] for stage in (*STAGES, *CONTROLS) if stage in now]})
+
+
+def write_search(search: Search, out: Path) -> None:
+    """Put a search as it stands into `plan.json`."""
+    write_plan(out, {"grid": search.planned(out)}, search.total(out))
 
 
 def run_name(out: Path, ledger_path: Path) -> str:
@@ -143,6 +151,7 @@ def run_rungs(
     def begins(folders: Sequence[str]) -> None:
         claim.begins(folders, sum(RunFolder(out / folder).spent() for folder in folders), search.needed(out, mine))
 
+    group.tell(write_search, search, out)
     if mine is None or 0 in mine:
         group.tell(begins, [search.untrained.run.folder])
         run_all([search.untrained], out, ledger, name, progress, group)
@@ -155,7 +164,7 @@ def run_rungs(
         if group.tell(lambda rung=rung: search.standing(out)[0]) <= rung:
             return rung
         left = group.tell(search.survivors, out, rung, left)
-        group.tell(write_plan, out, {"grid": search.planned(out)})
+        group.tell(write_search, search, out)
     return len(search.rungs)
 
 

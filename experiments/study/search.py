@@ -70,6 +70,10 @@ class Search:
             found += sorted(sum(self.price(later, cell).values()) for cell in left)[-self.sizes[later] :]
         return sum(found)
 
+    def total(self, out: Path) -> int:
+        """At most how many FLOPs the search takes in all, less those of cells that failed."""
+        return self.needed(out) + sum(sum(flops.values()) for _, _, flops in self.kept(out, ""))
+
     def kept(self, out: Path, name: str) -> Iterator[tuple[str, str, Flops]]:
         """What the files of a search stand for: FLOPs by stage, by run and cell of a ledger that names the run `name`.
 

@@ -21,7 +21,7 @@ from experiments.settings.record import Settings
 from experiments.study.manifest import begin, check_drift
 from experiments.study.plan import Plan, Planned
 from experiments.study.records import write_records
-from experiments.study.run import run_all, run_name, run_rungs, start_work, write_plan
+from experiments.study.run import run_all, run_name, run_rungs, start_work, write_search
 from experiments.study.search import Search
 from experiments.task.task import Task
 from experiments.training.cell import Progress
@@ -129,7 +129,7 @@ def merge(settings: Settings, out: Path, ledger_path: Path) -> None:
             _charge(plan["shards"], runs, search, out, ledger_path, settings.budget)
             files.write_json(path, plan | {"merged": True})
         if search:
-            write_plan(out, {"grid": search.planned(out)})
+            write_search(search, out)
         write_records(study, out)
 
 

@@ -1,6 +1,7 @@
 """One training run: a cell of the grid, from its seed or its last checkpoint to its result."""
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -113,6 +114,9 @@ def run_cell(
     def note(record: dict[str, Any]) -> None:
         metrics.append(record)
         group.first(files.append_jsonl, folder.metrics, record)
+        if state.began is not None:
+            seconds = round(time.perf_counter() - state.began, 3)
+            group.first(files.append_jsonl, folder.clock, {"step": state.step, "seconds": seconds})
         known = {"cell": cell.name, "folder": folder.path, "steps": state.steps, "context": settings.context}
         progress(known | record)
 
@@ -203,6 +207,7 @@ class _State:
         self.validated_at, self.group = -1, group
         self.flops = {"training": 0, "validation": 0}
         self.metrics: list[dict[str, Any]] = []  # the lines of metrics.jsonl, which whoever runs this adds to
+        self.began: float | None = None  # on the clock, had the work been done in one go; None where that is not known
         self.settings, self.norms_every = settings, math.ceil(self.steps / GRADIENT_RECORDS) or 1
         if cell.rank:
             if not settings.scratch:
@@ -309,8 +314,12 @@ class _State:
     def _records(self, folder: RunFolder, saved: dict[str, Any] | None) -> list[dict[str, Any]]:
         """The metrics up to this step, once the lines of later ones are cut off."""
         metrics = cell_records.upto(saved, folder) if saved else []
+        clock = cell_records.read_clock(folder.clock, metrics)
         norms = cell_records.read_gradients(folder.gradients) if saved and folder.gradients.is_file() else []
         files.write_jsonl(folder.metrics, metrics)
+        files.write_jsonl(folder.clock, clock)
+        if clock or not metrics:
+            self.began = time.perf_counter() - (clock[-1]["seconds"] if clock else 0)
         if self.steps:
             files.write_jsonl(folder.gradients, [line for line in norms if line["step"] <= self.step])
         return metrics

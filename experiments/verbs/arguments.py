@@ -10,6 +10,7 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
+from experiments.run_folder.command import MODULE, program
 from experiments.training.parallel import rank
 
 LEDGER = "ledger.sqlite"
@@ -69,7 +70,7 @@ class _Version(argparse.Action):
 
 def parser() -> argparse.ArgumentParser:
     top = _Parser(
-        prog="experiments.run",
+        prog=program().rpartition(" ")[2],
         description="Fine-tune Qwen2.5 to forecast series written as digits, "
         "under a budget of 10^17 FLOPs. Every verb has a --help with an example.",
     )
@@ -77,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(name: str, text: str) -> argparse.ArgumentParser:
-        usage = f"%(prog)s [flags], such as\n  {EXAMPLES[name]}"
+        usage = f"%(prog)s [flags], such as\n  {EXAMPLES[name].replace(MODULE, program())}"
         p = verbs.add_parser(name, help=text, description=text, usage=usage, argument_default=argparse.SUPPRESS)
         p.add_argument("--debug", action="store_true", help="show the traceback of an error")
         return p

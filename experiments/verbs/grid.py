@@ -13,7 +13,7 @@ from experiments.report.forecasts import draw_shown
 from experiments.run_folder import table
 from experiments.run_folder.cells import lowest
 from experiments.settings.record import Settings
-from experiments.study.grid import evaluating, write_results
+from experiments.study.grid import following, write_results
 from experiments.study.plan import Plan
 from experiments.study.run import run_stages
 from experiments.study.search import Search
@@ -53,9 +53,7 @@ def train(args: Namespace) -> None:
             f"per token after {r['steps']} steps (untrained {results[0]['validation_loss']:.4f}); "
             f"FLOPs {sum(r['flops'].values()):,}; adapter in {out / 'cells' / r['cell'] / 'adapter'}"
         )
-        judged = (out / "cells" / r["cell"] / "evaluation").is_dir()
-        page = f"its page: python -m experiments.run report {shlex.quote(str(out))}"
-        print(page if judged else f"its forecasts, scored: {evaluating(out, r['cell'])}")
+        print("its {}: {}".format(*following(out, r["cell"])))
         wrote(out, *CELLS, ledger=ledger_of(args))
 
 

@@ -1,7 +1,6 @@
 """Verbs of a whole study: `study`, its stages one by one, `report`."""
 
 import math
-import shlex
 from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import closing
@@ -9,6 +8,7 @@ from pathlib import Path
 
 from experiments import report as page
 from experiments.accounting.ledger import STAGES as LEDGER_STAGES
+from experiments.run_folder.command import command
 from experiments.settings.record import Settings
 from experiments.study.plan import CONTROLS, STAGES, Plan, prices
 from experiments.study.run import run_stages
@@ -57,7 +57,7 @@ def _run(args: Namespace, stages: Sequence[str]) -> None:
             page.build(out, counting(progress, "page", "figures"))
     if logs(args) and not args.group.rank:
         board.finish(out)
-    print(out / "report.html" if whole else f"its page: python -m experiments.run report {shlex.quote(str(out))}")
+    print(out / "report.html" if whole else f"its page: {command('report', out)}")
     wrote(out, *(PAGE if whole else ()), *RECORDS, "study.json", ledger=ledger)
 
 
