@@ -84,7 +84,7 @@ class Settings:
 
     # windows and the loss
     windows: str = "strided"  # of WINDOWS: where those of training begin
-    stride: float = 0.5  # between strided training windows: tokens, or a part of the window if at most 1
+    stride: float = 1.0  # between strided training windows: tokens, or a part of the window if at most 1
     pad_side: str = "right"
     count_padding: bool = False  # padding as tokens to be predicted
     vocabulary: str = "full"  # what the loss's softmax runs over: "symbols" is the text's own alone, another loss
@@ -101,9 +101,9 @@ class Settings:
     rungs: tuple[int, ...] = ()  # steps after which the grid's worst cells go no further; the last is `steps`
     survivors: float = 1 / 3  # part of the cells that goes on after a rung
     steps: int = 40
-    batch_size: int = 4
-    context: int = 512  # tokens of a training window
-    targets: tuple[str, ...] = TARGETS  # linear layers that LoRA adapts, or "all-linear"
+    batch_size: int = 2
+    context: int = 999  # tokens of a training window; so many are to be predicted of 100 steps of 10
+    targets: tuple[str, ...] = ("all-linear",)  # linear layers that LoRA adapts, or their names
     lora_alpha: float = 0.0  # the update is scaled by lora_alpha / rank; 0 for the rank, so by 1
     rank_stabilised: bool = False  # by lora_alpha / sqrt(rank) (Kalajdzievski 2023)
     dropout: float = 0.0  # on LoRA's input
@@ -127,7 +127,7 @@ class Settings:
     default_lr: float = 0.0  # of the run before the grid; 0 for the least learning rate
     default_rank: int = 4
     default_steps: int = 40
-    contexts: tuple[int, ...] = (128, 512, 768)
+    contexts: tuple[int, ...] = (128, 512, 999)
     context_steps: int = 40
     final_steps: int = 80
     best_lr: float = 0.0  # what the context sweep and the final run take; 0 for the grid's best

@@ -317,9 +317,9 @@ def _settings(p: argparse.ArgumentParser, *groups: str) -> None:
     if "train" in groups:
         add("--steps", type=int, help="training steps of a cell (40)")
         add("--windows", help="of training: strided, or anywhere, drawn anew for each step (strided)")
-        add("--batch-size", type=int, help="windows of a step (4)")
+        add("--batch-size", type=int, help="windows of a step (2)")
         add("--val-every", type=int, help="steps between validations (20); 0 for one after training")
-        add("--targets", nargs="+", help="linear layers that get LoRA: names, or all-linear (q_proj v_proj)")
+        add("--targets", nargs="+", help="linear layers that get LoRA: names, or all-linear (all-linear)")
         add("--lora-alpha", type=float, help="the update is scaled by this over the rank (the rank, so by 1)")
         add("--rank-stabilised", action="store_true", help="or over the rank's square root")
         add("--keep", help="the adapter of the last validation, or of the best by its loss or horizon error (last)")
@@ -342,7 +342,7 @@ def _settings(p: argparse.ArgumentParser, *groups: str) -> None:
         add("--number-loss", type=float, help=distance)
         add("--preset", help="learning rates by name: reports or pocket")
     if "train" in groups or "forecast" in groups:
-        add("--context", type=int, help="tokens of a window (512)")
+        add("--context", type=int, help="tokens of a window (999)")
         add("--val-series", type=int, help="series of the validation part whose loss is taken (20); 0 for all")
     if "forecast" in groups:
         add = p.add_argument_group("forecasts").add_argument
