@@ -19,7 +19,7 @@ from qwen_min import FlopMeter, Qwen
 from qwen_min.generate import decode, left_padded, prefill
 from qwen_min.loss import continuation_losses
 
-ROWS_AT_ONCE, ROWS_AT_ONCE_ON_A_GPU = 16, 256  # sequences that are decoded together; samples of one series count
+ROWS_AT_ONCE, ROWS_AT_ONCE_ON_A_GPU = 32, 256  # sequences that are decoded together; samples of one series count
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from data.llmtime import SEPARATORS
 from experiments.accounting.ledger import BUDGET
 from experiments.run_folder.files import read_toml
 from experiments.settings import schedule
-from lora.layer import TARGETS
 from qwen_min.fast import compiled
 
 POCKET = Path(__file__).parents[2] / "weights" / "pocket"
@@ -100,7 +99,7 @@ class Settings:
     seeds: int = 1  # the grid trains every cell with so many, from `seed` on, and goes by their mean
     rungs: tuple[int, ...] = ()  # steps after which the grid's worst cells go no further; the last is `steps`
     survivors: float = 1 / 3  # part of the cells that goes on after a rung
-    steps: int = 40
+    steps: int = 30
     batch_size: int = 2
     context: int = 999  # tokens of a training window; so many are to be predicted of 100 steps of 10
     targets: tuple[str, ...] = ("all-linear",)  # linear layers that LoRA adapts, or their names
@@ -116,7 +115,7 @@ class Settings:
     weight_decay: float = 0.0  # of AdamW, times the learning rate
     clip: float = 0.0  # the longest gradient, by its norm over all LoRA matrices; 0 for any
     logit_bias: bool = False  # train a bias on the logits too
-    val_every: int = 20  # steps between validations; 0 for one after training
+    val_every: int = 15  # steps between validations; 0 for one after training
     checkpoint_every: int = 100  # steps between checkpoints, besides those of the validations
     keep: str = "last"  # the adapter of the last validation, of the "best" by its loss, or by the "horizon" error
     keep_series: int = 4  # series of the validation part whose horizon error that is; 0 for all
@@ -126,10 +125,10 @@ class Settings:
     # the other stages of a study
     default_lr: float = 0.0  # of the run before the grid; 0 for the least learning rate
     default_rank: int = 4
-    default_steps: int = 40
+    default_steps: int = 30
     contexts: tuple[int, ...] = (128, 512, 999)
-    context_steps: int = 40
-    final_steps: int = 80
+    context_steps: int = 30
+    final_steps: int = 60
     best_lr: float = 0.0  # what the context sweep and the final run take; 0 for the grid's best
     best_rank: int = 0
     best_context: int = 0  # what the final run takes; 0 for the sweep's best

@@ -315,10 +315,10 @@ def _settings(p: argparse.ArgumentParser, *groups: str) -> None:
         add("--alpha", type=float, help="series are divided by this (maximum of the training part / 9.99)")
     add = p.add_argument_group("training and validation").add_argument
     if "train" in groups:
-        add("--steps", type=int, help="training steps of a cell (40)")
+        add("--steps", type=int, help="training steps of a cell (30)")
         add("--windows", help="of training: strided, or anywhere, drawn anew for each step (strided)")
         add("--batch-size", type=int, help="windows of a step (2)")
-        add("--val-every", type=int, help="steps between validations (20); 0 for one after training")
+        add("--val-every", type=int, help="steps between validations (15); 0 for one after training")
         add("--targets", nargs="+", help="linear layers that get LoRA: names, or all-linear (all-linear)")
         add("--lora-alpha", type=float, help="the update is scaled by this over the rank (the rank, so by 1)")
         add("--rank-stabilised", action="store_true", help="or over the rank's square root")
