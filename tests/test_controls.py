@@ -108,7 +108,7 @@ def test_a_step_costs_what_it_was_priced_at_whatever_the_text_and_the_loss_are(c
     settings = Settings(data="waves.h5", points=5, horizon=3, context=32, batch_size=2, **changes)
     task, model = Plan(settings).task, load_model(settings)
     if not settings.scratch:
-        add_lora(model, 2)
+        add_lora(model, 2, targets=settings.targets)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad])
     with FlopMeter() as meter:
         cell.training_step(model, task.train_batch(0), range(2), optimizer, number_loss=settings.number_loss)

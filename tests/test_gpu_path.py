@@ -193,7 +193,7 @@ def test_a_run_with_compile_has_the_losses_and_the_flops_of_one_without(tmp_path
     assert "compiled was True, is False: expected the same, or --allow-drift" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("device", "rows"), [("cpu", 16), ("cuda", 256)])
+@pytest.mark.parametrize(("device", "rows"), [("cpu", 32), ("cuda", 256)])
 def test_as_many_series_are_forecast_at_once_as_keep_the_device_busy(device, rows):
     task = Task.prepare(Settings(device=device, points=8, horizon=2), Tokenizer.from_pretrained(POCKET))
     sizes = [len(batch.places) for batch in evaluate._batches(task, range(300))]

@@ -93,13 +93,13 @@ def test_of_a_folder_the_runs_that_are_done_and_the_time_left_for_all_are_shown(
 def test_forecasts_fits_and_validation_windows_are_counted_up_to_the_last(tmp_path):
     data = damped_waves(tmp_path / "waves.h5", 24)
     task, model = prepare(Settings(data=str(data), points=20, horizon=4, num_samples=2, context=32), None)
-    systems = list(range(10))  # more than are decoded at once
+    systems = list(range(17))  # more than are decoded at once
     counts = dict(forecasts=[], fits=[], windows=[])
     note = {name: (lambda done, of, seen=seen: seen.append((done, of))) for name, seen in counts.items()}
     evaluate.forecast(task, model, systems, progress=note["forecasts"])
     naive.forecasts(task, systems[:3], note["fits"])
     validation_loss(model, task.validation_windows, progress=note["windows"])
-    for name, of in (("forecasts", 10 * 2 * 4), ("fits", 3), ("windows", len(task.validation_windows))):
+    for name, of in (("forecasts", 17 * 2 * 4), ("fits", 3), ("windows", len(task.validation_windows))):
         done = [count for count, _ in counts[name]]
         assert done[0] == 0 and done[-1] == of and done == sorted(done) and {n for _, n in counts[name]} == {of}
     assert len(set(counts["forecasts"])) == 1 + 2 * 4  # step by step in each of two batches
