@@ -286,7 +286,9 @@ def test_the_page_stands_alone_and_is_sound_html(made, sampled):
 
 
 def test_on_a_phone_a_row_of_a_wide_table_is_lines_with_its_columns_titles(made):
-    rules = re.findall(r'#table-([\w-]+) tbody :is\(td, th.n\):nth-child\((\d+)\)::before { content: "(.*?)"; }', made.html)
+    rules = re.findall(
+        r'#table-([\w-]+) tbody :is\(td, th.n\):nth-child\((\d+)\)::before { content: "(.*?)"; }', made.html
+    )
     tables = named(made.folder, Table)
     assert rules == [
         (name, str(at), re.sub(r"[^\w]", lambda c: f"\\{ord(c[0]):x} ", column.title))
