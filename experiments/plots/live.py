@@ -15,7 +15,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-POINTS, OF_ALL = 400, 4000  # of a line and of a figure, whose values are kept: a page is to stay below 3 MB
+POINTS, OF_ALL = 400, 2000  # of a line and of a figure, whose values are kept: a page is to stay below 3 MB
 _NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
