@@ -3,14 +3,11 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 from waves import contents, dot, inputs
 
 from experiments import plots, run
-from experiments.accounting import three_reports
 from experiments.accounting.ledger import Ledger
-from experiments.forecasting import naive
 from experiments.run_folder.files import read_csv, read_json
 
 SMALL = [
@@ -34,15 +31,11 @@ def study(place: Path, verb: str, out: str, *more: str) -> int:
     return run.main([verb, *files, *SMALL, *where, *more])
 
 
-def empty_pictures(patch) -> None:
-    """Figures are made and not drawn: test_report draws one of each kind, test_grid those of a grid."""
-    patch.setattr(plots.base, "save", lambda figure, path, *_: dot(path))
-
-
 @pytest.fixture(scope="module")
 def finished(place) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        empty_pictures(patch)
+    with pytest.MonkeyPatch.context() as patch:  # pictures of few dots, which take less time
+        patch.setattr(plots.base, "_DPI", 30)
+        patch.setattr(plots.base, "_DPI_OF_TALL", 30)
         assert study(place, "study", "whole") == 0
     return place / "whole"
 
@@ -163,12 +156,8 @@ def test_a_study_that_does_not_fit_says_how_many_steps_would(place, capsys):
 
 @pytest.mark.parametrize("name", ["fung", "liu", "rai"])
 def test_the_study_of_every_report_runs_and_shows_its_claims(place, name, monkeypatch):
-    """Without fits of the law, which the test of every stage has. What the reports' plans cost is made up: it has tests
-    of its own."""
-    empty_pictures(monkeypatch)
-    monkeypatch.setattr(naive, "law_fit", lambda time, seen: np.repeat(seen[-1:], len(time) - len(seen), axis=0))
-    monkeypatch.setattr(three_reports, "price", lambda context, rank: (10**9 * context, 10**8 * context))
-    monkeypatch.setattr(three_reports, "forecast", lambda *_: {"inference": 10**12})
+    """With empty pictures: those of a study are drawn by the test of every stage."""
+    monkeypatch.setattr(plots.base, "save", lambda figure, path, *_: dot(path))
     small = ["--scale", "0.001", "--protocol", name, "--context", "64", "--ranks", "2"]
     short = "contexts = [32, 64]\nfinal_steps = 4000\ndefault_steps = 2\nshown = [18, 19]\nshown_series = 0\n"
     short += f"skip = []\ncontext_steps = 2\nsteps = 2\npoints = 16\nhorizon = 4\nmodel = '{place / 'model'}'\n"

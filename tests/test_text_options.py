@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from waves import INPUTS, contents, inputs, no_figures
+from waves import INPUTS, contents, dot, inputs, no_figures
 
+from experiments.plots import base
 from experiments.run import main
 from experiments.run_folder import files
 from experiments.settings.record import POCKET, Settings
@@ -31,6 +32,7 @@ OPTIONS = [
 def elsewhere(monkeypatch):
     inputs(8)
     no_figures(monkeypatch)
+    monkeypatch.setattr(base, "save", lambda figure, path, *_: dot(path))  # of a page: test_grid draws them
 
 
 @pytest.mark.parametrize(

@@ -186,6 +186,9 @@ def formulas(
     def row(name: str, count: int, source: str, **known: Any) -> Row:
         return Row(name, step, lambda: count, "2n", source=source, **known)
 
+    def matmul() -> int:
+        return predict(c, batch, tokens, rank=rank, targets=targets, training=True, convention="matmul").training
+
     found = [
         row("6N", 6 * n * everything, "N: all parameters", but=("attention",), own=weights, extra=table),
         row("6N without embeddings", 6 * n * matrices, "Kaplan et al. 2020, section 2.1", but=("attention", "head")),
@@ -194,8 +197,6 @@ def formulas(
     ]
     source, left_out = "Hoffmann et al. 2022, appendix F", ("gate", "lora")
     found.append(row("Chinchilla", 3 * n * hoffmann, source, but=left_out, own=softmax, extra=repeated | product))
-    options: dict[str, Any] = {"rank": rank, "targets": targets, "training": True, "convention": "matmul"}
-    matmul = lambda: predict(c, batch, tokens, **options).training  # noqa: E731
     found.append(Row("matmul, ours", step, matmul, "2n", twice=False))
     theirs, extra = work(meter, 0, "coursework"), {GQA: 0}
     for charge in meter.charges():

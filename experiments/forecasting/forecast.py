@@ -159,20 +159,20 @@ def forecast(
                 ids_of = new[row * settings.num_samples + sample]
                 samples[place, sample] = task.read_forecast(ids_of, systems[place])
         if constraint is not None and measured:
-            for kind, values in enumerate((constraint.cut, constraint.cut_mean)):
-                cut[kind, batch.places] = np.asarray(values).reshape(len(batch.places), -1)
+            for kind, masses in enumerate((constraint.cut, constraint.cut_mean)):
+                cut[kind, batch.places] = np.asarray(masses).reshape(len(batch.places), -1)
     written(0)
     chosen, points = series[np.asarray(systems, int)], settings.points
     known = chosen[:, points : points + settings.horizon]
-    several, chosen_values = settings.num_samples > 1, samples[:, 0]
-    if several:
+    values = samples[:, 0]
+    if several := settings.num_samples > 1:
         by_mean = settings.point_forecast == "mean"
-        chosen_values = mean(samples) if by_mean else quantiles(samples)[QUANTILES.index(0.5)]
+        values = mean(samples) if by_mean else quantiles(samples)[QUANTILES.index(0.5)]
     return Forecasts(
         systems=list(systems),
         context=chosen[:, :points],
         truth=np.pad(known, ((0, 0), (0, settings.horizon - known.shape[1]), (0, 0)), constant_values=np.nan),
-        values=chosen_values,
+        values=values,
         samples=samples if several else None,
         losses=losses,
         cut=cut[0].mean(1) if measured else None,
@@ -252,8 +252,8 @@ def predicted(
             given = f"points is {settings.points}, horizon {settings.horizon}"
             wide = f"{tokens} tokens with {len(task.dataset.names)} variables"
             raise ValueError(f"{given}: {wide}: expected at most {most}, the model's max_position_embeddings")
-        one = partial(predict.generation, config, b, prompt, origin.tokens_to_forecast, **options)
-        alone, both = (one(scored=tokens) for tokens in (0, true))
+        price = partial(predict.generation, config, b, prompt, origin.tokens_to_forecast, **options)
+        alone, both = price(scored=0), price(scored=true)
         flops["inference"] += alone if not draft else _drafted(task, config, prompt, draft, **trained)
         flops["validation"] += both - alone
     return flops
@@ -265,8 +265,8 @@ def _drafted(task: Task, config, prompt: int, nodes: int, **trained: Any) -> int
     # A tree is no deeper than what is left, but priced as a chain, which would leave the model's positions.
     config = replace(config, max_position_embeddings=config.max_position_embeddings + nodes)
     total = predict.generation(config, 1, prompt, 1, **trained)
-    one = partial(predict.predict, config, 1, nodes, **trained)
-    first, last = (one(cached=prompt + chosen).total for chosen in (0, forwards - 1))
+    price = partial(predict.predict, config, 1, nodes, **trained)
+    first, last = (price(cached=prompt + chosen).total for chosen in (0, forwards - 1))
     return total + (first + last) * forwards // 2  # affine in what is cached
 
 
