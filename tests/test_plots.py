@@ -157,7 +157,7 @@ def test_of_a_long_run_the_svg_is_small_and_shows_values_of_the_record(tmp_path)
     assert {loss == losses[step - 1] for *_, step, loss in validation["points"]} == {True}
     top = known["panels"][0]["box"][1]
     raw = text.split('data-series="0"')[1].partition("</g>")[0]
-    assert top < min(float(y) for y in re.findall(r"[ML] [\d.]+ ([\d.]+)", raw)) < top + 20
+    assert top < min(float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", raw)) < top + 20
 
 
 @pytest.mark.parametrize(("steps", "scale"), [((20, 20), "linear"), ((20, 400), "symlog")])

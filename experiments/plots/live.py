@@ -91,6 +91,7 @@ def _thin(line: Any, width: int) -> None:
 def _smaller(text: str) -> str:
     """The same picture in fewer bytes: coordinates to a hundredth, the page's font, no ids but those that are used."""
     text = re.sub(r' (d|x|y|points|transform)="[^"]*"', lambda found: re.sub(r"(\.\d\d)\d+", r"\1", found[0]), text)
+    text = re.sub(r' d="[^"]*"', lambda found: re.sub(r"\s*([MLQCZz])\s*", r"\1", found[0]), text)
     text = re.sub(r'(style="[^"]*?font: [^";]*?px) [^";]*', r"\1 system-ui, sans-serif", text)
     text = re.sub(r'(style="[^"]*?font-family:) [^";]*', r"\1 system-ui, sans-serif", text)  # of newer matplotlib
     text = re.sub(r"\n +", "\n", text)
@@ -101,5 +102,14 @@ def _smaller(text: str) -> str:
     text = re.sub(
         r' style="([^"]*)"', lambda found: f' class="{classes[found[1]]}"' if found[1] in classes else found[0], text
     )
+    text = re.sub(r"(<g[^>]*)>\n((?:<use [^>]*>\n)+)", _shared, text.replace("xlink:href", "href"))
     rules = "".join(f".{name}{{{style}}}" for style, name in classes.items())
     return re.sub("(<svg[^>]*>)", rf"\1<style>{rules}</style>", text, count=1)
+
+
+def _shared(group: re.Match[str]) -> str:
+    """A group of marks, with their style in its own tag where all have one."""
+    styles = set(re.findall(r' class="\w+"', group[2]))
+    if len(styles) != 1 or "class" in group[1] or group[2].count(style := styles.pop()) < group[2].count("<use"):
+        return group[0]
+    return f"{group[1]}{style}>\n{group[2].replace(style, '')}"
