@@ -5,6 +5,7 @@ import re
 import signal
 import unicodedata
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -189,6 +190,31 @@ def test_a_training_that_was_stopped_or_killed_ends_in_the_bytes_of_one_that_was
     (tmp_path / "out.checkpoint").write_bytes(b"PK\3\4")
     with pytest.raises(ValueError, match="out.checkpoint: .*: expected a checkpoint of this training; delete it$"):
         pocket.pretrain(tmp_path / "out", steps=40, progress=lambda _: None)
+
+
+def test_a_training_goes_on_from_the_weights_of_a_folder_and_says_what_made_those(tiny, tmp_path):
+    first, out = tmp_path / "first", tmp_path / "out"
+    train = partial(pocket.pretrain, progress=lambda _: None)
+    train(first, steps=40)
+    train(tmp_path / "new", steps=20, seed=1)
+    train(out, steps=20, seed=1, start=first)
+    again = (out / "model.safetensors").read_bytes()
+    new, old, after = (
+        pocket.held_out_loss(Qwen.from_pretrained(tmp_path / name), pocket.byte_tokenizer(), 0)
+        for name in ("new", "first", "out")
+    )
+    assert after < old < new
+    lines = (out / "README.md").read_text().splitlines()
+    commands = [line.split("pretrain-pocket ")[1] for line in lines if "pretrain-pocket" in line]
+    assert commands == ["--steps 40 --seed 0", f"--start {first} --steps 20 --seed 1"]
+    assert [line.split()[2] for line in lines if line.startswith("- Training: ")] == ["40", "20"]
+    train(first, steps=20, seed=1, start=first)  # in the place of what it began with
+    assert (first / "model.safetensors").read_bytes() == again
+    with pytest.raises(ValueError, match="pocket: a model of another shape: expected one that pretrain-pocket wrote$"):
+        train(out, steps=1, start=POCKET)
+    (first / "README.md").unlink()
+    with pytest.raises(ValueError, match="README.md: .*: expected that of a folder that pretrain-pocket wrote$"):
+        train(out, steps=1, start=first)
 
 
 def test_written_weights_are_bfloat16_and_hold_the_tied_head_once(tiny, tmp_path):

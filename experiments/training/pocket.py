@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data.llmtime import Codec
-from experiments.run_folder.files import atomic_folder, check_own, write_bytes
+from experiments.run_folder.files import atomic_folder, check_own, file_digest, write_bytes
 from experiments.training.signals import stoppable
 from qwen_min import FlopMeter, Qwen, QwenConfig
 
@@ -51,7 +51,7 @@ without the short windows, and without the series that repeat to the digit, 4 mi
 copying from the context; with both it begins after 0.6 million. A trial model that saw 512 tokens alone lost the
 format after them."""
 
-LEARNING_RATE, WARM_UP, WEIGHT_DECAY, CLIP = 6e-3, 30, 0.1, 1.0
+LEARNING_RATE, AGAIN, WARM_UP, WEIGHT_DECAY, CLIP = 6e-3, 3e-3, 30, 0.1, 1.0  # AGAIN: the rate of a model trained on
 """Measured, loss of the last 25 of 200 steps of 4 windows of 512 tokens: with Muon 0.81 at 6e-3, 0.80 at 1.2e-2, 0.82
 at 2.5e-2; with AdamW alone 0.88 at 2e-3, 0.93 at 4e-3."""
 
@@ -68,9 +68,13 @@ CHAT_TEMPLATE = (
 )
 
 _README = Path(__file__).with_name("pocket_readme.md")
+COMMAND = "    python -m experiments.run pretrain-pocket"
+_TRAINING = "- Training: {steps:,} steps, {tokens:,} tokens, {flops:,} FLOPs, {minutes:.1f} minutes."
 
 
-def pretrain(out: Path, steps: int = STEPS, seed: int = 0, progress: Callable[[str], None] = print) -> None:
+def pretrain(
+    out: Path, steps: int = STEPS, seed: int = 0, progress: Callable[[str], None] = print, start: Path | None = None
+) -> None:
     """Train the pocket model from scratch and write it to `out` in Hugging Face layout, whole or not at all.
 
     Muon (Jordan et al. 2024) for the matrices of the blocks, AdamW (Loshchilov and Hutter 2019) for the rest, with
@@ -82,10 +86,13 @@ def pretrain(out: Path, steps: int = STEPS, seed: int = 0, progress: Callable[[s
         steps: updates, of about 3992 tokens.
         seed: of the weights and the series, 0 .. 2^32 - 1. One seed, on one kind of machine, gives one file.
         progress: takes a line of text now and then.
+        start: a folder that this wrote, to train on from its weights: on long windows of what returns nearly, at half
+            the rate. It wants a seed of its own, as a seed's series are the same.
 
     Raises:
-        ValueError: steps or seed out of range, a folder of other files, a checkpoint of other steps or another seed, or
-            a loss that is not finite; `out` is then as it was. KeyboardInterrupt: stopped, with a checkpoint.
+        ValueError: steps or seed out of range, a start of another shape, a folder of other files, a checkpoint of
+            other steps, seed or start, or a loss that is not finite; `out` is then as it was.
+        KeyboardInterrupt: stopped, with a checkpoint.
     """
     if steps < 1 or not 0 <= seed < 2**32:
         raise ValueError(f"pretrain-pocket: steps is {steps}, seed {seed}: expected 1 or more, and 0 to 2^32 - 1")
@@ -93,21 +100,35 @@ def pretrain(out: Path, steps: int = STEPS, seed: int = 0, progress: Callable[[s
     tokenizer = byte_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen(CONFIG)
-    checkpoint = out.with_name(f"{out.name}.checkpoint")
-    spent = _train(model, tokenizer, steps, seed, checkpoint, progress)
+        model = Qwen.from_pretrained(start).float().requires_grad_() if start else Qwen(CONFIG)
+    if model.config != CONFIG:
+        raise ValueError(f"{start}: a model of another shape: expected one that pretrain-pocket wrote")
+    asked = {"steps": steps, "seed": seed, "start": file_digest(start / "model.safetensors") if start else ""}
+    commands, trainings = (_past(start, begin) if start else [] for begin in (COMMAND, "- Training: "))
+    spent = _train(model, tokenizer, asked, out.with_name(f"{out.name}.checkpoint"), progress)
     with atomic_folder(out) as folder:
         _save(model, tokenizer, folder)
         # What is measured is what was written, so with the rounding to bfloat16.
         loss = held_out_loss(Qwen.from_pretrained(folder), tokenizer, seed)
-        said: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters()), "steps": steps, "seed": seed}
-        said |= spent | {"loss": loss, "held_out": HELD_OUT, "context": CONTEXT, "minutes": spent["seconds"] / 60}
-        said |= {"threads": torch.get_num_threads(), "python": platform.python_version()}
+        commands.append(f"{COMMAND}{f' --start {start}' if start else ''} --steps {steps} --seed {seed}")
+        trainings.append(_TRAINING.format(**spent, steps=steps, minutes=spent["seconds"] / 60))
+        said: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters()), "loss": loss}
+        said |= {"commands": "\n".join(commands), "trainings": "\n".join(trainings), "held_out": HELD_OUT}
+        said |= {"context": CONTEXT, "threads": torch.get_num_threads(), "python": platform.python_version()}
         said |= {module.__name__: module.__version__ for module in (torch, np, tokenizers, safetensors)}
         readme = _README.read_text(encoding="utf-8").format(**said)
         (folder / "README.md").write_text(readme, encoding="utf-8")
-    checkpoint.unlink(missing_ok=True)
+    out.with_name(f"{out.name}.checkpoint").unlink(missing_ok=True)
     progress(f"{out}: toy: held-out loss {loss:.4f} nats per token, {spent['tokens']:,} tokens")
+
+
+def _past(folder: Path, begin: str) -> list[str]:
+    """Lines of a folder's README: the commands that made it, or what each took."""
+    try:
+        lines = (folder / "README.md").read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise ValueError(f"{folder / 'README.md'}: {e}: expected that of a folder that pretrain-pocket wrote") from None
+    return [line for line in lines if line.startswith(begin)]
 
 
 def held_out_loss(model: Qwen, tokenizer: tokenizers.Tokenizer, seed: int) -> float:
@@ -136,19 +157,21 @@ def draw_tokens(
 def _train(
     model: Qwen,
     tokenizer: tokenizers.Tokenizer,
-    steps: int,
-    seed: int,
+    asked: dict[str, Any],
     checkpoint: Path,
     progress: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Run the updates that a checkpoint has not; returns their tokens, FLOPs and seconds, with those it has."""
+    """Run the updates that a checkpoint has not; returns their tokens, FLOPs and seconds, with those it has.
+
+    `asked` is steps, seed and the digest of the weights to start from, empty for none."""
+    steps, seed, again = asked["steps"], asked["seed"], bool(asked["start"])
+    peak, short, strict = (AGAIN, 0.0, 0.0) if again else (LEARNING_RATE, SHORT_PART * steps, LOOSE_PART * steps)
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
     muon = torch.optim.Muon(matrices, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw")
     optimizers = muon, torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0)
     parts: tuple[Any, ...] = model, *optimizers
     spent: dict[str, Any] = {"step": 0, "tokens": 0, "flops": 0, "seconds": 0.0}
-    asked = {"steps": steps, "seed": seed}
     if checkpoint.exists():
         try:
             held = torch.load(checkpoint, weights_only=True)
@@ -169,12 +192,10 @@ def _train(
     with stoppable() as stopped, _products_in_bfloat16():
         while (step := spent["step"]) < steps:
             started = time.monotonic()
-            rate = LEARNING_RATE * min(
-                (step + 1) / min(WARM_UP, 1 + steps // 20), (1 + math.cos(math.pi * step / steps)) / 2
-            )
-            context = SHORT if step < SHORT_PART * steps else CONTEXT
+            rate = peak * min((step + 1) / min(WARM_UP, 1 + steps // 20), (1 + math.cos(math.pi * step / steps)) / 2)
+            context = SHORT if step < short else CONTEXT
             rng = np.random.RandomState([seed, 0, step])  # frozen (NEP 19)
-            ids = draw_tokens(rng, tokenizer, TOKENS // context, context, step >= LOOSE_PART * steps)
+            ids = draw_tokens(rng, tokenizer, TOKENS // context, context, step >= strict)
             with FlopMeter("coursework") as meter:
                 total, count = model.loss(ids[:, :-1], ids[:, 1:])
                 loss = total / count
@@ -268,24 +289,26 @@ def _waves(rng: np.random.RandomState, points: int, loose: bool) -> Series:
     """One period for both variables, any phase: from sines to skewed ones, shoulders, plateaus and narrow spikes.
 
     Where they fade, spikes become sines on their way to rest."""
-    cycles = _cycles(rng, points, loose)
+    rate = _rate(rng, loose)
+    cycles = _cycles(rng, points, loose, rate)
     skew = rng.uniform(-0.9, 0.9, 2) * (rng.rand(2) < 0.5)
     harmonics = rng.randint(1, 4) if rng.rand() < 0.5 else 1
-    return _peaks(rng, cycles + skew * np.sin(cycles), harmonics, _fade(rng, points, loose))
+    return _peaks(rng, cycles + skew * np.sin(cycles), harmonics, _height(rate, points))
 
 
 def _recurring(rng: np.random.RandomState, points: int, loose: bool) -> Series:
     """A random Fourier series of up to 8 terms: smooth, and foretold by nothing but its own past."""
-    angle = _cycles(rng, points, loose)
+    rate = _rate(rng, loose)
+    angle = _cycles(rng, points, loose, rate)
     most = int(min(8, 2 * math.pi / (angle[1, 0] - angle[0, 0]) / 3))  # three points for the shortest wave
     terms = range(1, 1 + rng.randint(1, 1 + max(1, most)))
     phases = 2 * math.pi * rng.rand(len(terms), 2)
     x = sum(rng.randn(2) / h ** rng.rand() * np.cos(h * angle + phases[h - 1]) for h in terms)
-    return x * _fade(rng, points, loose)
+    return x * _height(rate, points)
 
 
 def _two_periods(rng: np.random.RandomState, points: int, loose: bool) -> Series:
-    cycles = [_cycles(rng, points, loose) for _ in range(2)]
+    cycles = [_cycles(rng, points, loose, 0.0) for _ in range(2)]
     return _peaks(rng, cycles[0]) + rng.uniform(0.1, 1) * _peaks(rng, cycles[1])
 
 
@@ -319,7 +342,7 @@ def _pattern(rng: np.random.RandomState, points: int, loose: bool) -> Series:
     """Random values that repeat: nothing but copying from the context tells what follows."""
     period = rng.randint(2, points // 3)
     x = rng.rand(period, 2)[np.arange(points) % period]
-    return _fade(rng, points, loose) * (x + loose * _log_uniform(rng, 0.001, 0.1) * rng.randn(points, 2))
+    return _height(_rate(rng, loose), points) * (x + loose * _log_uniform(rng, 0.001, 0.1) * rng.randn(points, 2))
 
 
 def _constant(rng: np.random.RandomState, points: int, loose: bool) -> Series:
@@ -330,20 +353,26 @@ _SHAPES = (_waves, _recurring, _two_periods, _trend, _autoregression, _random_wa
 _CHANCES = (0.5, 0.32, 0.04, 0.05, 0.04, 0.02, 0.03)
 
 
-def _cycles(rng: np.random.RandomState, points: int, loose: bool) -> Series:
+def _cycles(rng: np.random.RandomState, points: int, loose: bool, rate: float) -> Series:
     """Angles (P, 2) of one period of 6 steps to 0.45 of the series, the second variable shifted in phase.
 
-    Some periods are whole numbers of steps, so that the text repeats itself to the digit; others drift."""
+    Some periods are whole numbers of steps, so that the text repeats itself to the digit; others drift, most of those
+    longer as the wave grows and shorter as it fades."""
     period = _log_uniform(rng, 6, 0.45 * points)
     period = round(period) if rng.rand() < (0.3 if loose else 0.5) else period
-    drift = rng.uniform(-0.15, 0.15) * (loose and rng.rand() < 0.3)
+    drift = rng.uniform(0, 0.18) * (loose and rng.rand() < (0.6 if rate else 0.3))
+    drift *= -np.sign(rate) if rate and rng.rand() < 0.8 else rng.choice([-1, 1])
     steps = np.arange(points)[:, None]
     return 2 * math.pi * (steps / period * (1 + drift * steps / points) + rng.rand(2))
 
 
-def _fade(rng: np.random.RandomState, points: int, loose: bool) -> Series:
-    """A height (P, 1) for each step, e^(±t/τ) or 1."""
-    rate = rng.choice([-1, 1], p=[0.7, 0.3]) * _log_uniform(rng, 0.2, 3) * (loose and rng.rand() < 0.6)
+def _rate(rng: np.random.RandomState, loose: bool) -> float:
+    """Of growth (> 0) or decay over the whole of a series; 0 for neither."""
+    return rng.choice([-1, 1]) * _log_uniform(rng, 0.2, 3) * (loose and rng.rand() < 0.6)
+
+
+def _height(rate: float, points: int) -> Series:
+    """e^(rate t), t = 0..1 (P, 1)."""
     return np.exp(rate * np.linspace(0, 1, points)[:, None])
 
 

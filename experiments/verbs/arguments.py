@@ -270,6 +270,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", help="the folder (weights/pocket)")
     p.add_argument("--steps", type=int, help="training steps")
     p.add_argument("--seed", type=int, help="of data and weights")
+    p.add_argument("--start", help="a folder that this verb wrote, to train on from its weights; with another seed")
     return top
 
 

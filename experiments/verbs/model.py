@@ -144,7 +144,8 @@ def export(args: Namespace) -> None:
 def pretrain_pocket(args: Namespace) -> None:
     from experiments.training.pocket import pretrain
 
-    options = {name: getattr(args, name) for name in ("steps", "seed") if hasattr(args, name)}
+    options: dict[str, Any] = {name: getattr(args, name) for name in ("steps", "seed") if hasattr(args, name)}
+    options |= {"start": Path(args.start)} if hasattr(args, "start") else {}
     out = Path(getattr(args, "out", POCKET))
     # Trained attention makes numbers so small that a step takes three times as long (measured). Threads that have begun
     # keep their way: so before all else.
