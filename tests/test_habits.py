@@ -27,9 +27,10 @@ def sides() -> list[tuple[Any, Any]]:
 
 def card(model: Any, tokenizer: Any) -> list[str]:
     """The lines of Qwen2.5's model card, for two conversations of unequal length."""
+    longer = [MESSAGES[0], MESSAGES[1] | {"content": MESSAGES[1]["content"] * 4}]
     texts = [
         tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        for messages in (MESSAGES, MESSAGES[:1])
+        for messages in (MESSAGES, longer)
     ]
     model_inputs = tokenizer(texts, return_tensors="pt", padding=True).to(model.device)
     generated_ids = model.generate(**model_inputs, max_new_tokens=12, do_sample=False)
