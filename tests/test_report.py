@@ -222,6 +222,9 @@ def test_the_page_of_a_grid_that_forecasts_answers_with_its_best_cell_and_has_ev
     judged = {"untrained": 0.1, "cells/lr0.0001-r8": 0.3, "cells/lr1e-05-r2": 0.05}
     built = build(study_folder.write_grid(tmp_path / "grid", judged=judged))
     assert "training has made the forecasts" in built.page.texts["summary"]
+    losses = [shown(float(row["validation_loss"])) for row in rows_of(built.folder / "results.csv")]
+    said = re.search(r"Validation loss: (\S+) untrained, (\S+) after training\.", built.page.texts["summary"])
+    assert said and list(said.groups()) == [losses[0], min(losses)]
     assert re.findall("<dt>(.*?)</dt>", built.html)[:2] == ["untrained", "best cell"]
     whole = {"part": "validation", "forecaster": "model", "unit": "raw", "variable": "all"}
     mse = {run: rows_of(built.folder / run / "evaluation/scores.csv", **whole)[0]["mse"] for run in judged}
@@ -236,7 +239,7 @@ def test_the_page_of_a_grid_that_forecasts_answers_with_its_best_cell_and_has_ev
 
 VERDICTS = {
     "worse": (lambda untrained, copy: 2 * untrained, "training has made the forecasts 2.0 times worse than the"),
-    "equal": (lambda untrained, copy: untrained, "training has not helped: the forecasts are about as good as the"),
+    "equal": (lambda untrained, copy: untrained, "training has left the forecasts about as good as the untrained"),
     "better": (lambda untrained, copy: 3 * copy, "untrained model's, and still 3.0 times worse than copying the past"),
     "best": (lambda untrained, copy: copy / 2, "untrained model's, and 2.0 times better than copying the past (seaso"),
 }
@@ -409,7 +412,7 @@ def test_every_number_of_the_summary_is_found_in_a_record(made):
         if path.parent.name != "tables" and path.suffix in (".json", ".csv"):
             recorded |= scalars(made.json(str(path)) if path.suffix == ".json" else rows_of(path))
     summary, found = (made.page.values[section] for section in ("summary", "facts"))
-    assert (len(summary), len(found)) == (14, 26)
+    assert (len(summary), len(found)) == (16, 26)
     assert set(summary + found) <= recorded
     whole = {"part": "validation", "unit": "raw", "variable": "all"}
     (untrained,) = rows_of(made.folder / "untrained/evaluation/scores.csv", forecaster="model", **whole)

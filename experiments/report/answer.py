@@ -60,7 +60,7 @@ def _verdict(study: Study, answer: _Answer) -> Inline:
         return [*after, f"the forecasts are {copy}"]
     said, link = compared(model["mse"], untrained)
     if link == "as":
-        return [*after, f"training has not helped: the forecasts are {said} as the untrained model's, and {copy}"]
+        return [*after, f"training has left the forecasts {said} as the untrained model's, and they are {copy}"]
     if model["mse"] > untrained:
         return [*after, f"training has made the forecasts {said} than the untrained model's, and they are {copy}"]
     still = "still " if model["mse"] > answer.rows[answer.best]["mse"] else ""
@@ -99,7 +99,16 @@ def _certain(study: Study, answer: _Answer) -> Inline:
     chance = f"By a bootstrap over the series {', '.join(said)}. " if said else ""
     count = Number(answer.rows[MODEL]["series"], "integer")
     what = f" {answer.part} series: mean squared error, raw units, lower is better, and its 95 % interval. {chance}"
-    return ["Over ", count, what, "Cost: ", *spent_of_budget(study), "."]
+    return ["Over ", count, what, *_lowered(study, answer), "Cost: ", *spent_of_budget(study), "."]
+
+
+def _lowered(study: Study, answer: _Answer) -> Inline:
+    """The validation loss before and after, on windows of one length: few series tell more of it than of forecasts."""
+    untrained, run = study.untrained, answer.run
+    if untrained is None or run.stage == "baseline" or untrained.row["context"] != run.row["context"]:
+        return []
+    before, after = Number(untrained.row["validation_loss"]), over_seeds(study.losses(run))
+    return ["Validation loss: ", before, " untrained, ", *after, " after training. "]
 
 
 def _losses(study: Study) -> Inline:
