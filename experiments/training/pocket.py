@@ -68,7 +68,7 @@ CHAT_TEMPLATE = (
 )
 
 _README = Path(__file__).with_name("pocket_readme.md")
-COMMAND = "    python -m experiments.run pretrain-pocket"
+_COMMAND = "    python -m experiments.run pretrain-pocket"
 _TRAINING = "- Training: {steps:,} steps, {tokens:,} tokens, {flops:,} FLOPs, {minutes:.1f} minutes."
 
 
@@ -104,13 +104,14 @@ def pretrain(
     if model.config != CONFIG:
         raise ValueError(f"{start}: a model of another shape: expected one that pretrain-pocket wrote")
     asked = {"steps": steps, "seed": seed, "start": file_digest(start / "model.safetensors") if start else ""}
-    commands, trainings = (_past(start, begin) if start else [] for begin in (COMMAND, "- Training: "))
-    spent = _train(model, tokenizer, asked, out.with_name(f"{out.name}.checkpoint"), progress)
+    commands, trainings = (_past(start, begin) if start else [] for begin in (_COMMAND, "- Training: "))
+    checkpoint = out.with_name(f"{out.name}.checkpoint")
+    spent = _train(model, tokenizer, asked, checkpoint, progress)
     with atomic_folder(out) as folder:
         _save(model, tokenizer, folder)
         # What is measured is what was written, so with the rounding to bfloat16.
         loss = held_out_loss(Qwen.from_pretrained(folder), tokenizer, seed)
-        commands.append(f"{COMMAND}{f' --start {start}' if start else ''} --steps {steps} --seed {seed}")
+        commands.append(f"{_COMMAND}{f' --start {start}' if start else ''} --steps {steps} --seed {seed}")
         trainings.append(_TRAINING.format(**spent, steps=steps, minutes=spent["seconds"] / 60))
         said: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters()), "loss": loss}
         said |= {"commands": "\n".join(commands), "trainings": "\n".join(trainings), "held_out": HELD_OUT}
@@ -118,7 +119,7 @@ def pretrain(
         said |= {module.__name__: module.__version__ for module in (torch, np, tokenizers, safetensors)}
         readme = _README.read_text(encoding="utf-8").format(**said)
         (folder / "README.md").write_text(readme, encoding="utf-8")
-    out.with_name(f"{out.name}.checkpoint").unlink(missing_ok=True)
+    checkpoint.unlink(missing_ok=True)
     progress(f"{out}: toy: held-out loss {loss:.4f} nats per token, {spent['tokens']:,} tokens")
 
 
